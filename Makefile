@@ -1,0 +1,51 @@
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+PROTOS := $(wildcard proto/cbp_proto/v1/*.proto)
+DEMO_DIR ?= demo-output
+
+.PHONY: help install demo test check format serve proto bench clean
+
+help: ## show these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+
+.venv/installed: constraints.txt proto/pyproject.toml cbp/pyproject.toml server/pyproject.toml client/pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt \
+		-e proto -e cbp -e server -e 'client[files,demo]'
+	@touch $@
+
+install: .venv/installed ## create .venv with everything the project needs
+
+demo: .venv/installed ## stream digits to three learners and plot who keeps learning (about 3 minutes)
+	$(BIN)/cbp demo --output $(DEMO_DIR)
+
+test: .venv/installed ## run the tests
+	$(BIN)/pytest
+
+check: .venv/installed ## format, lint, types, proto drift, Dockerfile, proto style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tools/generate_protos.py --check
+	$(BIN)/hadolint Dockerfile
+	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code
+
+format: .venv/installed ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	cd proto && ../$(BIN)/buf format --write
+
+serve: .venv/installed ## run a server on 127.0.0.1:50051 (gRPC) and :8080 (HTTP), state in ./data
+	$(BIN)/cbp-server --data-dir data
+
+proto: .venv/installed ## regenerate proto/cbp_proto/v1/*_pb2*
+	$(BIN)/python tools/generate_protos.py
+
+bench: .venv/installed ## run the benchmarks and print their tables
+	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/service_throughput.py
+
+clean: ## remove the environment and what tools left behind
+	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,59 @@
+"""Tensor messages to numpy arrays and back."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbp_proto.v1 import tensor_pb2
+
+_DTYPES: dict[int, np.dtype[np.generic]] = {
+    tensor_pb2.DATA_TYPE_BOOL: np.dtype("?"),
+    tensor_pb2.DATA_TYPE_UINT8: np.dtype("u1"),
+    tensor_pb2.DATA_TYPE_INT8: np.dtype("i1"),
+    tensor_pb2.DATA_TYPE_INT16: np.dtype("<i2"),
+    tensor_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
+    tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
+    tensor_pb2.DATA_TYPE_FLOAT16: np.dtype("<f2"),
+    tensor_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    tensor_pb2.DATA_TYPE_FLOAT64: np.dtype("<f8"),
+}
+_DATA_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
+
+
+class TensorError(ValueError):
+    """A message that describes no tensor, or an array that no message can hold."""
+
+
+def encode_tensor(array: NDArray[np.generic]) -> tensor_pb2.Tensor:
+    """The message that holds `array`, of any shape.
+
+    Raises:
+        TensorError: the dtype has no counterpart on the wire (unsigned beyond 8 bits, complex, object, text).
+    """
+    dtype = array.dtype.newbyteorder("<")
+    data_type = _DATA_TYPES.get(dtype)
+    if data_type is None:
+        names = ", ".join(known.name for known in _DATA_TYPES)
+        raise TensorError(f"dtype {array.dtype} cannot be sent; convert the array to one of {names}")
+    data = np.ascontiguousarray(array, dtype=dtype).tobytes()
+    return tensor_pb2.Tensor(dtype=tensor_pb2.DataType.ValueType(data_type), shape=array.shape, data=data)
+
+
+def decode_tensor(tensor: tensor_pb2.Tensor) -> NDArray[np.generic]:
+    """The array that `tensor` describes: read-only, a view of the message's bytes.
+
+    Raises:
+        TensorError: unknown dtype, a negative extent, or data of another length than the shape asks for.
+    """
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise TensorError(f"dtype {tensor.dtype} is not a known DataType")
+    shape = tuple(tensor.shape)
+    if any(extent < 0 for extent in shape):
+        raise TensorError(f"shape {list(shape)} has a negative extent")
+    data = tensor.data  # each access copies the field
+    expected = math.prod(shape) * dtype.itemsize
+    if len(data) != expected:
+        raise TensorError(f"shape {list(shape)} of {dtype.name} takes {expected} bytes, data has {len(data)}")
+    return np.frombuffer(data, dtype=dtype).reshape(shape)
