@@ -1,0 +1,73 @@
+"""What the front process knows of the live learners: named records, read by gRPC, HTTP and metrics alike."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+
+from cbp import LearnerProgress, LearnerSpec, PlasticitySample
+
+
+class LearnerState(Enum):
+    """Whether a learner can be used now."""
+
+    ACTIVE = "active"
+    UNAVAILABLE = "unavailable"  # its engine process is down or restoring it
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One plasticity sample and when the front process received it (UTC)."""
+
+    sample: PlasticitySample
+    time: datetime
+
+
+@dataclass(frozen=True)
+class ProducerRecord:
+    """How far a producer has come; sequences count from 1, 0 is nothing yet."""
+
+    producer: str
+    epoch: int
+    applied_sequence: int
+    durable_sequence: int
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """The newest checkpoint on disk."""
+
+    step: int
+    time: datetime
+    size_bytes: int
+
+
+@dataclass
+class LearnerRecord:
+    """One live learner. Replaced values, not changed ones: a reader may keep what it has read."""
+
+    learner_id: str
+    uid: str
+    spec: LearnerSpec
+    etag: str
+    create_time: datetime
+    update_time: datetime
+    state: LearnerState
+    progress: LearnerProgress
+    samples: deque[SampleRecord]  # oldest first, bounded
+    producers: dict[str, ProducerRecord] = field(default_factory=dict)
+    checkpoint: CheckpointRecord | None = None
+    queued_batches: int = 0  # accepted, not yet applied
+    version: int = 0  # grows with every change that a watcher may want to see
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """The engine process as its supervisor sees it."""
+
+    up: bool
+    device: str
+    restarts: int  # since the server started
+    train_seconds: float  # spent in steps, since the server started
+    steps: int  # made, since the server started
+    resident_bytes: int  # memory of the engine process, 0 if not known
