@@ -6,7 +6,7 @@ stands where a message with a `kind` enum is expected names that kind: `loss="ms
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -69,7 +69,7 @@ def _value_to_plain(field: FieldDescriptor, value: Any) -> Any:
 
 
 def _fill(message: Message, plain: Any, path: str) -> None:
-    descriptor = message.DESCRIPTOR
+    descriptor = cast(Descriptor, message.DESCRIPTOR)
     if isinstance(plain, str) and _KIND in descriptor.fields_by_name:
         plain = {_KIND: plain}
     if not isinstance(plain, Mapping):
@@ -85,7 +85,7 @@ def _fill(message: Message, plain: Any, path: str) -> None:
         _fill(chosen, entries, path)
         return
     for name, value in entries.items():
-        field = descriptor.fields_by_name.get(name)
+        field = descriptor.fields_by_name.get(name) if isinstance(name, str) else None
         if field is None:
             raise PlainError(_join(path, name), f"is not a field here; there are {', '.join(_names(descriptor))}")
         if value is not None:
@@ -134,8 +134,8 @@ def _names(descriptor: Descriptor) -> list[str]:
     return [field.name for field in descriptor.fields]
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def _join(path: str, name: object) -> str:
+    return f"{path}.{name}" if path else str(name)
 
 
 def _same(value: Any) -> Any:

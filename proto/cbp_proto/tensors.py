@@ -44,7 +44,8 @@ def decode_tensor(tensor: tensor_pb2.Tensor) -> NDArray[np.generic]:
     """The array that `tensor` describes: read-only, a view of the message's bytes.
 
     Raises:
-        TensorError: unknown dtype, a negative extent, or data of another length than the shape asks for.
+        TensorError: unknown dtype, a shape that numpy has no array for, data of another length than the shape asks
+            for, or a boolean that is neither 0 nor 1.
     """
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
@@ -56,4 +57,9 @@ def decode_tensor(tensor: tensor_pb2.Tensor) -> NDArray[np.generic]:
     expected = math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         raise TensorError(f"shape {list(shape)} of {dtype.name} takes {expected} bytes, data has {len(data)}")
-    return np.frombuffer(data, dtype=dtype).reshape(shape)
+    if tensor.dtype == tensor_pb2.DATA_TYPE_BOOL and data.translate(None, delete=b"\0\1"):
+        raise TensorError("a bool must be stored as 0 or 1")
+    try:
+        return np.frombuffer(data, dtype=dtype).reshape(shape)
+    except ValueError as error:  # too many dimensions, or an extent beyond the address space beside an extent of 0
+        raise TensorError(f"shape of {len(shape)} dimensions: {error}") from error
