@@ -1,0 +1,42 @@
+"""Continual Backprop: neural networks that never stop learning."""
+
+from cbp.batches import Batch
+from cbp.errors import BatchError, CbpError, FieldViolation, SnapshotError, SpecError
+from cbp.learner import Learner, TrainResult
+from cbp.plasticity import LayerPlasticity, PlasticitySample
+from cbp.progress import LearnerProgress, TaskRecord
+from cbp.serialization import LearnerSnapshot
+from cbp.spec import (
+    AdamSpec,
+    AdamWSpec,
+    LearnerSpec,
+    LossSpec,
+    MlpSpec,
+    MonitoringSpec,
+    ResetSpec,
+    SgdSpec,
+)
+
+__all__ = [
+    "AdamSpec",
+    "AdamWSpec",
+    "Batch",
+    "BatchError",
+    "CbpError",
+    "FieldViolation",
+    "LayerPlasticity",
+    "Learner",
+    "LearnerProgress",
+    "LearnerSnapshot",
+    "LearnerSpec",
+    "LossSpec",
+    "MlpSpec",
+    "MonitoringSpec",
+    "PlasticitySample",
+    "ResetSpec",
+    "SgdSpec",
+    "SnapshotError",
+    "SpecError",
+    "TaskRecord",
+    "TrainResult",
+]

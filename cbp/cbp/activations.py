@@ -1,0 +1,82 @@
+"""The hidden units' nonlinearities, each with its closed-form derivative."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from cbp.spec import Activation
+
+_LEAKY_SLOPE = 0.01
+_ELU_ALPHA = 1.0
+_SELU_ALPHA = 1.6732632423543772848170429916717
+_SELU_SCALE = 1.0507009873554804934193349852946
+_RELU_GAIN = math.sqrt(2.0)
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nonlinearity:
+    apply: Callable[[Tensor], Tensor]
+    """Activations from pre-activations."""
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Gradient in the pre-activations, from (gradient in the activations, pre-activations, activations)."""
+    gain: float
+    """Factor of the Kaiming and Xavier bounds, as in PyTorch; SiLU, ELU and GELU use that of ReLU."""
+
+
+NONLINEARITIES: Mapping[Activation, Nonlinearity] = MappingProxyType(
+    {
+        "relu": Nonlinearity(
+            apply=torch.relu,
+            backward=lambda gradient, _pre, post: _aten.threshold_backward(gradient, post, 0),
+            gain=_RELU_GAIN,
+        ),
+        "leaky_relu": Nonlinearity(
+            apply=lambda pre: torch.nn.functional.leaky_relu(pre, _LEAKY_SLOPE),
+            backward=lambda gradient, pre, _post: _aten.leaky_relu_backward(gradient, pre, _LEAKY_SLOPE, False),
+            gain=math.sqrt(2.0 / (1.0 + _LEAKY_SLOPE**2)),
+        ),
+        "elu": Nonlinearity(
+            apply=torch.nn.functional.elu,
+            backward=lambda gradient, pre, _post: _aten.elu_backward(gradient, _ELU_ALPHA, 1.0, 1.0, False, pre),
+            gain=_RELU_GAIN,
+        ),
+        "selu": Nonlinearity(
+            apply=torch.selu,
+            backward=lambda gradient, pre, _post: _aten.elu_backward(
+                gradient, _SELU_ALPHA, _SELU_SCALE, 1.0, False, pre
+            ),
+            gain=1.0,
+        ),
+        "gelu": Nonlinearity(
+            apply=torch.nn.functional.gelu,
+            backward=lambda gradient, pre, _post: _aten.gelu_backward(gradient, pre, approximate="none"),
+            gain=_RELU_GAIN,
+        ),
+        "silu": Nonlinearity(
+            apply=torch.nn.functional.silu,
+            backward=lambda gradient, pre, _post: _aten.silu_backward(gradient, pre),
+            gain=_RELU_GAIN,
+        ),
+        "tanh": Nonlinearity(
+            apply=torch.tanh,
+            backward=lambda gradient, _pre, post: _aten.tanh_backward(gradient, post),
+            gain=5.0 / 3.0,
+        ),
+        "sigmoid": Nonlinearity(
+            apply=torch.sigmoid,
+            backward=lambda gradient, _pre, post: _aten.sigmoid_backward(gradient, post),
+            gain=1.0,
+        ),
+        "identity": Nonlinearity(
+            apply=lambda pre: pre,
+            backward=lambda gradient, _pre, _post: gradient,
+            gain=1.0,
+        ),
+    }
+)

@@ -1,0 +1,49 @@
+"""The errors of this package.
+
+CbpError
+├── SpecError       a specification is wrong, or does not fit what it is applied to
+├── BatchError      examples do not fit the learner's specification
+└── SnapshotError   a snapshot is damaged or was not made by this package
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One thing that is wrong: the dotted path of the field, and what to do about it."""
+
+    field: str
+    description: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.description}"
+
+
+class CbpError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class _ViolationError(CbpError):
+    """Carries every violation found, not only the first, so that one round of corrections is enough."""
+
+    def __init__(self, violations: Iterable[FieldViolation]) -> None:
+        # The violations are the only argument, so that pickle rebuilds the error from `args`.
+        self.violations = tuple(violations)
+        super().__init__(self.violations)
+
+    def __str__(self) -> str:
+        return "; ".join(str(violation) for violation in self.violations)
+
+
+class SpecError(_ViolationError):
+    """A specification that cannot be used."""
+
+
+class BatchError(_ViolationError):
+    """Examples that cannot be used."""
+
+
+class SnapshotError(CbpError):
+    """A snapshot that cannot be restored."""

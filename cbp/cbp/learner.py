@@ -1,0 +1,416 @@
+"""A learner: a network that trains on a stream, one step after another, for as long as the stream lasts."""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from cbp import losses, optimizers
+from cbp.batches import Batch, validate_features
+from cbp.engines.torch_engine import StackState, TorchEngine, initial_stack, schedules, unit_layout
+from cbp.errors import BatchError, CbpError, FieldViolation, SnapshotError
+from cbp.networks import FlatLayers, Mlp, flat_layers
+from cbp.optimizers import SgdState
+from cbp.pending import Examples, Probe
+from cbp.plasticity import PlasticitySample, Probed, measure_layers
+from cbp.progress import LearnerProgress, ProgressTracker
+from cbp.replacement import DrawSource
+from cbp.serialization import FORMAT_VERSION, LearnerSnapshot, take_tensor
+from cbp.spec import LearnerSpec
+
+SAMPLE_LIMIT = 1024
+"""Plasticity samples kept for `Learner.take_samples`; the oldest go first."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainResult:
+    """What one call of `train` did. Every number is of the predictions made before the examples were learned from."""
+
+    steps: int
+    """Steps taken; 0 if all examples still wait for theirs to fill up."""
+    first_step: int
+    """The first of these steps, counted from 1; of no steps, the one that comes next."""
+    examples: int
+    """Examples applied; they may include some that an earlier call had left waiting."""
+    pending: int
+    """Examples that wait now."""
+    loss: float | None
+    """Mean loss of the applied examples, each counted once whatever its weight; None if there were none."""
+    accuracy: float | None
+    """Mean accuracy of the applied examples; None if there were none, and for regression."""
+    outputs: NDArray[np.float32] | None
+    """[examples, C] network outputs, if asked for."""
+
+
+class Learner:
+    """One continual learner.
+
+    Not thread-safe: calls come one after another, except `predict` from within `train`'s `between_steps`.
+    """
+
+    def __init__(self, spec: LearnerSpec, *, device: torch.device | str = "cpu") -> None:
+        """A newborn, its weights drawn from the specification's seed."""
+        self._device = torch.device(device)
+        self._spec = spec
+        self._progress = ProgressTracker()
+        self._examples = 0
+        self._pending = self._no_examples()
+        self._probe = Probe(spec.monitoring.probe_size, self._pending.features, self._pending.targets)
+        self._samples: deque[PlasticitySample] = deque(maxlen=SAMPLE_LIMIT)
+        self._training = False
+        self._install(initial_stack([spec], self._device))
+
+    def _install(self, state: StackState, draws: DrawSource | None = None, *, published_order: bool = False) -> None:
+        self._state = state
+        self._engine = TorchEngine([self._spec], state, self._device, draws, published_order=published_order)
+
+    def _no_examples(self) -> Examples:
+        network = self._spec.network
+        outputs = None if self._spec.loss.kind == "cross_entropy" else network.out_features
+        return Examples.none_like(network.in_features, outputs)
+
+    @property
+    def spec(self) -> LearnerSpec:
+        return self._spec
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def progress(self) -> LearnerProgress:
+        """Where the learner stands. Within `between_steps`, loss, accuracy and tasks are those before the call."""
+        names = self._spec.layer_names[:-1]
+        return LearnerProgress(
+            step=self._state.steps[0],
+            examples=self._examples,
+            pending=len(self._pending),
+            loss=self._progress.loss.value,
+            accuracy=self._progress.accuracy.value,
+            replacements=dict(zip(names, self._state.replacements[0], strict=True)),
+            tasks=tuple(self._progress.tasks),
+        )
+
+    def train(
+        self,
+        batch: Batch,
+        *,
+        return_outputs: bool = False,
+        between_steps: Callable[[], None] | None = None,
+    ) -> TrainResult:
+        """Learns from the examples, in steps of `batch_size`; a remainder waits for the next call.
+
+        `between_steps` runs after every step but the last. The learner is whole at that moment and may predict; it
+        refuses to change. An exception from it stops training there: the steps taken are accounted for, and the
+        examples not yet applied wait.
+        """
+        self._refuse_while_training("train")
+        self._check_fits(batch)
+        waiting = self._pending.followed_by(Examples.of(batch))
+        step_size = self._spec.batch_size or len(waiting)
+        first_step = self._state.steps[0] + 1
+        due, self._pending = waiting.split_at(len(waiting) // step_size * step_size)
+        message = self._encode(due, step_size)
+        self._training = True
+        try:
+            self._take_steps(due, message, step_size, between_steps)
+        finally:
+            self._training = False
+            steps = self._state.steps[0] + 1 - first_step
+            applied, rest = due.split_at(steps * step_size)
+            self._pending = rest.followed_by(self._pending)
+            loss, accuracy = self._account(applied, message, first_step, step_size)
+        return TrainResult(
+            steps=steps,
+            first_step=first_step,
+            examples=len(applied),
+            pending=len(self._pending),
+            loss=loss,
+            accuracy=accuracy,
+            outputs=message.outputs[0].cpu().numpy() if return_outputs else None,
+        )
+
+    def _refuse_while_training(self, action: str) -> None:
+        if self._training:
+            raise CbpError(f"{action} cannot be called from between_steps: only predictions can; call it after train")
+
+    def _check_fits(self, batch: Batch) -> None:
+        """A batch validated for another specification must not get in, for it would fail between two updates."""
+        violations = []
+        example = self._no_examples()
+        for name, array, expected in (
+            ("features", batch.features, example.features),
+            ("targets", batch.targets, example.targets),
+        ):
+            if array.dtype != expected.dtype or array.shape[1:] != expected.shape[1:]:
+                description = (
+                    f"Expected {expected.dtype} of shape {['N', *expected.shape[1:]]}, got {array.dtype} of shape "
+                    f"{list(array.shape)}; validate the batch for this learner's specification"
+                )
+                violations.append(FieldViolation(name, description))
+        if violations:
+            raise BatchError(violations)
+
+    def _encode(self, examples: Examples, step_size: int) -> "_Message":
+        network, loss = self._spec.network, self._spec.loss
+        targets = torch.from_numpy(examples.targets).to(self._device).unsqueeze(0)
+        scale = torch.from_numpy(examples.weights).to(self._device).reshape(1, -1, 1)
+        return _Message(
+            features=torch.from_numpy(examples.features).to(self._device).unsqueeze(0),
+            targets=losses.encode_targets(loss, targets, network.out_features),
+            scale=scale * (losses.gradient_scale(loss, network.out_features) / step_size),
+            outputs=torch.zeros(1, len(examples), network.out_features, device=self._device),
+        )
+
+    def _take_steps(
+        self,
+        examples: Examples,
+        message: "_Message",
+        step_size: int,
+        between_steps: Callable[[], None] | None,
+    ) -> None:
+        interval = self._spec.monitoring.interval
+        last = len(examples) // step_size - 1
+        taken = shown = 0
+        try:
+            for index, of_one_step in enumerate(message.split(step_size)):
+                self._engine.step(*of_one_step)
+                self._examples += step_size
+                taken += step_size
+                if interval and self._state.steps[0] % interval == 0:
+                    self._probe.extend(examples.features[shown:taken], examples.targets[shown:taken])
+                    shown = taken
+                    self._samples.append(self.sample_plasticity())
+                if between_steps is not None and index < last:
+                    between_steps()
+        finally:
+            self._probe.extend(examples.features[shown:taken], examples.targets[shown:taken])
+
+    def _account(
+        self, applied: Examples, message: "_Message", first_step: int, step_size: int
+    ) -> tuple[float | None, float | None]:
+        """Adds the applied examples to the averages; the one place where `train` reads from the device."""
+        if not len(applied):
+            return None, None
+        outputs, targets = message.outputs[0, : len(applied)], message.targets[0, : len(applied)]
+        measured = [losses.example_losses(self._spec.loss, outputs, targets)]
+        right = losses.example_accuracies(self._spec.loss, outputs, targets)
+        if right is not None:
+            measured.append(right)
+        on_host = torch.stack(measured).to(torch.float64).cpu().numpy()
+        self._progress.extend(
+            on_host[0],
+            None if right is None else on_host[1],
+            applied.tasks,
+            first_step,
+            step_size,
+            self._spec.monitoring.average_decay,
+        )
+        return float(on_host[0].mean()), None if right is None else float(on_host[1].mean())
+
+    def predict(self, features: ArrayLike) -> NDArray[np.float32]:
+        """[N, C] raw outputs (logits, or predicted values) for [N, I] features. Changes nothing.
+
+        Raises `BatchError` if the features do not fit.
+        """
+        inputs = torch.tensor(validate_features(self._spec, features), device=self._device)
+        outputs: NDArray[np.float32] = self._engine.predict(inputs.unsqueeze(0))[0].cpu().numpy()
+        return outputs
+
+    def update(self, spec: LearnerSpec) -> None:
+        """Goes on with another specification; see `LearnerSpec.check_update` for what may differ.
+
+        Ages and utilities stay, so a layer whose resets are switched on replaces by what it has seen so far. After a
+        change of the utility's kind, the old kind fades from the running average at the decay rate.
+        """
+        self._refuse_while_training("update")
+        self._spec.check_update(spec)
+        accumulated = [self._state.schedules[0].accumulated]
+        self._spec = spec
+        self._state.schedules = schedules([spec], self._state, accumulated)
+        if isinstance(self._state.optimizer, SgdState):
+            had = self._state.optimizer.momentum
+            fresh = optimizers.initial_state([spec.optimizer], spec.network, self._device)
+            assert isinstance(fresh, SgdState)
+            # Momentum 0 keeps nothing from the last step, so a buffer that was not needed is as good as one of zeros.
+            self._state.optimizer = SgdState(momentum=fresh.momentum and (had or fresh.momentum))
+        self._engine.configure([spec])
+        self._probe = self._probe.resized(spec.monitoring.probe_size)
+
+    @torch.inference_mode()
+    def sample_plasticity(self) -> PlasticitySample:
+        """Measures every layer now, on the recent examples; changes nothing."""
+        network = self._spec.network
+        return PlasticitySample(
+            step=self._state.steps[0],
+            examples=self._examples,
+            layers=measure_layers(
+                self._spec.layer_names,
+                0,
+                self._state.parameters,
+                self._state.initial_parameters,
+                self._state.units,
+                unit_layout(network, self._device),
+                optimizers.log_decay([self._spec.resets.decay_rate], self._device),
+                self._state.replacements[0],
+                self._probe_network(),
+                self._spec.monitoring.dormant_threshold,
+            ),
+        )
+
+    def _probe_network(self) -> Probed:
+        network, loss = self._spec.network, self._spec.loss
+        count = len(self._probe)
+        inputs = torch.from_numpy(self._probe.features).to(self._device).unsqueeze(0)
+        mlp = Mlp(network.activation)
+        passed = mlp.forward(self._state.parameters, inputs)
+        activations = [activation[0] for activation in passed.activations]
+        if not count:
+            return Probed(activations=activations, gradient=None)
+        targets = torch.from_numpy(self._probe.targets).to(self._device).unsqueeze(0)
+        encoded = losses.encode_targets(loss, targets, network.out_features)
+        scale = torch.full((1, count, 1), losses.gradient_scale(loss, network.out_features) / count)
+        residual = losses.output_gradient(loss, passed.outputs, encoded, scale.to(self._device))
+        gradient = flat_layers(network, 1, self._device)
+        mlp.backward(self._state.parameters, inputs, passed, residual, gradient)
+        return Probed(activations=activations, gradient=gradient)
+
+    def take_samples(self) -> list[PlasticitySample]:
+        """The samples that training has taken since the last call, at most the last 1024; they are not in snapshots."""
+        samples = list(self._samples)
+        self._samples.clear()
+        return samples
+
+    def snapshot(self) -> LearnerSnapshot:
+        """A copy of everything; restored, it continues bit for bit like this learner."""
+        self._refuse_while_training("snapshot")
+        state = self._state
+        tensors = {
+            "units.utility": state.units.utility,
+            "units.age": state.units.age,
+            "units.mean_activation": state.units.mean_activation,
+            "generator": state.generators[0].get_state(),
+            "pending.features": torch.from_numpy(self._pending.features),
+            "pending.targets": torch.from_numpy(self._pending.targets),
+            "pending.weights": torch.from_numpy(self._pending.weights),
+            "probe.features": torch.from_numpy(self._probe.features),
+            "probe.targets": torch.from_numpy(self._probe.targets),
+        }
+        for part, layers in self._layered_parts().items():
+            tensors |= self._named(part, layers)
+        metadata: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "spec": self._spec.to_plain(),
+            "step": state.steps[0],
+            "examples": self._examples,
+            "replacements": list(state.replacements[0]),
+            "accumulated_replacements": list(state.schedules[0].accumulated),
+            "pending_tasks": [list(run) for run in self._pending.tasks],
+            "progress": self._progress.to_plain(),
+        }
+        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        return LearnerSnapshot(tensors=copies, metadata=metadata)
+
+    def _layered_parts(self) -> dict[str, FlatLayers]:
+        slots = {f"optimizer.{name}": slot for name, slot in self._state.optimizer.slots().items()}
+        return {
+            "parameters": self._state.parameters,
+            "initial_parameters": self._state.initial_parameters,
+        } | slots
+
+    def _named(self, part: str, layers: FlatLayers) -> dict[str, Tensor]:
+        named = {}
+        for layer, name in enumerate(self._spec.layer_names):
+            bias = layers.biases[layer]
+            assert bias is not None
+            named[f"{part}.{name}.weight"] = layers.weights[layer][0]
+            named[f"{part}.{name}.bias"] = bias[0]
+        return named
+
+    @classmethod
+    def restore(cls, snapshot: LearnerSnapshot, *, device: torch.device | str = "cpu") -> "Learner":
+        """The learner that the snapshot was taken of. Raises `SnapshotError` if anything is missing or does not fit."""
+        version = snapshot.metadata.get("format_version")
+        if version != FORMAT_VERSION:
+            raise SnapshotError(f"The snapshot has format version {version!r}; this package reads {FORMAT_VERSION}")
+        try:
+            learner = cls(LearnerSpec.parse(snapshot.metadata["spec"]), device=device)
+            learner._load_counters(snapshot.metadata)
+            learner._load_tensors(snapshot.tensors, snapshot.metadata)
+        except SnapshotError:
+            raise
+        except (CbpError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise SnapshotError(f"The snapshot cannot be restored: {type(error).__name__}: {error}") from error
+        return learner
+
+    def _load_counters(self, metadata: Mapping[str, Any]) -> None:
+        hidden = len(self._spec.network.hidden)
+        self._state.steps = [int(metadata["step"])]
+        self._state.replacements = [[int(count) for count in metadata["replacements"]]]
+        if len(self._state.replacements[0]) != hidden or len(metadata["accumulated_replacements"]) != hidden:
+            raise SnapshotError(f"The snapshot should count replacements in {hidden} hidden layers")
+        self._examples = int(metadata["examples"])
+        self._progress = ProgressTracker.from_plain(metadata["progress"])
+
+    def _load_tensors(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        network = self._spec.network
+        for part, layers in self._layered_parts().items():
+            for name, target in self._named(part, layers).items():
+                target.copy_(take_tensor(tensors, name, target.shape, target.dtype))
+        units = self._state.units
+        for name, target in (
+            ("units.utility", units.utility),
+            ("units.age", units.age),
+            ("units.mean_activation", units.mean_activation),
+        ):
+            target.copy_(take_tensor(tensors, name, target.shape, target.dtype))
+        generator = self._state.generators[0]
+        generator.set_state(take_tensor(tensors, "generator", generator.get_state().shape, torch.uint8).clone())
+        accumulated = [[float(share) for share in metadata["accumulated_replacements"]]]
+        self._state.schedules = schedules([self._spec], self._state, accumulated)
+
+        def on_host(name: str, *shape: int | None, dtype: torch.dtype = torch.float32) -> NDArray[Any]:
+            copy: NDArray[Any] = take_tensor(tensors, name, shape, dtype).numpy().copy()
+            return copy
+
+        labels = self._spec.loss.kind == "cross_entropy"
+        target_shape = (None,) if labels else (None, network.out_features)
+        target_dtype = torch.int64 if labels else torch.float32
+        self._pending = Examples(
+            on_host("pending.features", None, network.in_features),
+            on_host("pending.targets", *target_shape, dtype=target_dtype),
+            on_host("pending.weights", None),
+            tuple((str(task), int(count)) for task, count in metadata["pending_tasks"]),
+        )
+        self._probe = Probe(
+            self._spec.monitoring.probe_size,
+            on_host("probe.features", None, network.in_features),
+            on_host("probe.targets", *target_shape, dtype=target_dtype),
+        )
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A message's examples on the device; N of them."""
+
+    features: Tensor
+    """[1, N, I]"""
+    targets: Tensor
+    """[1, N, C], as encoded by the loss."""
+    scale: Tensor
+    """[1, N, 1], each example's share in its step's gradient."""
+    outputs: Tensor
+    """[1, N, C], filled in step by step."""
+
+    def split(self, step_size: int) -> "zip[tuple[Tensor, Tensor, Tensor, Tensor]]":
+        """The same, step by step."""
+        if not self.features.shape[1]:
+            return zip((), (), (), (), strict=True)
+        parts = (self.features, self.targets, self.scale, self.outputs)
+        features, targets, scale, outputs = (torch.split(part, step_size, dim=1) for part in parts)
+        return zip(features, targets, scale, outputs, strict=True)

@@ -1,0 +1,154 @@
+"""Stochastic gradient descent, Adam and AdamW over flat parameters.
+
+State is a named record of [L, P] tensors laid out like the parameters; a reset zeroes its entries for the replaced
+weights. Settings are [L, 1], so that learners with settings of their own share one call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cbp.networks import FlatLayers, flat_layers
+from cbp.spec import AdamSpec, AdamWSpec, MlpSpec, SgdSpec
+
+AnyOptimizerSpec = SgdSpec | AdamSpec | AdamWSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdSettings:
+    negative_lr: Tensor
+    momentum: Tensor
+    weight_decay: Tensor
+    uses_momentum: bool
+    uses_weight_decay: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSettings:
+    negative_lr: Tensor
+    one_minus_beta1: Tensor
+    beta2: Tensor
+    one_minus_beta2: Tensor
+    log_beta1: Tensor
+    log_beta2: Tensor
+    epsilon: Tensor
+    weight_decay: Tensor
+    uses_weight_decay: bool
+    decoupled: bool
+    shrinkage: Tensor
+    """1 − lr · weight_decay, AdamW's factor."""
+
+
+Settings = SgdSettings | AdamSettings
+
+
+def settings(specs: Sequence[AnyOptimizerSpec], device: torch.device) -> Settings:
+    """The settings of L learners, all with the same kind of optimizer."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).to(device, torch.float32).unsqueeze(1)
+
+    negative_lr = column([-spec.lr for spec in specs])
+    weight_decay = column([spec.weight_decay for spec in specs])
+    uses_weight_decay = any(spec.weight_decay > 0 for spec in specs)
+    sgd = [spec for spec in specs if isinstance(spec, SgdSpec)]
+    if sgd:
+        return SgdSettings(
+            negative_lr=negative_lr,
+            momentum=column([spec.momentum for spec in sgd]),
+            weight_decay=weight_decay,
+            uses_momentum=any(spec.momentum > 0 for spec in sgd),
+            uses_weight_decay=uses_weight_decay,
+        )
+    adam = [spec for spec in specs if not isinstance(spec, SgdSpec)]
+    return AdamSettings(
+        negative_lr=negative_lr,
+        one_minus_beta1=column([1 - spec.beta1 for spec in adam]),
+        beta2=column([spec.beta2 for spec in adam]),
+        one_minus_beta2=column([1 - spec.beta2 for spec in adam]),
+        log_beta1=log_decay([spec.beta1 for spec in adam], device),
+        log_beta2=log_decay([spec.beta2 for spec in adam], device),
+        epsilon=column([spec.epsilon for spec in adam]),
+        weight_decay=weight_decay,
+        uses_weight_decay=uses_weight_decay,
+        decoupled=adam[0].kind == "adamw",
+        shrinkage=column([1 - spec.lr * spec.weight_decay for spec in adam]),
+    )
+
+
+def log_decay(decays: Sequence[float], device: torch.device) -> Tensor:
+    """[L, 1] natural logarithms, taken in float64: −expm1(t · log β) is then 1 − βᵗ to float32 at every t ≥ 1."""
+    return torch.tensor(decays, dtype=torch.float64).log_().to(device, torch.float32).unsqueeze(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdState:
+    momentum: FlatLayers | None
+    """The running update; None while no learner uses momentum."""
+
+    def slots(self) -> dict[str, FlatLayers]:
+        return {} if self.momentum is None else {"momentum": self.momentum}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamState:
+    first_moment: FlatLayers
+    second_moment: FlatLayers
+    steps: FlatLayers
+    """Updates of each parameter since it was last drawn. float32 as in torch.optim: it stops counting at 2²⁴, where
+    1 − βᵗ has long been 1 for any β up to 1 − 1e-6."""
+
+    def slots(self) -> dict[str, FlatLayers]:
+        return {"first_moment": self.first_moment, "second_moment": self.second_moment, "steps": self.steps}
+
+
+OptimizerState = SgdState | AdamState
+
+
+def initial_state(specs: Sequence[AnyOptimizerSpec], network: MlpSpec, device: torch.device) -> OptimizerState:
+    def zeros() -> FlatLayers:
+        return flat_layers(network, len(specs), device)
+
+    if isinstance(specs[0], SgdSpec):
+        uses_momentum = any(isinstance(spec, SgdSpec) and spec.momentum > 0 for spec in specs)
+        return SgdState(momentum=zeros() if uses_momentum else None)
+    return AdamState(first_moment=zeros(), second_moment=zeros(), steps=zeros())
+
+
+def update(parameters: Tensor, gradient: Tensor, state: OptimizerState, settings: Settings) -> None:
+    """One step, in place; parameters and gradient [L, P]. The gradient is used up."""
+    if isinstance(state, SgdState):
+        assert isinstance(settings, SgdSettings)
+        _sgd(parameters, gradient, state, settings)
+    else:
+        assert isinstance(settings, AdamSettings)
+        _adam(parameters, gradient, state, settings)
+
+
+def _sgd(parameters: Tensor, gradient: Tensor, state: SgdState, settings: SgdSettings) -> None:
+    if settings.uses_weight_decay:
+        gradient.addcmul_(parameters, settings.weight_decay)
+    if state.momentum is not None:
+        gradient = state.momentum.flat.mul_(settings.momentum).add_(gradient)
+    parameters.addcmul_(gradient, settings.negative_lr)
+
+
+def _adam(parameters: Tensor, gradient: Tensor, state: AdamState, settings: AdamSettings) -> None:
+    """Kingma & Ba 2015, algorithm 1, with t counted per parameter: a fresh unit warms up like a fresh network."""
+    if settings.uses_weight_decay:
+        if settings.decoupled:
+            parameters.mul_(settings.shrinkage)
+        else:
+            gradient.addcmul_(parameters, settings.weight_decay)
+    first, second, steps = state.first_moment.flat, state.second_moment.flat, state.steps.flat
+    steps.add_(1)
+    first.lerp_(gradient, settings.one_minus_beta1)
+    second.mul_(settings.beta2).addcmul_(gradient.square_(), settings.one_minus_beta2)
+    # The first correction is left negative, expm1 being −(1 − βᵗ); value=-1 below takes the sign back.
+    second_correction = torch.mul(steps, settings.log_beta2).expm1_().neg_()
+    denominator = torch.div(second, second_correction, out=second_correction).sqrt_().add_(settings.epsilon)
+    first_correction = torch.mul(steps, settings.log_beta1).expm1_()
+    step = torch.div(first, first_correction, out=first_correction).div_(denominator)
+    parameters.addcmul_(step, settings.negative_lr, value=-1)

@@ -1,0 +1,181 @@
+"""How much of its ability to learn a network still has, layer by layer.
+
+Shapes: n probe examples, `in` and `out` the widths around one linear layer, L learners (the one measured is picked
+by index).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbp.networks import FlatLayers
+from cbp.replacement import UnitLayout, UnitState, bias_correction
+
+QUANTILES = (0.1, 0.5, 0.9)
+SAMPLES_PER_UNIT = 2
+"""A rank is reported from this many probe examples per unit on. A matrix with fewer rows than columns has at most as
+many singular values as rows, so its rank would tell of the probe and not of the network; at twice as many, independent
+units reach about 0.9 of the full effective rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlasticity:
+    """One linear layer. What concerns hidden units is None for the output layer; what cannot be known is None."""
+
+    layer: str
+    units: int
+    mean_abs_weight: float | None
+    """Mean |w| of its weights."""
+    weight_norm: float | None
+    """‖W‖ (Frobenius)."""
+    distance_from_init: float | None
+    """‖W − W₀‖, with W₀ the very first draw."""
+    gradient_norm: float | None
+    """Norm of the probe loss's gradient in its weights and biases."""
+    dormant_fraction: float | None
+    """Share of units whose mean |h| is at most τ times the layer's mean (Sokar et al. 2023, definition 3.1)."""
+    dead_fraction: float | None
+    """Share of units that are 0 on every probe example."""
+    effective_rank: float | None
+    """exp(−Σ p log p), p = σ/Σσ of the activations (Roy & Vetterli 2007)."""
+    stable_rank: float | None
+    """‖H‖_F² / ‖H‖₂² of the activations."""
+    replacements: int | None
+    """Units replaced so far."""
+    age_quantiles: tuple[float, ...] | None
+    """Units' ages in steps at the quantiles 0.1, 0.5 and 0.9."""
+    utility_quantiles: tuple[float, ...] | None
+    """Units' bias-corrected utilities at the quantiles 0.1, 0.5 and 0.9; None before the first step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlasticitySample:
+    """All layers at one moment."""
+
+    step: int
+    examples: int
+    """Examples learned from when the sample was taken."""
+    layers: tuple[LayerPlasticity, ...]
+    """Input side first; the output layer is last."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """A JSON object."""
+        plain = asdict(self)
+        plain["layers"] = [
+            {key: list(value) if isinstance(value, tuple) else value for key, value in layer.items()}
+            for layer in plain["layers"]
+        ]
+        return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """What the probe examples bring about in one network."""
+
+    activations: Sequence[Tensor]
+    """Per hidden layer [n, units]; n may be 0."""
+    gradient: FlatLayers | None
+    """Gradient of the mean probe loss; None without examples."""
+
+
+def measure_layers(
+    names: Sequence[str],
+    learner: int,
+    parameters: FlatLayers,
+    initial_parameters: FlatLayers,
+    units: UnitState,
+    layout: UnitLayout,
+    log_decay: Tensor,
+    replacements: Sequence[int],
+    probed: Probed,
+    dormant_threshold: float,
+) -> tuple[LayerPlasticity, ...]:
+    """Every layer of one learner in a stack."""
+    measured = []
+    for layer, name in enumerate(names):
+        weight = parameters.weights[layer][learner]
+        whole_layer: dict[str, Any] = {
+            "layer": name,
+            "units": weight.shape[0],
+            "mean_abs_weight": _finite(weight.abs().mean()),
+            "weight_norm": _finite(weight.norm()),
+            "distance_from_init": _finite((weight - initial_parameters.weights[layer][learner]).norm()),
+            "gradient_norm": _gradient_norm(probed.gradient, layer),
+        }
+        if layer < len(layout.slices):
+            columns = layout.slices[layer]
+            age = units.age[learner, columns]
+            utility = units.utility[learner, columns] / bias_correction(age, log_decay[learner])
+            hidden_units = _activity(probed.activations[layer], dormant_threshold) | {
+                "replacements": replacements[layer],
+                "age_quantiles": _quantiles(age.to(torch.float64)),
+                # A unit born at this very step has no utility yet; it must not hide the others'.
+                "utility_quantiles": _quantiles(utility[age > 0]),
+            }
+        else:
+            hidden_units = dict.fromkeys(_HIDDEN_ONLY)
+        measured.append(LayerPlasticity(**whole_layer, **hidden_units))
+    return tuple(measured)
+
+
+_HIDDEN_ONLY = (
+    "dormant_fraction",
+    "dead_fraction",
+    "effective_rank",
+    "stable_rank",
+    "replacements",
+    "age_quantiles",
+    "utility_quantiles",
+)
+
+
+def _gradient_norm(gradient: FlatLayers | None, layer: int) -> float | None:
+    if gradient is None:
+        return None
+    bias = gradient.biases[layer]
+    assert bias is not None
+    return _finite(torch.hypot(gradient.weights[layer].norm(), bias.norm()))
+
+
+def _activity(activations: Tensor, dormant_threshold: float) -> dict[str, Any]:
+    examples, width = activations.shape
+    if not examples or not bool(torch.isfinite(activations).all()):
+        return dict.fromkeys(("dormant_fraction", "dead_fraction", "effective_rank", "stable_rank"))
+    activity = activations.abs().to(torch.float64).mean(dim=0)
+    enough = examples >= SAMPLES_PER_UNIT * width
+    effective, stable = ranks(activations) if enough else (None, None)
+    return {
+        # Compared without dividing: a layer that is silent altogether is dormant, not undefined.
+        "dormant_fraction": float((activity <= dormant_threshold * activity.mean()).double().mean()),
+        "dead_fraction": float((activations == 0).all(dim=0).double().mean()),
+        "effective_rank": effective,
+        "stable_rank": stable,
+    }
+
+
+def ranks(activations: Tensor) -> tuple[float, float]:
+    """Effective and stable rank of [n, units] activations; both 0 where all of them are 0."""
+    singular_values = torch.linalg.svdvals(activations.to(torch.float64))
+    largest = singular_values.max()
+    if largest == 0:
+        return 0.0, 0.0
+    share = singular_values / singular_values.sum()
+    effective = torch.exp(torch.special.entr(share).sum())
+    stable = (singular_values / largest).square().sum()
+    return float(effective), float(stable)
+
+
+def _quantiles(values: Tensor) -> tuple[float, ...] | None:
+    if not len(values) or not bool(torch.isfinite(values).all()):
+        return None
+    values = values.to(torch.float64)
+    return tuple(torch.quantile(values, torch.tensor(QUANTILES, dtype=torch.float64, device=values.device)).tolist())
+
+
+def _finite(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None

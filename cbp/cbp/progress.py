@@ -1,0 +1,162 @@
+"""How a learner is doing on its stream: prequential loss and accuracy, overall and per task.
+
+Every number is of the prediction made *before* the example was learned from (test, then train).
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+TASK_RECORD_LIMIT = 128
+"""Task records kept; the oldest go first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecord:
+    """One stretch of the stream that carried the same task label; a label that comes back starts another."""
+
+    task: str
+    first_step: int
+    """The step, counted from 1, that applied its first example."""
+    steps: int
+    """Steps in which its examples took part."""
+    examples: int
+    loss: float
+    """Mean loss of its examples."""
+    accuracy: float | None
+    """Mean accuracy of its examples; None for regression."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerProgress:
+    """Where a learner stands."""
+
+    step: int
+    """Optimizer updates so far."""
+    examples: int
+    """Examples learned from so far."""
+    pending: int
+    """Examples that wait for their step to fill up."""
+    loss: float | None
+    """Exponential average of the examples' loss; None before the first."""
+    accuracy: float | None
+    """Exponential average of the examples' accuracy; None before the first, and for regression."""
+    replacements: dict[str, int]
+    """Units replaced so far, per hidden layer."""
+    tasks: tuple[TaskRecord, ...]
+    """The last tasks, oldest first."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self) | {"tasks": [asdict(record) for record in self.tasks]}
+
+
+@dataclass
+class ExponentialAverage:
+    """Average in which an example's share falls by `decay` with every later one; corrected for its start at zero."""
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    def extend(self, values: NDArray[np.float64], decay: float) -> None:
+        shares = (1.0 - decay) * decay ** np.arange(len(values) - 1, -1, -1, dtype=np.float64)
+        faded = decay ** len(values)
+        self.total = self.total * faded + float(shares @ values)
+        self.weight = self.weight * faded + float(shares.sum())
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.weight if self.weight else None
+
+
+@dataclass
+class ProgressTracker:
+    """Keeps the averages and the task records of one learner."""
+
+    loss: ExponentialAverage = field(default_factory=ExponentialAverage)
+    accuracy: ExponentialAverage = field(default_factory=ExponentialAverage)
+    tasks: deque[TaskRecord] = field(default_factory=lambda: deque(maxlen=TASK_RECORD_LIMIT))
+    last_task: str = ""
+
+    def extend(
+        self,
+        losses: NDArray[np.float64],
+        accuracies: NDArray[np.float64] | None,
+        tasks: Sequence[tuple[str, int]],
+        first_step: int,
+        batch_size: int,
+        decay: float,
+    ) -> None:
+        """Accounts for examples in the order they were applied; tasks are (label, examples) runs over them.
+
+        The first example was applied by step `first_step`, and each step applied `batch_size`.
+        """
+        self.loss.extend(losses, decay)
+        if accuracies is not None:
+            self.accuracy.extend(accuracies, decay)
+        start = 0
+        for task, count in tasks:
+            end = start + count
+            self._extend_task(task, losses, accuracies, slice(start, end), first_step, batch_size)
+            start = end
+
+    def _extend_task(
+        self,
+        task: str,
+        losses: NDArray[np.float64],
+        accuracies: NDArray[np.float64] | None,
+        run: slice,
+        first_step: int,
+        batch_size: int,
+    ) -> None:
+        continues = task == self.last_task
+        self.last_task = task
+        if not task:
+            return
+        begins = first_step + run.start // batch_size
+        ends = first_step + (run.stop - 1) // batch_size
+        count = run.stop - run.start
+        loss = float(losses[run].mean())
+        accuracy = None if accuracies is None else float(accuracies[run].mean())
+        if not (continues and self.tasks):
+            self.tasks.append(
+                TaskRecord(
+                    task=task, first_step=begins, steps=ends - begins + 1, examples=count, loss=loss, accuracy=accuracy
+                )
+            )
+            return
+        before = self.tasks[-1]
+        examples = before.examples + count
+        share = count / examples
+        self.tasks[-1] = TaskRecord(
+            task=task,
+            first_step=before.first_step,
+            steps=ends - before.first_step + 1,
+            examples=examples,
+            loss=before.loss + share * (loss - before.loss),
+            accuracy=None
+            if accuracy is None or before.accuracy is None
+            else before.accuracy + share * (accuracy - before.accuracy),
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        return {
+            "loss": asdict(self.loss),
+            "accuracy": asdict(self.accuracy),
+            "tasks": [asdict(record) for record in self.tasks],
+            "last_task": self.last_task,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "ProgressTracker":
+        tracker = cls(
+            loss=ExponentialAverage(**plain["loss"]),
+            accuracy=ExponentialAverage(**plain["accuracy"]),
+            last_task=plain["last_task"],
+        )
+        tracker.tasks.extend(TaskRecord(**record) for record in plain["tasks"])
+        return tracker

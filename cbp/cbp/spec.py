@@ -1,0 +1,384 @@
+"""What a learner is: its network, loss, optimizer, resets and monitoring.
+
+Frozen, keyword-only records. Construction validates; what is wrong is raised as `SpecError`, each violation
+with the dotted path of its field.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from cbp.errors import FieldViolation, SpecError
+
+Activation = Literal["relu", "leaky_relu", "elu", "selu", "gelu", "silu", "tanh", "sigmoid", "identity"]
+Initializer = Literal["kaiming", "xavier", "lecun", "default"]
+LossKind = Literal["cross_entropy", "mse", "huber", "binary_cross_entropy"]
+Utility = Literal[
+    "contribution",
+    "zero_contribution",
+    "adaptable_contribution",
+    "weight",
+    "adaptation",
+    "feature_by_input",
+    "random",
+]
+
+OUTPUT_LAYER = "output"
+_HIDDEN_PREFIX = "hidden_"
+_LARGEST_SEED = 2**63 - 1
+
+
+def hidden_layer_name(index: int) -> str:
+    return f"{_HIDDEN_PREFIX}{index}"
+
+
+def _hidden_layer_index(name: str) -> int:
+    return int(name.removeprefix(_HIDDEN_PREFIX))
+
+
+def _refuse_text_and_bool(value: object) -> object:
+    """Numbers arrive as numbers: "1e-4" or true where a rate belongs is a mistake upstream, not a notation."""
+    if isinstance(value, bool | str | bytes):
+        raise PydanticCustomError("number_type", "Input should be a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_refuse_text_and_bool)]
+Real = Annotated[float, BeforeValidator(_refuse_text_and_bool), Field(allow_inf_nan=False)]
+Width = Annotated[Whole, Field(ge=1)]
+Rate = Annotated[Real, Field(ge=0, le=1)]
+Decay = Annotated[Real, Field(ge=0, lt=1)]
+
+
+def _layer_name(value: object) -> str:
+    """The name of the hidden layer that an index (0), a decimal index ("0") or a name ("hidden_0") means."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return hidden_layer_name(value)
+    if isinstance(value, str):
+        if re.fullmatch(r"\d+", value, re.ASCII):
+            return hidden_layer_name(int(value))
+        if re.fullmatch(rf"{_HIDDEN_PREFIX}(0|[1-9]\d*)", value, re.ASCII):
+            return value
+        if value == OUTPUT_LAYER:
+            raise PydanticCustomError("output_layer", "The output layer has no hidden units to reset")
+    raise PydanticCustomError("layer", "Expected a hidden layer's index or name, such as 0 or 'hidden_0'")
+
+
+def _parse_layers(value: object) -> object:
+    if isinstance(value, str) and value in ("all", "first", "none"):
+        return value
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError(
+            "layers", "Expected 'all', 'first', 'none', or a list of hidden-layer indices or names"
+        )
+    names = tuple(_layer_name(entry) for entry in value)
+    if not names:
+        raise PydanticCustomError("layers_empty", "The list is empty; write 'none' to reset no layer")
+    if len(set(names)) < len(names):
+        raise PydanticCustomError("layers_duplicate", "Each layer may be named once")
+    return names
+
+
+def _parse_layer_rates(value: object) -> object:
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError("layer_rates", "Expected a mapping from hidden layer to replacement rate")
+    rates = {_layer_name(key): rate for key, rate in value.items()}
+    if len(rates) < len(value):
+        raise PydanticCustomError("layers_duplicate", "Each layer may be named once")
+    return rates
+
+
+def _violations(error: ValidationError) -> list[FieldViolation]:
+    found = []
+    for details in error.errors(include_url=False):
+        if details["type"] == _FIELD_VIOLATION:
+            context = details["ctx"]
+            found.append(FieldViolation(context["field"], context["description"]))
+        else:
+            found.append(FieldViolation(_dotted_path(details), _description(details)))
+    return found
+
+
+def _dotted_path(details: ErrorDetails) -> str:
+    path = ""
+    for part in details["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part == "[key]":
+            continue
+        elif path == "optimizer" and part in _UNION_TAGS:
+            continue  # pydantic puts the tag of a union into the path; the user never wrote it there
+        else:
+            path += f".{part}" if path else part
+    if details["type"] in _TAG_ERRORS:
+        path += ".kind"
+    return path or "spec"
+
+
+def _description(details: ErrorDetails) -> str:
+    if details["type"] == "missing":
+        return "Field required"
+    if details["type"] == "extra_forbidden":
+        return "Unknown field; remove it or correct its spelling"
+    if details["type"] in _TAG_ERRORS:
+        return f"Expected one of {', '.join(_UNION_TAGS)}"
+    received = repr(details["input"])
+    return f"{details['msg']}; got {received if len(received) <= 60 else received[:57] + '...'}"
+
+
+_FIELD_VIOLATION = "field_violation"
+_TAG_ERRORS = frozenset({"union_tag_invalid", "union_tag_not_found"})
+_UNION_TAGS = ("sgd", "adam", "adamw")
+
+
+def _contradiction(field: str, description: str) -> PydanticCustomError:
+    """An error found only by looking at several fields together; it names the one to change."""
+    context = {"field": field, "description": description}
+    return PydanticCustomError(_FIELD_VIOLATION, "{field}: {description}", context)
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise SpecError(_violations(error)) from None
+
+    # Without this mark pydantic would build nested records through the __init__ above, and their errors would
+    # leave the outer validation without the path that leads to them.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+class MlpSpec(_Spec):
+    """A multilayer perceptron: linear layers with one activation between them, and a linear output layer."""
+
+    kind: Literal["mlp"] = "mlp"
+    """The sort of network; today there is one."""
+    in_features: Width
+    """Values in one example, at least 1."""
+    hidden: Annotated[tuple[Width, ...], Field(min_length=1)]
+    """Units in each hidden layer, first layer first; at least one layer, since resets need hidden units."""
+    out_features: Width
+    """Outputs: classes for cross_entropy, predicted values otherwise; at least 1."""
+    activation: Activation = "relu"
+    """The hidden units' nonlinearity. ReLU by default, for which the paper's evidence was gathered."""
+    initializer: Initializer = "kaiming"
+    """Distribution of the first weights, and of every redraw: a reset unit starts like a new one. Kaiming by
+    default, as published."""
+
+
+class LossSpec(_Spec):
+    """The loss of one example; that of a step is the mean over its examples, each times its weight."""
+
+    kind: LossKind
+    """cross_entropy: logits against one label. mse, huber: mean over the outputs. binary_cross_entropy: mean
+    over the outputs, logits against targets from 0 to 1."""
+    delta: Annotated[Real, Field(gt=0)] = 1.0
+    """Huber only: error, in units of the target, at which the loss turns from quadratic to linear. 1 by default,
+    as in PyTorch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_bare_kind(cls, value: object) -> object:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _delta_belongs_to_huber(self) -> Self:
+        if self.kind != "huber" and self.delta != 1.0:
+            raise PydanticCustomError("delta", "delta belongs to the huber loss; remove it or use kind 'huber'")
+        return self
+
+
+class SgdSpec(_Spec):
+    """Stochastic gradient descent."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: Annotated[Real, Field(gt=0)]
+    """Learning rate, above 0. No default: it depends on the data."""
+    momentum: Decay = 0.0
+    """Share of the last update that carries over, from 0 up to but not including 1. 0 by default, as published."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """L2 coefficient, added to the gradient as weight_decay times the parameter."""
+
+
+class _AdamSpec(_Spec):
+    lr: Annotated[Real, Field(gt=0)]
+    """Learning rate, above 0. No default: it depends on the data."""
+    beta1: Decay = 0.9
+    """Decay of the mean gradient, from 0 up to but not including 1; the usual value."""
+    beta2: Decay = 0.999
+    """Decay of the mean squared gradient, from 0 up to but not including 1; the usual value."""
+    epsilon: Annotated[Real, Field(gt=0)] = 1e-8
+    """Added to the denominator, above 0; the usual value."""
+
+
+class AdamSpec(_AdamSpec):
+    """Adam, with a step count of its own for every weight, so that reset weights warm up like new ones."""
+
+    kind: Literal["adam"] = "adam"
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """L2 coefficient, added to the gradient as weight_decay times the parameter."""
+
+
+class AdamWSpec(_AdamSpec):
+    """AdamW: Adam with weight decay apart from the gradient."""
+
+    kind: Literal["adamw"] = "adamw"
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.01
+    """Share of each parameter, times the learning rate, subtracted at every step; PyTorch's default."""
+
+
+OptimizerSpec = Annotated[SgdSpec | AdamSpec | AdamWSpec, Field(discriminator="kind")]
+
+
+class ResetSpec(_Spec):
+    """Which hidden units Continual Backprop resets, and when."""
+
+    layers: Annotated[
+        Literal["all", "first", "none"] | tuple[str, ...],
+        BeforeValidator(_parse_layers),
+    ] = "all"
+    """'all' (as published), 'first', 'none', or hidden layers by index or name; kept as names."""
+    replacement_rate: Rate = 1e-4
+    """Share of a layer's mature units replaced per step, 0 to 1. The paper's value at widths of 50 to 200; the
+    remainder of a unit is carried over, so a small share of a narrow layer still counts."""
+    layer_replacement_rates: Annotated[Mapping[str, Rate], BeforeValidator(_parse_layer_rates)] = Field(
+        default_factory=dict
+    )
+    """Rates of single layers, by index or name, in place of replacement_rate."""
+    maturity_threshold: Annotated[Whole, Field(ge=0)] = 100
+    """Steps for which a new unit is protected; it may be replaced when it is older. The paper's value."""
+    decay_rate: Decay = 0.99
+    """Decay per step of the running utility and mean activation; the paper's value."""
+    utility: Utility = "adaptable_contribution"
+    """What a unit is worth; the least worth are replaced. The default is the paper's full measure, and the one
+    that does not rate saturated units highest."""
+    bias_compensation: bool = True
+    """Whether the next layer's bias takes over a removed unit's mean output, so that the mean prediction stays.
+    The paper intends it, the published code does not do it."""
+
+
+class MonitoringSpec(_Spec):
+    """How a learner watches itself. Changes nothing about how it learns."""
+
+    interval: Annotated[Whole, Field(ge=0)] = 1000
+    """Steps between two plasticity samples; 0 takes none. At 1000 a sample costs well below a step's time per step."""
+    probe_size: Annotated[Whole, Field(ge=1, le=65536)] = 512
+    """Recent examples on which activations and gradients are measured, 1 to 65536. Rank metrics need twice as
+    many examples as a layer is wide, so the default serves widths up to 256."""
+    dormant_threshold: Annotated[Real, Field(ge=0)] = 0.025
+    """A unit is dormant if its share of the layer's mean activity is at most this; the value of Sokar et al."""
+    average_decay: Decay = 0.999
+    """Decay per example of the averages of loss and accuracy: they look back over about 1000 examples, which
+    puts the standard error of an accuracy near 0.01."""
+
+
+class LearnerSpec(_Spec):
+    """Everything that defines a learner before it has seen data."""
+
+    network: MlpSpec
+    """The network's shape."""
+    loss: LossSpec
+    """What the learner minimises; a bare kind such as 'mse' is accepted."""
+    optimizer: OptimizerSpec
+    """How a gradient changes the parameters."""
+    batch_size: Annotated[Whole, Field(ge=0)] = 1
+    """Examples in one step; 0 makes each message one step. 1 by default: online learning."""
+    seed: Annotated[Whole, Field(ge=0, le=_LARGEST_SEED)] = 0
+    """Seed of the first weights and of every redraw."""
+    resets: ResetSpec = ResetSpec()
+    """Which units are reset, and when."""
+    monitoring: MonitoringSpec = MonitoringSpec()
+    """How the learner watches itself."""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if self.loss.kind == "cross_entropy" and self.network.out_features == 1:
+            raise _contradiction(
+                "network.out_features",
+                "cross_entropy needs at least 2 classes; use binary_cross_entropy for a single output",
+            )
+        selected = self._selected_layers()
+        known = self.layer_names[:-1]
+        for name in selected:
+            if name not in known:
+                raise _contradiction("resets.layers", f"No hidden layer {name!r}; there are {', '.join(known)}")
+        for name in self.resets.layer_replacement_rates:
+            if name not in known:
+                raise _contradiction(
+                    f"resets.layer_replacement_rates.{name}",
+                    f"No hidden layer {name!r}; there are {', '.join(known)}",
+                )
+            if name not in selected:
+                raise _contradiction(
+                    f"resets.layer_replacement_rates.{name}",
+                    f"{name} is not reset; add it to resets.layers or remove its rate",
+                )
+        return self
+
+    def _selected_layers(self) -> tuple[str, ...]:
+        hidden = self.layer_names[:-1]
+        match self.resets.layers:
+            case "all":
+                return hidden
+            case "first":
+                return hidden[:1]
+            case "none":
+                return ()
+            case tuple(names):
+                return names
+        raise AssertionError(self.resets.layers)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """`hidden_0`, `hidden_1`, … and `output`."""
+        return (*(hidden_layer_name(i) for i in range(len(self.network.hidden))), OUTPUT_LAYER)
+
+    @property
+    def replacement_rates(self) -> tuple[float, ...]:
+        """The rate in force in each hidden layer; 0 where units are not reset."""
+        selected = self._selected_layers()
+        rates = self.resets.layer_replacement_rates
+        return tuple(
+            rates.get(name, self.resets.replacement_rate) if name in selected else 0.0 for name in self.layer_names[:-1]
+        )
+
+    @classmethod
+    def parse(cls, plain: Mapping[str, Any]) -> "LearnerSpec":
+        """The specification that a JSON object describes. Raises `SpecError`."""
+        if not isinstance(plain, Mapping):
+            raise SpecError([FieldViolation("spec", f"Expected an object, got {type(plain).__name__}")])
+        strangers = [key for key in plain if not isinstance(key, str)]
+        if strangers:
+            raise SpecError([FieldViolation("spec", f"Field names are strings; got {strangers[0]!r}")])
+        return cls(**plain)
+
+    def to_plain(self) -> dict[str, Any]:
+        """A JSON object that `parse` turns back into this specification."""
+        return self.model_dump(mode="json")
+
+    def check_update(self, new: "LearnerSpec") -> None:
+        """Raises `SpecError` if a learner of this specification cannot be turned into one of the new one."""
+        fixed = ("network", "loss", "batch_size", "seed")
+        violations = [
+            FieldViolation(name, "Cannot change on a live learner; create another learner for it")
+            for name in fixed
+            if getattr(self, name) != getattr(new, name)
+        ]
+        if self.optimizer.kind != new.optimizer.kind:
+            violations.append(
+                FieldViolation(
+                    "optimizer.kind",
+                    f"Cannot change from {self.optimizer.kind!r} to {new.optimizer.kind!r} on a live learner, "
+                    "only its other settings can; create another learner for it",
+                )
+            )
+        if violations:
+            raise SpecError(violations)
