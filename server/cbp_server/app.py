@@ -1,0 +1,202 @@
+"""Composition root: builds the server from its settings, runs it on one event loop, and takes it down in order."""
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import structlog
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from cbp import CbpError
+from cbp_server.engine.messages import EngineOptions
+from cbp_server.engine.process import EngineProcess
+from cbp_server.host import Host
+from cbp_server.metrics import HostMetrics, RpcMetrics, register_server_metrics
+from cbp_server.rpc.server import RpcServer
+from cbp_server.settings import Settings
+from cbp_server.web.app import create_app
+
+#: Seconds that calls still open after the drain may take to end.
+_STOP_GRACE = 2.0
+
+log = structlog.get_logger("cbp_server")
+
+
+class StartError(Exception):
+    """The server cannot start; the text says why and what to do."""
+
+
+async def serve(settings: Settings) -> int:
+    """Runs the server until SIGTERM or SIGINT; the process's exit status, 0 if everything acknowledged is saved.
+
+    Raises:
+        StartError: a port is taken, the data directory is in use or not writable, or the engine cannot start.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    with _locked(settings.data_dir):
+        async with _Server(settings).running() as server:
+            await stopping.wait()
+            log.info("shutting down")
+            unsaved = await server.drain()
+    if unsaved:
+        log.error("shut down with unsaved learners", learners=unsaved)
+    else:
+        log.info("shut down; everything acknowledged is saved")
+    return 1 if unsaved else 0
+
+
+class _HttpServer(uvicorn.Server):
+    """Leaves the signals alone: here they end the whole server in order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Server:
+    """All parts of the front process, wired together."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        registry = CollectorRegistry()
+        rpc_metrics = RpcMetrics(registry)
+        self._host = Host(
+            max_learners=settings.max_learners,
+            max_message_bytes=settings.max_message_bytes,
+            stream_credits=settings.stream_credits,
+            history_samples=settings.history_samples,
+            observer=HostMetrics(registry),
+            on_readiness=self._readiness_changed,
+        )
+        self._engine = EngineProcess(
+            EngineOptions(
+                data_dir=settings.data_dir,
+                device=settings.device,
+                threads=settings.engine_threads,
+                log_level=settings.log_level,
+                log_format=settings.log_format,
+            ),
+            on_up=self._host.engine_up,
+            on_down=self._host.engine_down,
+        )
+        self._host.attach(self._engine)
+        register_server_metrics(registry, self._host, max_learners=settings.metrics_max_learners)
+        self._rpc = RpcServer(self._host, rpc_metrics, max_message_bytes=settings.max_message_bytes)
+        self._http = _HttpServer(
+            uvicorn.Config(
+                create_app(self._host, registry),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=int(_STOP_GRACE),
+            )
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["_Server"]:
+        """The server from its first answer to its last."""
+        settings = self._settings
+        async with contextlib.AsyncExitStack() as stack:
+            # HTTP first: /livez and /readyz answer while learners are being restored.
+            http_port = await stack.enter_async_context(self._serving_http())
+            try:
+                grpc_port = await self._rpc.start(_address(settings.host, settings.grpc_port))
+            except OSError as error:
+                raise StartError(str(error)) from error
+            stack.push_async_callback(self._rpc.stop, _STOP_GRACE)
+            stack.push_async_callback(self._engine.stop)
+            try:
+                await self._engine.start()
+            except CbpError as error:
+                raise StartError(str(error)) from error
+            checkpoints = asyncio.create_task(self._checkpoint_periodically())
+            stack.push_async_callback(_cancel, checkpoints)
+            endpoints = {"host": settings.host, "grpc_port": grpc_port, "http_port": http_port, "pid": os.getpid()}
+            stack.enter_context(_published(settings.data_dir / "endpoints.json", endpoints))
+            log.info(
+                "serving",
+                grpc=_address(settings.host, grpc_port),
+                http=f"http://{_address(settings.host, http_port)}",
+                data_dir=str(settings.data_dir),
+                version=version("cbp-server"),
+            )
+            yield self
+
+    async def drain(self) -> int:
+        """Finishes what was accepted and saves it; the number of learners that could not be saved."""
+        return await self._host.drain(self._settings.drain_timeout)
+
+    @contextlib.asynccontextmanager
+    async def _serving_http(self) -> AsyncIterator[int]:
+        try:
+            listener = socket.create_server((self._settings.host, self._settings.http_port))
+        except OSError as error:
+            address = _address(self._settings.host, self._settings.http_port)
+            taken = "; choose another --http-port" if error.errno == errno.EADDRINUSE else ""
+            raise StartError(f"cannot listen on {address}: {os.strerror(error.errno or 0)}{taken}") from error
+        serving = asyncio.create_task(self._http.serve([listener]))
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            self._http.should_exit = True
+            await serving
+
+    async def _checkpoint_periodically(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.checkpoint_interval)
+            await self._host.checkpoint_changed()
+
+    def _readiness_changed(self, reasons: Sequence[str]) -> None:
+        task = asyncio.create_task(self._rpc.set_serving(not reasons))
+        self._tasks.add(task)  # the loop itself keeps only a weak reference
+        task.add_done_callback(self._tasks.discard)
+
+
+@contextlib.contextmanager
+def _locked(data_dir: Path) -> Iterator[None]:
+    """Two servers on one data directory would overwrite each other's checkpoints."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock = (data_dir / "lock").open("w")
+    except OSError as error:
+        raise StartError(f"--data-dir {data_dir} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StartError(f"--data-dir {data_dir} is in use by another server; name another one") from error
+        yield
+
+
+@contextlib.contextmanager
+def _published(path: Path, endpoints: dict[str, object]) -> Iterator[None]:
+    """Lets programs that started this server find its ports; the file is there while it serves."""
+    temporary = path.with_suffix(".writing")
+    temporary.write_text(json.dumps(endpoints))
+    temporary.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

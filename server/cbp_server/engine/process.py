@@ -1,0 +1,209 @@
+"""The front's end of the engine process: starts it, speaks to it, and starts it again if it dies."""
+
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar, cast
+
+import structlog
+
+from cbp_server.engine import messages
+from cbp_server.errors import EngineUnavailable
+from cbp_server.records import EngineStatus
+
+AnswerT = TypeVar("AnswerT")
+
+_BACKOFF_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+#: A process that lived this long was healthy: its successor starts at once.
+_HEALTHY_SECONDS = 60.0
+_PAGE_BYTES = 4096
+
+log = structlog.get_logger("cbp_server.engine")
+
+
+class EngineProcess:
+    """One supervised engine process.
+
+    Args:
+        on_up: awaited whenever a new process is ready, before `start` returns for the first one.
+        on_down: called whenever the process has ended unasked; every call under way has failed by then.
+    """
+
+    def __init__(
+        self,
+        options: messages.EngineOptions,
+        *,
+        on_up: Callable[[messages.EngineReady], Awaitable[None]],
+        on_down: Callable[[], None],
+    ) -> None:
+        self._options = options
+        self._on_up = on_up
+        self._on_down = on_down
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._waiting: dict[int, asyncio.Future[object]] = {}
+        self._next_number = 0
+        self._device = options.device
+        self._restarts = 0
+        self._train_seconds = 0.0
+        self._steps = 0
+        self._stopping = False
+        self._supervisor: asyncio.Task[None] | None = None
+        self._first_up: asyncio.Future[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id while it is up."""
+        return self._process.pid if self._process is not None and self._writer is not None else None
+
+    @property
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            up=self._writer is not None,
+            device=self._device,
+            restarts=self._restarts,
+            train_seconds=self._train_seconds,
+            steps=self._steps,
+            resident_bytes=_resident_bytes(self.pid),
+        )
+
+    async def start(self) -> None:
+        """Starts the process and its supervision; returns when it is ready for calls.
+
+        Raises:
+            EngineUnavailable: the first process ended before it was ready; its own message is on standard error.
+        """
+        self._first_up = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise(self._first_up))
+        await self._first_up
+
+    async def stop(self) -> None:
+        """Ends the process: it finishes what it is writing, and drops what still waits."""
+        self._stopping = True
+        if self._writer is not None:
+            self._writer.close()
+        if self._supervisor is not None:
+            await self._supervisor
+
+    def submit(self, request: messages.Request[AnswerT]) -> asyncio.Future[AnswerT]:
+        """Sends the request at once; requests of one learner are carried out in the order of these calls.
+
+        The future fails with `EngineUnavailable` if the process is down, or goes down before it answers, and with
+        what the engine raised, a `CbpError`.
+        """
+        answer: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
+        if self._writer is None:
+            answer.set_exception(EngineUnavailable())
+            return answer
+        number = self._next_number
+        self._next_number += 1
+        self._waiting[number] = cast("asyncio.Future[object]", answer)
+        self._writer.write(messages.encode_frame(messages.Call(number, request)))
+        return answer
+
+    async def call(self, request: messages.Request[AnswerT]) -> AnswerT:
+        """The engine's answer; raises what the future of `submit` would fail with."""
+        return await self.submit(request)
+
+    async def _supervise(self, first_up: asyncio.Future[None]) -> None:
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while not self._stopping:
+            started = loop.time()
+            try:
+                await self._live(first_up)
+            except Exception:
+                log.exception("engine supervision failed")
+            if self._stopping:
+                break
+            if not first_up.done():
+                first_up.set_exception(EngineUnavailable("the engine process could not start; see its message above"))
+                break
+            failures = 0 if loop.time() - started > _HEALTHY_SECONDS else failures + 1
+            pause = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
+            log.error("engine process ended; starting it again", status=self._exit_status, pause_seconds=pause)
+            self._restarts += 1
+            await asyncio.sleep(pause)
+
+    async def _live(self, first_up: asyncio.Future[None]) -> None:
+        """One process, from its start to its end."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # A session of its own, so that Ctrl-C in a terminal reaches the front alone.
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "cbp_server.engine.worker", str(theirs.fileno()),
+                pass_fds=[theirs.fileno()], start_new_session=True,
+            )  # fmt: skip
+        reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
+        up: asyncio.Task[None] | None = None
+        try:
+            writer.write(messages.encode_frame(self._options))
+            ready = cast(messages.EngineReady, await _read_frame(reader))
+            self._device = ready.device
+            self._writer = writer
+            log.info("engine process ready", pid=self._process.pid, device=ready.device)
+            up = asyncio.create_task(self._announce(ready, first_up))
+            while True:
+                self._settle(cast(messages.Answer, await _read_frame(reader)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the process has ended, or this side closed to end it
+        finally:
+            self._writer = None
+            self._fail_waiting()
+            writer.close()
+            await self._process.wait()
+            if not self._stopping:
+                self._on_down()
+            if up is not None:
+                await up
+
+    async def _announce(self, ready: messages.EngineReady, first_up: asyncio.Future[None]) -> None:
+        try:
+            await self._on_up(ready)
+        except EngineUnavailable:
+            return  # it ended again while the front was restoring learners
+        except Exception as error:
+            log.exception("restoring learners failed")
+            if not first_up.done():
+                first_up.set_exception(error)
+            return
+        if not first_up.done():
+            first_up.set_result(None)
+
+    def _settle(self, answer: messages.Answer) -> None:
+        if isinstance(answer.value, messages.TrainReport):
+            self._train_seconds += answer.value.seconds
+            self._steps += answer.value.result.steps
+        waiting = self._waiting.pop(answer.number, None)
+        if waiting is None or waiting.done():
+            return  # the caller has gone
+        if answer.error is not None:
+            waiting.set_exception(answer.error)
+        else:
+            waiting.set_result(answer.value)
+
+    def _fail_waiting(self) -> None:
+        failing, self._waiting = self._waiting, {}
+        for waiting in failing.values():
+            if not waiting.done():
+                waiting.set_exception(EngineUnavailable("the engine process ended before it answered; try again"))
+
+    @property
+    def _exit_status(self) -> int | None:
+        return self._process.returncode if self._process is not None else None
+
+
+async def _read_frame(reader: asyncio.StreamReader) -> object:
+    length = messages.frame_length(await reader.readexactly(messages.HEADER_BYTES))
+    return messages.decode_frame(await reader.readexactly(length))
+
+
+def _resident_bytes(pid: int | None) -> int:
+    if pid is None:
+        return 0
+    with contextlib.suppress(OSError):  # not Linux, or just ended
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+    return 0

@@ -1,0 +1,300 @@
+"""The engine process: holds the learners' tensors and carries out requests from the front, one at a time.
+
+Three threads: one reads requests into the inbox, the main one carries them out, one writes checkpoints. The process
+ends when the front closes its end of the socket, so it never outlives the front.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import cast
+
+import structlog
+import torch
+
+from cbp import CbpError, Learner, LearnerProgress, LearnerSnapshot, SnapshotError
+from cbp_server.engine import messages
+from cbp_server.engine.inbox import Inbox
+from cbp_server.errors import CheckpointFailed, EngineFault, LearnerExists, LearnerNotFound, SequenceGap
+from cbp_server.logs import configure_logging
+from cbp_server.store.checkpoints import CheckpointDirectory
+
+#: Seconds between two full progress reports of a learner that has more batches waiting.
+_PROGRESS_INTERVAL = 0.25
+_SERVICE_KEY = "cbp_server"
+
+log = structlog.get_logger("cbp_server.engine")
+
+
+@dataclass
+class HostedLearner:
+    """A learner and what its checkpoints say besides its state."""
+
+    learner: Learner
+    identity: messages.Identity
+    positions: dict[str, messages.Position] = field(default_factory=dict)
+    reported_at: float = 0.0  # monotonic seconds
+
+
+class EngineWorker:
+    """Carries out requests on the learners of one device.
+
+    Args:
+        answer: takes each answer; called from more than one thread.
+    """
+
+    def __init__(
+        self, options: messages.EngineOptions, inbox: Inbox, answer: Callable[[messages.Answer], None]
+    ) -> None:
+        self._device = _resolve_device(options.device)
+        self._checkpoints = CheckpointDirectory(options.data_dir)
+        self._inbox = inbox
+        self._answer = answer
+        self._hosted: dict[str, HostedLearner] = {}
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+
+    @property
+    def ready(self) -> messages.EngineReady:
+        return messages.EngineReady(self._device, tuple(self._checkpoints.learner_ids()))
+
+    def run(self) -> None:
+        """Carries out requests until the inbox closes, then finishes the checkpoints under way."""
+        while (call := self._inbox.take()) is not None:
+            self._carry_out(call)
+        self._writer.shutdown(wait=True)
+
+    def _carry_out(self, call: messages.Call) -> None:
+        match call.request:
+            case messages.Predict() as request:
+                self._reply(call, partial(self._predict, request))
+            case messages.Train() as request:
+                self._reply(call, partial(self._train_or_end, request))
+            case messages.Sample() as request:
+                self._reply(call, lambda: self._get(request.learner_id).learner.sample_plasticity())
+            case messages.Create() as request:
+                self._reply(call, partial(self._create, request))
+            case messages.Load() as request:
+                self._reply(call, partial(self._load, request))
+            case messages.Update() as request:
+                self._reply(call, partial(self._update, request))
+            case messages.Checkpoint() as request:
+                self._checkpoint(call, request)
+            case messages.Delete() as request:
+                self._delete(call, request)
+            case request:
+                raise TypeError(f"the engine knows no request {type(request).__name__}")
+
+    def _reply(self, call: messages.Call, action: Callable[[], object]) -> None:
+        try:
+            self._answer(messages.Answer(call.number, value=action()))
+        except Exception as error:
+            self._answer(messages.Answer(call.number, error=_for_front(error, call)))
+
+    # -- learning and predicting --
+
+    def _train_or_end(self, request: messages.Train) -> messages.TrainReport:
+        try:
+            return self._train(request)
+        except CbpError:
+            raise  # raised before anything changed
+        except Exception:
+            # Some of the batch's steps may have been made. The only whole state left is the checkpoint, so this
+            # process ends, and the one that the front starts next restores it.
+            log.exception("training failed half-way; ending the engine process", learner=request.learner_id)
+            os._exit(70)  # EX_SOFTWARE; exiting by exception would let the writer save the half-trained state
+
+    def _train(self, request: messages.Train) -> messages.TrainReport:
+        hosted = self._get(request.learner_id)
+        position = hosted.positions.get(request.producer, messages.Position())
+        if request.sequence != position.sequence + 1:  # one before it was refused here: nothing may overtake that
+            raise SequenceGap(request.sequence, position.sequence + 1)
+        started = time.perf_counter()
+        result = hosted.learner.train(
+            request.batch, return_outputs=request.return_outputs, between_steps=self._answer_predictions
+        )
+        seconds = time.perf_counter() - started
+        hosted.positions[request.producer] = position.advance(request.epoch, request.sequence, request.payload_hash)
+        return messages.TrainReport(
+            result=result,
+            step=result.first_step + result.steps - 1,
+            seconds=seconds,
+            samples=tuple(hosted.learner.take_samples()),
+            progress=self._due_progress(hosted),
+        )
+
+    def _due_progress(self, hosted: HostedLearner) -> LearnerProgress | None:
+        now = time.monotonic()
+        waiting = self._inbox.has_waiting(hosted.identity.learner_id)
+        if waiting and now - hosted.reported_at < _PROGRESS_INTERVAL:
+            return None
+        hosted.reported_at = now
+        return hosted.learner.progress
+
+    def _answer_predictions(self) -> None:
+        while (call := self._inbox.take_prediction()) is not None:
+            self._carry_out(call)
+
+    def _predict(self, request: messages.Predict) -> messages.PredictReport:
+        learner = self._get(request.learner_id).learner
+        return messages.PredictReport(learner.predict(request.features), learner.progress.step)
+
+    # -- life and death --
+
+    def _create(self, request: messages.Create) -> messages.LearnerReport:
+        if request.learner_id in self._hosted:
+            raise LearnerExists(request.learner_id)
+        hosted = HostedLearner(Learner(request.spec, device=self._device), request.identity)
+        report = self._write_now(hosted)
+        self._hosted[request.learner_id] = hosted
+        return report
+
+    def _update(self, request: messages.Update) -> messages.LearnerReport:
+        hosted = self._get(request.learner_id)
+        before = hosted.learner.spec, hosted.identity
+        hosted.learner.update(request.spec)
+        hosted.identity = request.identity
+        try:
+            return self._write_now(hosted)
+        except CheckpointFailed:
+            hosted.learner.update(before[0])
+            hosted.identity = before[1]
+            raise
+
+    def _load(self, request: messages.Load) -> messages.LearnerReport:
+        failures = []
+        for path, data in self._checkpoints.read(request.learner_id):
+            try:
+                snapshot = LearnerSnapshot.from_bytes(data)
+                learner = Learner.restore(snapshot, device=self._device)
+                service = json.loads(snapshot.extra[_SERVICE_KEY])
+                identity = messages.Identity(**service["identity"])
+                positions = {name: messages.Position(**value) for name, value in service["positions"].items()}
+            except (SnapshotError, KeyError, TypeError, ValueError) as error:
+                log.warning("checkpoint unreadable", learner=request.learner_id, file=path.name, error=str(error))
+                failures.append(f"{path.name}: {error}")
+                continue
+            hosted = self._hosted[request.learner_id] = HostedLearner(learner, identity, positions)
+            return _describe(hosted, messages.CheckpointReport(len(data), path.stat().st_mtime, 0.0))
+        raise SnapshotError(f"no checkpoint of learner '{request.learner_id}' is readable: {'; '.join(failures)}")
+
+    def _delete(self, call: messages.Call, request: messages.Delete) -> None:
+        try:
+            hosted = self._get(request.learner_id)
+        except LearnerNotFound as error:
+            self._answer(messages.Answer(call.number, error=error))
+            return
+        del self._hosted[request.learner_id]
+        # Behind the checkpoints under way, so that none of them brings the directory back.
+        self._writer.submit(
+            self._reply, call, lambda: self._checkpoints.delete(request.learner_id, hosted.identity.uid)
+        )
+
+    # -- checkpoints --
+
+    def _checkpoint(self, call: messages.Call, request: messages.Checkpoint) -> None:
+        """Copies the learner's state between two steps; the copy is written while the learner goes on."""
+        try:
+            hosted = self._get(request.learner_id)
+            snapshot = hosted.learner.snapshot()
+            described = _describe(hosted, messages.CheckpointReport(0, 0.0, 0.0))
+        except Exception as error:
+            self._answer(messages.Answer(call.number, error=_for_front(error, call)))
+            return
+        self._writer.submit(self._reply, call, lambda: self._write(snapshot, described))
+
+    def _write_now(self, hosted: HostedLearner) -> messages.LearnerReport:
+        """Writes the learner's state in turn with the other writes, and waits for it."""
+        described = _describe(hosted, messages.CheckpointReport(0, 0.0, 0.0))
+        return self._writer.submit(self._write, hosted.learner.snapshot(), described).result()
+
+    def _write(self, snapshot: LearnerSnapshot, described: messages.LearnerReport) -> messages.LearnerReport:
+        started = time.perf_counter()
+        service = {
+            "identity": asdict(described.identity),
+            "positions": {name: asdict(position) for name, position in described.positions.items()},
+        }
+        data = snapshot.to_bytes(extra={_SERVICE_KEY: json.dumps(service)})
+        learner_id = described.identity.learner_id
+        try:
+            self._checkpoints.write(learner_id, data)
+        except OSError as error:
+            raise CheckpointFailed(f"learner '{learner_id}' could not be saved: {error}") from error
+        written = messages.CheckpointReport(len(data), time.time(), time.perf_counter() - started)
+        return replace(described, checkpoint=written)
+
+    def _get(self, learner_id: str) -> HostedLearner:
+        hosted = self._hosted.get(learner_id)
+        if hosted is None:
+            raise LearnerNotFound(learner_id)
+        return hosted
+
+
+def _describe(hosted: HostedLearner, checkpoint: messages.CheckpointReport) -> messages.LearnerReport:
+    return messages.LearnerReport(
+        hosted.identity, hosted.learner.spec, hosted.learner.progress, dict(hosted.positions), checkpoint
+    )
+
+
+def _for_front(error: Exception, call: messages.Call) -> Exception:
+    """`error` if it belongs to the service's vocabulary; otherwise logged here and named briefly."""
+    if isinstance(error, CbpError):
+        return error
+    request = type(call.request).__name__
+    log.exception("request failed", request=request, learner=call.request.learner_id, exc_info=error)
+    return EngineFault(f"{request} failed in the engine: {type(error).__name__}: {error}")
+
+
+def _resolve_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("cbp-server: --device cuda, but torch sees no CUDA device; use --device auto or cpu")
+    return device
+
+
+def _read_calls(connection: socket.socket, inbox: Inbox) -> None:
+    """Fills the inbox until the front is gone."""
+    with connection.makefile("rb") as stream:
+        while len(header := stream.read(messages.HEADER_BYTES)) == messages.HEADER_BYTES:
+            payload = stream.read(messages.frame_length(header))
+            try:
+                inbox.put(cast(messages.Call, messages.decode_frame(payload)))
+            except EOFError:  # cut off: the front went away in the middle of a request
+                break
+    inbox.close()
+
+
+def main() -> None:
+    """Entry point: `python -m cbp_server.engine.worker FD`, where FD is this end of the front's socket pair."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    sending = threading.Lock()
+
+    def send(message: object) -> None:
+        with sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody is left to tell
+            connection.sendall(messages.encode_frame(message))
+
+    options = cast(messages.EngineOptions, _receive(connection))
+    configure_logging(options.log_level, options.log_format)
+    torch.set_num_threads(options.threads)
+    inbox = Inbox()
+    worker = EngineWorker(options, inbox, send)
+    send(worker.ready)
+    threading.Thread(target=_read_calls, args=(connection, inbox), name="reader", daemon=True).start()
+    worker.run()
+
+
+def _receive(connection: socket.socket) -> object:
+    length = messages.frame_length(connection.recv(messages.HEADER_BYTES, socket.MSG_WAITALL))
+    return messages.decode_frame(connection.recv(length, socket.MSG_WAITALL))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Everything that can be wrong with a request, and how each protocol says it.
+
+CbpError                       (cbp) root of all
+├── SpecError                  (cbp) a learner's spec, field by field
+├── BatchError                 (cbp) a batch of examples, field by field
+├── SnapshotError              (cbp) stored state that cannot be read
+└── ServiceError
+    ├── InvalidRequest         a request field other than spec and batch
+    ├── LearnerNotFound
+    ├── LearnerExists
+    ├── RequestIdReused        one request_id, two different requests
+    ├── EtagMismatch           the learner changed since the caller read it
+    ├── LimitReached           as many learners as the settings allow
+    ├── MessageTooLarge
+    ├── StreamProtocolError    messages in an order that Train does not know
+    ├── CreditsExceeded        more batches in flight than the server granted
+    ├── SequenceGap
+    ├── SequenceReused         one sequence, two different payloads
+    ├── ProducerFenced         a newer stream of the producer took over
+    ├── EngineUnavailable      the engine process is down or starting
+    ├── EngineFault            the engine failed at one request and lives on
+    ├── CheckpointFailed       state could not be written
+    └── ServerDraining
+
+The catalog below is total over this tree; a test proves it. Raisers know no transport.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from types import MappingProxyType
+from typing import Any
+
+import grpc
+
+from cbp import BatchError, CbpError, FieldViolation, SnapshotError, SpecError
+
+
+class ServiceError(CbpError):
+    """A request that the service cannot carry out. The text says what is wrong and what to do."""
+
+    #: Facts for programs, sent as google.rpc.ErrorInfo.metadata.
+    metadata: Mapping[str, str] = MappingProxyType({})
+    violations: tuple[FieldViolation, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The subclasses' arguments are not the text that Exception keeps, so the default would build another text.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(cls: type[ServiceError], args: tuple[Any, ...], attributes: dict[str, Any]) -> ServiceError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
+
+class InvalidRequest(ServiceError):
+    def __init__(self, *violations: FieldViolation) -> None:
+        super().__init__("; ".join(f"{violation.field}: {violation.description}" for violation in violations))
+        self.violations = violations
+
+
+class LearnerNotFound(ServiceError):
+    def __init__(self, learner_id: str) -> None:
+        super().__init__(f"there is no learner '{learner_id}'; create it, or list the learners there are")
+        self.metadata = {"learner": learner_id}
+
+
+class LearnerExists(ServiceError):
+    def __init__(self, learner_id: str) -> None:
+        super().__init__(f"a learner '{learner_id}' exists already; choose another id or delete that one")
+        self.metadata = {"learner": learner_id}
+
+
+class RequestIdReused(ServiceError):
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request_id {request_id} was used for a different request; send a new UUID")
+        self.violations = (FieldViolation("request_id", "was used for a different request"),)
+
+
+class EtagMismatch(ServiceError):
+    def __init__(self, learner_id: str, expected: str) -> None:
+        super().__init__(
+            f"learner '{learner_id}' has changed since it was read; get it again and use its etag {expected}"
+        )
+        self.metadata = {"learner": learner_id, "etag": expected}
+
+
+class LimitReached(ServiceError):
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"this server hosts at most {limit} learners; delete one or raise --max-learners")
+
+
+class MessageTooLarge(ServiceError):
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(f"the message has {size} bytes, at most {limit} are allowed; send fewer examples at once")
+        self.violations = (FieldViolation("batch", f"has {size} bytes, at most {limit} are allowed"),)
+        self.metadata = {"max_message_bytes": str(limit)}
+
+
+class StreamProtocolError(ServiceError):
+    pass
+
+
+class CreditsExceeded(ServiceError):
+    def __init__(self) -> None:
+        super().__init__("a batch was sent without credit; wait for responses, each names the credits it grants")
+
+
+class SequenceGap(ServiceError):
+    def __init__(self, received: int, expected: int) -> None:
+        super().__init__(f"sequence {received} leaves a gap: the next batch must have sequence {expected}")
+        self.metadata = {"expected_sequence": str(expected)}
+
+
+class SequenceReused(ServiceError):
+    def __init__(self, sequence: int) -> None:
+        super().__init__(f"sequence {sequence} was used for a batch with another payload; nothing was applied again")
+
+
+class ProducerFenced(ServiceError):
+    def __init__(self, producer: str, epoch: int) -> None:
+        super().__init__(f"a newer stream of producer '{producer}' has taken over from epoch {epoch}")
+        self.metadata = {"producer": producer, "epoch": str(epoch)}
+
+
+class EngineUnavailable(ServiceError):
+    def __init__(self, reason: str = "the engine process is starting; try again in a moment") -> None:
+        super().__init__(reason)
+
+
+class EngineFault(ServiceError):
+    """The engine raised where it should not have; the text is the engine's own."""
+
+
+class CheckpointFailed(ServiceError):
+    pass
+
+
+class ServerDraining(ServiceError):
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down; connect again, the stream resumes where it was acknowledged")
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """How the protocols state one class of error."""
+
+    code: grpc.StatusCode
+    http_status: HTTPStatus
+    reason: str  # google.rpc.ErrorInfo.reason
+    title: str  # of the HTTP problem details
+    retry_seconds: float | None = None  # when the same call may succeed
+
+
+CATALOG: Mapping[type[CbpError], CatalogEntry] = {
+    SpecError: CatalogEntry(
+        grpc.StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST, "INVALID_SPEC", "Invalid learner spec"
+    ),
+    BatchError: CatalogEntry(
+        grpc.StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST, "INVALID_BATCH", "Invalid batch"
+    ),
+    SnapshotError: CatalogEntry(
+        grpc.StatusCode.DATA_LOSS, HTTPStatus.INTERNAL_SERVER_ERROR, "UNREADABLE_STATE", "Stored state is unreadable"
+    ),
+    InvalidRequest: CatalogEntry(
+        grpc.StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST, "INVALID_ARGUMENT", "Invalid request"
+    ),
+    LearnerNotFound: CatalogEntry(
+        grpc.StatusCode.NOT_FOUND, HTTPStatus.NOT_FOUND, "LEARNER_NOT_FOUND", "Learner not found"
+    ),
+    LearnerExists: CatalogEntry(
+        grpc.StatusCode.ALREADY_EXISTS, HTTPStatus.CONFLICT, "LEARNER_EXISTS", "Learner exists already"
+    ),
+    RequestIdReused: CatalogEntry(
+        grpc.StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST, "REQUEST_ID_REUSED", "Request id used before"
+    ),
+    EtagMismatch: CatalogEntry(
+        grpc.StatusCode.ABORTED, HTTPStatus.PRECONDITION_FAILED, "ETAG_MISMATCH", "Learner has changed"
+    ),
+    LimitReached: CatalogEntry(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.TOO_MANY_REQUESTS, "LIMIT_REACHED", "Limit reached"
+    ),
+    MessageTooLarge: CatalogEntry(
+        grpc.StatusCode.INVALID_ARGUMENT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "MESSAGE_TOO_LARGE", "Message too large"
+    ),
+    StreamProtocolError: CatalogEntry(
+        grpc.StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST, "STREAM_PROTOCOL", "Unexpected stream message"
+    ),
+    CreditsExceeded: CatalogEntry(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.TOO_MANY_REQUESTS, "CREDITS_EXCEEDED", "Sent without credit"
+    ),
+    SequenceGap: CatalogEntry(
+        grpc.StatusCode.FAILED_PRECONDITION, HTTPStatus.CONFLICT, "SEQUENCE_GAP", "Gap in the sequence"
+    ),
+    SequenceReused: CatalogEntry(
+        grpc.StatusCode.ALREADY_EXISTS, HTTPStatus.CONFLICT, "SEQUENCE_REUSED", "Sequence used before"
+    ),
+    ProducerFenced: CatalogEntry(grpc.StatusCode.ABORTED, HTTPStatus.CONFLICT, "PRODUCER_FENCED", "Producer fenced"),
+    EngineUnavailable: CatalogEntry(
+        grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "ENGINE_UNAVAILABLE", "Engine unavailable", 0.5
+    ),
+    EngineFault: CatalogEntry(
+        grpc.StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR, "ENGINE_FAULT", "Engine fault"
+    ),
+    CheckpointFailed: CatalogEntry(
+        grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "CHECKPOINT_FAILED", "State not saved", 5.0
+    ),
+    ServerDraining: CatalogEntry(
+        grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "SERVER_DRAINING", "Server is shutting down", 1.0
+    ),
+}
+
+_UNKNOWN = CatalogEntry(grpc.StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR, "INTERNAL", "Internal error")
+
+
+@dataclass(frozen=True)
+class Description:
+    """One error, ready to be said in any protocol."""
+
+    code: grpc.StatusCode
+    http_status: HTTPStatus
+    reason: str
+    title: str
+    message: str
+    violations: tuple[FieldViolation, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    retry_seconds: float | None = None
+
+
+def describe(error: BaseException) -> Description:
+    """What to tell a caller about `error`; an error outside the tree gives no detail away."""
+    entry = next((CATALOG[cls] for cls in type(error).__mro__ if cls in CATALOG), None)
+    if entry is None:
+        message = "the server failed at this request; its log has the details"
+        return Description(_UNKNOWN.code, _UNKNOWN.http_status, _UNKNOWN.reason, _UNKNOWN.title, message)
+    return Description(
+        code=entry.code,
+        http_status=entry.http_status,
+        reason=entry.reason,
+        title=entry.title,
+        message=str(error),
+        violations=tuple(getattr(error, "violations", ())),
+        metadata=dict(getattr(error, "metadata", {})),
+        retry_seconds=entry.retry_seconds,
+    )

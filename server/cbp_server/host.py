@@ -1,0 +1,512 @@
+"""The host: owns the live learners, decides what may happen to them, and in which order."""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import json
+import re
+import time
+import uuid
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from cbp import Batch, CbpError, FieldViolation, LearnerSpec, PlasticitySample, SnapshotError
+from cbp.batches import validate_features
+from cbp_server.broadcast import Broadcast
+from cbp_server.engine import messages
+from cbp_server.errors import (
+    CheckpointFailed,
+    EngineUnavailable,
+    EtagMismatch,
+    InvalidRequest,
+    LearnerExists,
+    LearnerNotFound,
+    LimitReached,
+    MessageTooLarge,
+    ProducerFenced,
+    RequestIdReused,
+    ServerDraining,
+)
+from cbp_server.producers import Producer
+from cbp_server.records import CheckpointRecord, EngineStatus, LearnerRecord, LearnerState, SampleRecord
+from cbp_server.sessions import IncomingBatch, TrainSession
+
+AnswerT = TypeVar("AnswerT")
+
+_LEARNER_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+_LONGEST_PRODUCER = 128
+_DEFAULT_PAGE, _LARGEST_PAGE = 50, 1000
+
+log = structlog.get_logger("cbp_server.host")
+
+
+class Engine(Protocol):
+    """What executes steps; see `cbp_server.engine.process`."""
+
+    @property
+    def status(self) -> EngineStatus: ...
+    def submit(self, request: messages.Request[AnswerT]) -> asyncio.Future[AnswerT]: ...
+    def call(self, request: messages.Request[AnswerT]) -> Awaitable[AnswerT]: ...
+
+
+class HostObserver(Protocol):
+    """Counts what happens, for the metrics."""
+
+    def batch_rejected(self, error: CbpError) -> None: ...
+    def checkpoint_written(self, seconds: float, size_bytes: int) -> None: ...
+    def checkpoint_failed(self) -> None: ...
+
+
+class _Hosted:
+    """A learner's record and what only the host needs beside it."""
+
+    def __init__(self, record: LearnerRecord, identity: messages.Identity) -> None:
+        self.record = record
+        self.identity = identity
+        self.producers: dict[str, Producer] = {}
+        self.sessions: dict[str, TrainSession] = {}  # by producer
+        self.changing = asyncio.Lock()  # one update or deletion at a time
+        self.changes = 0  # batches and updates so far
+        self.changes_saved = 0  # of which a checkpoint holds at least these
+
+
+class Host:
+    """The live learners of one engine.
+
+    Args:
+        max_learners: learners that may exist.
+        max_message_bytes: largest batch or prediction request.
+        stream_credits: batches that one stream may have unanswered.
+        history_samples: plasticity samples kept of each learner.
+        on_readiness: called with the reasons why the host is not ready, whenever they change; none means ready.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_learners: int,
+        max_message_bytes: int,
+        stream_credits: int,
+        history_samples: int,
+        observer: HostObserver,
+        on_readiness: Callable[[Sequence[str]], None],
+    ) -> None:
+        self._max_learners = max_learners
+        self._max_message_bytes = max_message_bytes
+        self._stream_credits = stream_credits
+        self._history_samples = history_samples
+        self._observer = observer
+        self._on_readiness = on_readiness
+        self._engine: Engine | None = None
+        self._hosted: dict[str, _Hosted] = {}
+        self._unreadable: dict[str, str] = {}
+        self._creation = asyncio.Lock()
+        self._changed = Broadcast()
+        self._serving = False
+        self._draining = False
+
+    def attach(self, engine: Engine) -> None:
+        """Names the engine whose learners these are; before anything else."""
+        self._engine = engine
+
+    # -- reading --
+
+    def learners(self) -> list[LearnerRecord]:
+        """Every learner, by id."""
+        return [self._hosted[learner_id].record for learner_id in sorted(self._hosted)]
+
+    def learner(self, learner_id: str) -> LearnerRecord:
+        """The learner of this id.
+
+        Raises:
+            LearnerNotFound: there is none.
+            SnapshotError: there is one on disk, but none of its checkpoints can be read.
+        """
+        return self._get(learner_id).record
+
+    def page(self, page_size: int, page_token: str) -> tuple[list[LearnerRecord], str]:
+        """One page of learners by id, and the token of the next one, empty on the last."""
+        if page_size < 0:
+            raise InvalidRequest(FieldViolation("page_size", f"must not be negative, is {page_size}"))
+        after = _decode_page_token(page_token)
+        ids = sorted(learner_id for learner_id in self._hosted if learner_id > after)
+        size = min(page_size or _DEFAULT_PAGE, _LARGEST_PAGE)
+        token = _encode_page_token(ids[size - 1]) if len(ids) > size else ""
+        return [self._hosted[learner_id].record for learner_id in ids[:size]], token
+
+    def samples(self, learner_id: str, count: int) -> list[SampleRecord]:
+        """The newest samples, oldest first."""
+        return list(self.learner(learner_id).samples)[-count:] if count > 0 else []
+
+    def readiness(self) -> list[str]:
+        """Why the host is not ready; empty if it is."""
+        reasons = []
+        if self._draining:
+            reasons.append("the server is shutting down")
+        if self._engine is None or not self._engine.status.up:
+            reasons.append("the engine process is down")
+        elif not self._serving:
+            reasons.append("learners are being restored")
+        return reasons
+
+    def unreadable(self) -> Mapping[str, str]:
+        """Learners on disk that could not be restored, and why."""
+        return self._unreadable
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is on its way down."""
+        return self._draining
+
+    def engine_status(self) -> EngineStatus:
+        return self._running_engine.status
+
+    @property
+    def open_streams(self) -> int:
+        return sum(len(hosted.sessions) for hosted in self._hosted.values())
+
+    async def wait_for_change(self) -> None:
+        """Returns when any learner has changed, come or gone."""
+        await self._changed.wait()
+
+    # -- life of a learner --
+
+    async def create(self, learner_id: str, spec: LearnerSpec, *, request_id: str = "") -> LearnerRecord:
+        """A new learner, saved; or, repeated with the same request_id, the one that was made the first time."""
+        _check_learner_id(learner_id)
+        _check_request_id(request_id)
+        digest = _digest({"learner_id": learner_id, "spec": spec.to_plain()})
+        async with self._creation:
+            self._check_serving()
+            if request_id and (earlier := self._created_by(request_id)) is not None:
+                if earlier.identity.request_digest != digest:
+                    raise RequestIdReused(request_id)
+                return earlier.record
+            if learner_id in self._hosted or learner_id in self._unreadable:
+                raise LearnerExists(learner_id)
+            if len(self._hosted) >= self._max_learners:
+                raise LimitReached(self._max_learners)
+            now = datetime.now(UTC).isoformat()
+            identity = messages.Identity(learner_id, uuid.uuid4().hex, now, now, request_id, digest)
+            report = await self._running_engine.call(messages.Create(learner_id, identity, spec))
+            self._host(report)
+        log.info("learner created", learner=learner_id, resets=spec.resets.layers)
+        return self._hosted[learner_id].record
+
+    async def update(
+        self, learner_id: str, revise: Callable[[LearnerSpec], LearnerSpec], *, etag: str = ""
+    ) -> LearnerRecord:
+        """Gives a live learner the spec that `revise` makes of its present one, behind every batch accepted so far."""
+        hosted = self._get(learner_id)
+        async with hosted.changing:
+            self._check_serving()
+            self._check_current(hosted, etag)
+            spec = revise(hosted.record.spec)
+            hosted.record.spec.check_update(spec)
+            identity = replace(hosted.identity, update_time=datetime.now(UTC).isoformat())
+            report = await self._running_engine.call(messages.Update(learner_id, identity, spec))
+            hosted.identity = identity
+            record = hosted.record
+            record.spec, record.etag = spec, _etag(identity.uid, spec)
+            record.update_time = datetime.fromisoformat(identity.update_time)
+            self._note_checkpoint(hosted, report, hosted.changes_saved)
+        log.info("learner updated", learner=learner_id)
+        return hosted.record
+
+    async def delete(self, learner_id: str, *, etag: str = "") -> None:
+        """Ends the learner's streams and removes it and its checkpoints."""
+        hosted = self._get(learner_id)
+        async with hosted.changing:
+            self._check_serving()
+            self._check_current(hosted, etag)
+            for session in list(hosted.sessions.values()):
+                session.end(LearnerNotFound(learner_id))
+            await self._running_engine.call(messages.Delete(learner_id))
+            del self._hosted[learner_id]
+            self._changed.announce()
+        log.info("learner deleted", learner=learner_id)
+
+    # -- learning and predicting --
+
+    def open_stream(self, learner_id: str, producer: str) -> TrainSession:
+        """A stream of one producer; an earlier one of the same producer is fenced."""
+        if not (1 <= len(producer) <= _LONGEST_PRODUCER and producer.isprintable()):
+            description = f"must be 1 to {_LONGEST_PRODUCER} printable characters"
+            raise InvalidRequest(FieldViolation("open.producer", description))
+        hosted = self._get(learner_id)
+        if self._draining:
+            raise ServerDraining
+        if hosted.record.state is not LearnerState.ACTIVE:
+            raise EngineUnavailable
+        state = hosted.producers.setdefault(producer, Producer(producer))
+        earlier = hosted.sessions.pop(producer, None)
+        session = hosted.sessions[producer] = TrainSession(
+            hosted.record,
+            state,
+            credits=self._stream_credits,
+            max_message_bytes=self._max_message_bytes,
+            sink=partial(self._send, hosted),
+            on_rejected=self._observer.batch_rejected,
+            on_close=partial(self._forget_session, hosted),
+        )
+        if earlier is not None:
+            earlier.end(ProducerFenced(producer, session.epoch))
+        self._show_producers(hosted)
+        return session
+
+    async def predict(self, learner_id: str, features: NDArray[np.generic]) -> messages.PredictReport:
+        """Raw outputs of the live network between two of its steps, for features [N, in_features]."""
+        record = self._get(learner_id).record
+        if features.nbytes > self._max_message_bytes:
+            raise MessageTooLarge(features.nbytes, self._max_message_bytes)
+        checked = validate_features(record.spec, features)
+        return await self._running_engine.call(messages.Predict(learner_id, checked))
+
+    async def sample(self, learner_id: str) -> SampleRecord:
+        """Measures plasticity now, between two steps."""
+        hosted = self._get(learner_id)
+        self._add_samples(hosted, [await self._running_engine.call(messages.Sample(learner_id))])
+        self._touch(hosted)
+        return hosted.record.samples[-1]
+
+    def _send(
+        self, hosted: _Hosted, producer: Producer, epoch: int, incoming: IncomingBatch, batch: Batch
+    ) -> asyncio.Future[messages.TrainReport]:
+        if hosted.record.state is not LearnerState.ACTIVE:
+            raise EngineUnavailable
+        request = messages.Train(
+            hosted.record.learner_id,
+            producer.name,
+            epoch,
+            incoming.sequence,
+            incoming.payload_hash,
+            batch,
+            incoming.return_outputs,
+        )
+        applied = self._running_engine.submit(request)
+        hosted.record.queued_batches += 1
+        # Registered first, so whoever awaits the future finds the record and the positions up to date.
+        applied.add_done_callback(partial(self._applied, hosted, producer, incoming.sequence))
+        return applied
+
+    def _applied(
+        self, hosted: _Hosted, producer: Producer, sequence: int, applied: asyncio.Future[messages.TrainReport]
+    ) -> None:
+        record = hosted.record
+        record.queued_batches -= 1
+        if applied.cancelled() or applied.exception() is not None:
+            producer.retract(sequence)
+            return
+        report = applied.result()
+        producer.settle(sequence)
+        hosted.changes += 1
+        if report.progress is not None:
+            record.progress = report.progress
+        self._add_samples(hosted, report.samples)
+        self._show_producers(hosted)
+
+    # -- checkpoints --
+
+    async def checkpoint_changed(self) -> int:
+        """Saves every learner that changed since its last checkpoint; the number of those that could not be saved."""
+        failed = 0
+        for hosted in [hosted for hosted in self._hosted.values() if hosted.changes > hosted.changes_saved]:
+            learner_id, changes = hosted.record.learner_id, hosted.changes
+            try:
+                report = await self._running_engine.call(messages.Checkpoint(learner_id))
+            except (CheckpointFailed, EngineUnavailable) as error:
+                failed += 1
+                self._observer.checkpoint_failed()
+                log.error("checkpoint failed", learner=learner_id, error=str(error))
+            except LearnerNotFound:
+                continue  # deleted meanwhile
+            else:
+                self._note_checkpoint(hosted, report, changes)
+        return failed
+
+    def _note_checkpoint(self, hosted: _Hosted, report: messages.LearnerReport, changes: int) -> None:
+        checkpoint = report.checkpoint
+        self._observer.checkpoint_written(checkpoint.seconds, checkpoint.size_bytes)
+        hosted.changes_saved = max(hosted.changes_saved, changes)
+        hosted.record.checkpoint = _checkpoint_record(report)
+        for name, position in report.positions.items():
+            hosted.producers[name].durable = position.sequence
+            if name in hosted.sessions:
+                hosted.sessions[name].durable_moved()
+        self._show_producers(hosted)
+
+    # -- start, failure and end --
+
+    async def engine_up(self, ready: messages.EngineReady) -> None:
+        """Restores every stored learner into a new engine process; each one serves as soon as it is ready."""
+        started = time.monotonic()
+        self._announce_readiness()
+        self._unreadable.clear()
+        await asyncio.gather(*(self._load(learner_id) for learner_id in ready.stored_learners))
+        self._serving = True
+        self._announce_readiness()
+        seconds = round(time.monotonic() - started, 3)
+        log.info("learners restored", learners=len(self._hosted), unreadable=len(self._unreadable), seconds=seconds)
+
+    def engine_down(self) -> None:
+        """The engine process has died: nothing is served until another one has restored the learners."""
+        self._serving = False
+        for hosted in self._hosted.values():
+            hosted.record.state = LearnerState.UNAVAILABLE
+            for session in hosted.sessions.values():
+                session.end(EngineUnavailable("the engine process ended; the stream resumes once it is back"))
+            self._touch(hosted)
+        self._announce_readiness()
+
+    async def drain(self, timeout_seconds: float) -> int:
+        """Takes no more work, lets accepted batches finish, ends the streams and saves what changed.
+
+        Returns the number of learners that could not be saved.
+        """
+        self._draining = True
+        self._announce_readiness()
+        self._changed.announce()  # watchers look up and leave
+        under_way = []
+        for hosted in self._hosted.values():
+            for session in hosted.sessions.values():
+                session.end(ServerDraining())
+            under_way += [future for producer in hosted.producers.values() for future in producer.under_way]
+        if under_way:
+            log.info("finishing accepted batches", batches=len(under_way))
+            _, unfinished = await asyncio.wait(under_way, timeout=timeout_seconds)
+            if unfinished:
+                log.warning("drain timeout: batches dropped unacknowledged", batches=len(unfinished))
+        return await self.checkpoint_changed()
+
+    async def _load(self, learner_id: str) -> None:
+        try:
+            self._host(await self._running_engine.call(messages.Load(learner_id)))
+        except SnapshotError as error:
+            self._hosted.pop(learner_id, None)
+            self._unreadable[learner_id] = str(error)
+            log.error("learner not restored", learner=learner_id, error=str(error))
+
+    def _host(self, report: messages.LearnerReport) -> None:
+        """Takes up a learner as the engine reports it; what the front knew before only adds history."""
+        identity, learner_id = report.identity, report.identity.learner_id
+        before = self._hosted.get(learner_id)
+        samples = deque(maxlen=self._history_samples) if before is None else before.record.samples
+        kept = deque((s for s in samples if s.sample.step <= report.progress.step), maxlen=self._history_samples)
+        record = LearnerRecord(
+            learner_id=learner_id,
+            uid=identity.uid,
+            spec=report.spec,
+            etag=_etag(identity.uid, report.spec),
+            create_time=datetime.fromisoformat(identity.create_time),
+            update_time=datetime.fromisoformat(identity.update_time),
+            state=LearnerState.ACTIVE,
+            progress=report.progress,
+            samples=kept,
+            checkpoint=_checkpoint_record(report),
+            version=0 if before is None else before.record.version,
+        )
+        hosted = self._hosted[learner_id] = _Hosted(record, identity)
+        hosted.producers = {name: Producer(name, position) for name, position in report.positions.items()}
+        self._show_producers(hosted)
+
+    # -- helpers --
+
+    @property
+    def _running_engine(self) -> Engine:
+        if self._engine is None:
+            raise EngineUnavailable
+        return self._engine
+
+    def _get(self, learner_id: str) -> _Hosted:
+        hosted = self._hosted.get(learner_id)
+        if hosted is None:
+            if learner_id in self._unreadable:
+                raise SnapshotError(self._unreadable[learner_id])
+            if not self._serving and not self._draining:
+                raise EngineUnavailable  # it may be one of those that are still to be restored
+            raise LearnerNotFound(learner_id)
+        return hosted
+
+    def _created_by(self, request_id: str) -> _Hosted | None:
+        return next((hosted for hosted in self._hosted.values() if hosted.identity.request_id == request_id), None)
+
+    def _check_serving(self) -> None:
+        if self._draining:
+            raise ServerDraining
+        if not self._serving:
+            raise EngineUnavailable
+
+    def _check_current(self, hosted: _Hosted, etag: str) -> None:
+        if self._hosted.get(hosted.record.learner_id) is not hosted:
+            raise LearnerNotFound(hosted.record.learner_id)  # deleted while this call waited its turn
+        if etag and etag != hosted.record.etag:
+            raise EtagMismatch(hosted.record.learner_id, hosted.record.etag)
+
+    def _forget_session(self, hosted: _Hosted, session: TrainSession) -> None:
+        if hosted.sessions.get(session.producer.name) is session:
+            del hosted.sessions[session.producer.name]
+
+    def _add_samples(self, hosted: _Hosted, samples: Sequence[PlasticitySample]) -> None:
+        now = datetime.now(UTC)
+        hosted.record.samples.extend(SampleRecord(sample, now) for sample in samples)
+
+    def _show_producers(self, hosted: _Hosted) -> None:
+        hosted.record.producers = {name: producer.record for name, producer in hosted.producers.items()}
+        self._touch(hosted)
+
+    def _touch(self, hosted: _Hosted) -> None:
+        hosted.record.version += 1
+        self._changed.announce()
+
+    def _announce_readiness(self) -> None:
+        self._on_readiness(self.readiness())
+
+
+def _check_learner_id(learner_id: str) -> None:
+    if not _LEARNER_ID.fullmatch(learner_id):
+        description = (
+            "must be 1 to 63 characters of a-z, 0-9 and hyphen, beginning with a letter and not ending with a hyphen, "
+            f"not '{learner_id}'"
+        )
+        raise InvalidRequest(FieldViolation("learner_id", description))
+
+
+def _check_request_id(request_id: str) -> None:
+    if request_id:
+        try:
+            uuid.UUID(request_id)
+        except ValueError:
+            raise InvalidRequest(FieldViolation("request_id", f"must be a UUID, not '{request_id}'")) from None
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _etag(uid: str, spec: LearnerSpec) -> str:
+    return _digest({"uid": uid, "spec": spec.to_plain()})[:16]
+
+
+def _checkpoint_record(report: messages.LearnerReport) -> CheckpointRecord:
+    written = datetime.fromtimestamp(report.checkpoint.time, UTC)
+    return CheckpointRecord(report.progress.step, written, report.checkpoint.size_bytes)
+
+
+def _encode_page_token(learner_id: str) -> str:
+    return base64.urlsafe_b64encode(learner_id.encode()).decode()
+
+
+def _decode_page_token(token: str) -> str:
+    try:
+        return base64.urlsafe_b64decode(token.encode()).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        raise InvalidRequest(FieldViolation("page_token", "is not a token that a list call returned")) from None

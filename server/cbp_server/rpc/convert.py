@@ -1,0 +1,287 @@
+"""Messages to domain values and back. Pure; nothing here decides about learners."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
+from numpy.typing import NDArray
+
+from cbp import Batch, BatchError, FieldViolation, LayerPlasticity, LearnerSpec
+from cbp.plasticity import QUANTILES
+from cbp_proto import TensorError, decode_tensor, encode_tensor, from_plain, to_plain
+from cbp_proto.v1 import learner_pb2, spec_pb2, tensor_pb2, training_service_pb2
+from cbp_server.engine.messages import TrainReport
+from cbp_server.errors import InvalidRequest, describe
+from cbp_server.records import LearnerRecord, LearnerState, ProducerRecord, SampleRecord
+from cbp_server.sessions import Accepted, IncomingBatch, Rejected
+
+_COLLECTION = "learners/"
+_PRESETS = ("all", "first", "none")
+_STATES = {
+    LearnerState.ACTIVE: learner_pb2.Learner.STATE_ACTIVE,
+    LearnerState.UNAVAILABLE: learner_pb2.Learner.STATE_UNAVAILABLE,
+}
+
+
+def learner_id_of(name: str, field: str) -> str:
+    """The id in a resource name; `field` is where the name stood in the request."""
+    learner_id = name.removeprefix(_COLLECTION)
+    if not name.startswith(_COLLECTION) or not learner_id:
+        raise InvalidRequest(FieldViolation(field, f"must have the form learners/{{learner_id}}, not '{name}'"))
+    return learner_id
+
+
+def learner_name(learner_id: str) -> str:
+    return f"{_COLLECTION}{learner_id}"
+
+
+# -- specs --
+
+
+def spec_from_message(message: spec_pb2.LearnerSpec) -> LearnerSpec:
+    """Raises `SpecError` with the violations."""
+    return LearnerSpec.parse(_plain_spec(message))
+
+
+def spec_to_message(spec: LearnerSpec) -> spec_pb2.LearnerSpec:
+    return from_plain(spec.to_plain(), spec_pb2.LearnerSpec)
+
+
+def revised_spec(present: LearnerSpec, changes: spec_pb2.LearnerSpec, mask: FieldMask) -> LearnerSpec:
+    """`present` with the fields that `mask` names taken from `changes`; named but not set there means the default.
+
+    Without a mask, every field set in `changes` is taken.
+
+    Raises:
+        InvalidRequest: a path that is no field of a learner's spec.
+        SpecError: the spec that comes out is wrong.
+    """
+    plain, given = present.to_plain(), _plain_spec(changes)
+    if not mask.paths:
+        return LearnerSpec.parse(_merged(plain, given))
+    for path in mask.paths:
+        parts = path.split(".")
+        if parts[0] != "spec" or not FieldMask(paths=[path.removeprefix("spec.")]).IsValidForDescriptor(
+            spec_pb2.LearnerSpec.DESCRIPTOR
+        ):
+            violation = FieldViolation(
+                "update_mask", f"'{path}' is not a field of a learner's spec, like spec.resets.layers"
+            )
+            raise InvalidRequest(violation)
+        _copy_field(plain, given, [part for part in parts[1:] if part != "mlp"])
+    return LearnerSpec.parse(plain)
+
+
+def _plain_spec(message: spec_pb2.LearnerSpec) -> dict[str, Any]:
+    plain = to_plain(message)
+    layers = plain.get("resets", {}).get("layers")
+    if layers is not None and len(layers) == 1 and layers[0] in _PRESETS:
+        plain["resets"]["layers"] = layers[0]
+    return plain
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        nested = (
+            isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "layer_replacement_rates"
+        )
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged
+
+
+def _copy_field(target: dict[str, Any], source: Mapping[str, Any], path: list[str]) -> None:
+    *parents, leaf = path
+    for part in parents:
+        target = target.setdefault(part, {})
+        source = source.get(part) or {}
+    if leaf in source:
+        target[leaf] = source[leaf]
+    else:
+        target.pop(leaf, None)
+
+
+# -- batches --
+
+
+def incoming_batch(message: training_service_pb2.TrainBatch) -> IncomingBatch:
+    def validate(spec: LearnerSpec) -> Batch:
+        violations: list[FieldViolation] = []
+        features = _array(message.features, "features", violations)
+        targets = _array(message.targets, "targets", violations)
+        weights = _array(message.weights, "weights", violations) if message.HasField("weights") else None
+        if violations:
+            raise BatchError(violations)
+        return Batch.validate(spec, features, targets, weights, message.task)
+
+    return IncomingBatch(
+        sequence=message.sequence,
+        payload_hash=_payload_hash(message),
+        size_bytes=message.ByteSize(),
+        return_outputs=message.return_outputs,
+        validate=validate,
+    )
+
+
+def features_of(tensor: tensor_pb2.Tensor) -> NDArray[np.generic]:
+    """Raises `BatchError` if the message describes no tensor."""
+    violations: list[FieldViolation] = []
+    features = _array(tensor, "features", violations)
+    if violations:
+        raise BatchError(violations)
+    return features
+
+
+def _array(tensor: tensor_pb2.Tensor, field: str, violations: list[FieldViolation]) -> NDArray[np.generic]:
+    try:
+        return decode_tensor(tensor)
+    except TensorError as error:
+        violations.append(FieldViolation(field, str(error)))
+        return np.empty(0)
+
+
+def _payload_hash(message: training_service_pb2.TrainBatch) -> str:
+    """Equal for equal examples, whatever the sequence and the wish for outputs."""
+    digest = hashlib.blake2b(message.task.encode(), digest_size=16)
+    for tensor in (message.features, message.targets, message.weights):
+        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.data)
+    return digest.hexdigest()
+
+
+def acknowledgement(
+    producer: ProducerRecord, epoch: int, batches: Iterable[Accepted]
+) -> training_service_pb2.TrainResponse:
+    """Cumulative positions and the results of `batches`, all of them applied."""
+    results = [_batch_result(batch) for batch in batches]
+    return training_service_pb2.TrainResponse(
+        acknowledgement=training_service_pb2.Acknowledgement(
+            epoch=epoch,
+            applied_sequence=producer.applied_sequence,
+            durable_sequence=producer.durable_sequence,
+            results=results,
+        ),
+        credits=len(results),
+    )
+
+
+def _batch_result(batch: Accepted) -> training_service_pb2.BatchResult:
+    report: TrainReport | None = batch.applied.result() if batch.applied is not None else None
+    if batch.duplicate or report is None:
+        step = report.step if report is not None else 0
+        return training_service_pb2.BatchResult(sequence=batch.sequence, step=step, duplicate=True)
+    result = report.result
+    return training_service_pb2.BatchResult(
+        sequence=batch.sequence,
+        step=report.step,
+        steps=result.steps,
+        examples=result.examples,
+        pending_examples=result.pending,
+        loss=result.loss,
+        accuracy=result.accuracy,
+        outputs=encode_tensor(result.outputs) if result.outputs is not None else None,
+    )
+
+
+def rejection(rejected: Rejected) -> training_service_pb2.TrainResponse:
+    description = describe(rejected.error)
+    return training_service_pb2.TrainResponse(
+        rejection=training_service_pb2.Rejection(
+            sequence=rejected.sequence,
+            code=description.code.value[0],
+            reason=description.reason,
+            message=description.message,
+            field_violations=[
+                training_service_pb2.FieldViolation(field=violation.field, description=violation.description)
+                for violation in description.violations
+            ],
+            expected_sequence=rejected.expected_sequence,
+        ),
+        credits=1,
+    )
+
+
+# -- learners --
+
+
+def learner_to_message(record: LearnerRecord) -> learner_pb2.Learner:
+    progress = record.progress
+    return learner_pb2.Learner(
+        name=learner_name(record.learner_id),
+        uid=record.uid,
+        spec=spec_to_message(record.spec),
+        etag=record.etag,
+        create_time=_timestamp(record.create_time),
+        update_time=_timestamp(record.update_time),
+        state=_STATES[record.state],
+        progress=learner_pb2.LearnerProgress(
+            step=progress.step,
+            examples=progress.examples,
+            pending_examples=progress.pending,
+            loss=progress.loss,
+            accuracy=progress.accuracy,
+            replacements=progress.replacements,
+            tasks=[
+                learner_pb2.TaskRecord(
+                    task=task.task,
+                    first_step=task.first_step,
+                    examples=task.examples,
+                    loss=task.loss,
+                    accuracy=task.accuracy,
+                )
+                for task in progress.tasks
+            ],
+            task_count=progress.task_count,
+        ),
+        producers=[
+            learner_pb2.ProducerPosition(
+                producer=producer.producer,
+                epoch=producer.epoch,
+                applied_sequence=producer.applied_sequence,
+                durable_sequence=producer.durable_sequence,
+            )
+            for producer in record.producers.values()
+        ],
+    )
+
+
+def sample_to_message(record: SampleRecord) -> learner_pb2.PlasticitySample:
+    return learner_pb2.PlasticitySample(
+        step=record.sample.step,
+        examples=record.sample.examples,
+        layers=[_layer_to_message(layer) for layer in record.sample.layers],
+        sample_time=_timestamp(record.time),
+    )
+
+
+def _layer_to_message(layer: LayerPlasticity) -> learner_pb2.LayerPlasticity:
+    return learner_pb2.LayerPlasticity(
+        layer=layer.layer,
+        units=layer.units,
+        mean_abs_weight=layer.mean_abs_weight,
+        weight_norm=layer.weight_norm,
+        distance_from_init=layer.distance_from_init,
+        gradient_norm=layer.gradient_norm,
+        dormant_fraction=layer.dormant_fraction,
+        dead_fraction=layer.dead_fraction,
+        effective_rank=layer.effective_rank,
+        stable_rank=layer.stable_rank,
+        replacements=layer.replacements,
+        age_quantiles=_quantiles(layer.age_quantiles),
+        utility_quantiles=_quantiles(layer.utility_quantiles),
+    )
+
+
+def _quantiles(values: Sequence[float] | None) -> list[learner_pb2.Quantile]:
+    pairs = zip(QUANTILES, values, strict=True) if values else ()
+    return [learner_pb2.Quantile(quantile=quantile, value=value) for quantile, value in pairs]
+
+
+def _timestamp(time: datetime) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromDatetime(time)
+    return timestamp

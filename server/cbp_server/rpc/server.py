@@ -1,0 +1,69 @@
+"""Assembles the gRPC server: the services, health, reflection, and the interceptor around them all."""
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cbp_proto.v1 import (
+    learner_service_pb2,
+    learner_service_pb2_grpc,
+    training_service_pb2,
+    training_service_pb2_grpc,
+)
+from cbp_server.host import Host
+from cbp_server.rpc.interceptor import CallInterceptor, RpcObserver
+from cbp_server.rpc.learner_servicer import LearnerServicer
+from cbp_server.rpc.training_servicer import TrainingServicer
+
+_SERVICES = (
+    learner_service_pb2.DESCRIPTOR.services_by_name["LearnerService"].full_name,
+    training_service_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name,
+)
+#: gRPC itself refuses what is larger than this many times max_message_bytes; up to there our own error says why.
+_TRANSPORT_HEADROOM = 2
+
+
+class RpcServer:
+    """The gRPC side of the front process."""
+
+    def __init__(self, host: Host, observer: RpcObserver, *, max_message_bytes: int) -> None:
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(observer)],
+            options=[
+                ("grpc.max_receive_message_length", max_message_bytes * _TRANSPORT_HEADROOM + 2**16),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ],
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(LearnerServicer(host), self._server)
+        training_service_pb2_grpc.add_TrainingServiceServicer_to_server(
+            TrainingServicer(host, max_message_bytes=max_message_bytes), self._server
+        )
+        reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self, address: str) -> int:
+        """Listens on host:port; the port that was bound.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: is another server running there?") from error
+        await self._server.start()
+        return int(port)
+
+    async def set_serving(self, serving: bool) -> None:
+        """What grpc.health.v1.Health says of the server and of each service."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *_SERVICES):
+            await self._health.set(service, status)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Refuses new calls and ends the open ones once they finish or the grace is over."""
+        await self._server.stop(grace_seconds)

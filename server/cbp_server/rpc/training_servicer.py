@@ -1,0 +1,102 @@
+"""cbp.v1.TrainingService."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import grpc
+
+from cbp_proto import encode_tensor
+from cbp_proto.v1 import training_service_pb2, training_service_pb2_grpc
+from cbp_server.errors import StreamProtocolError
+from cbp_server.host import Host
+from cbp_server.rpc import convert
+from cbp_server.sessions import Accepted, DurableMoved, Ended, Rejected, TrainSession
+
+#: Results in one response at most, so that none grows beyond what clients take.
+_LARGEST_ACKNOWLEDGEMENT = 64
+
+if TYPE_CHECKING:  # generic in the type stubs only
+    Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+
+class TrainingServicer(training_service_pb2_grpc.TrainingServiceServicer):
+    """Translates between messages and the host's sessions."""
+
+    def __init__(self, host: Host, *, max_message_bytes: int) -> None:
+        self._host = host
+        self._max_message_bytes = max_message_bytes
+
+    async def Predict(
+        self, request: training_service_pb2.PredictRequest, context: "Context"
+    ) -> training_service_pb2.PredictResponse:
+        learner_id = convert.learner_id_of(request.learner, "learner")
+        report = await self._host.predict(learner_id, convert.features_of(request.features))
+        return training_service_pb2.PredictResponse(outputs=encode_tensor(report.outputs), step=report.step)
+
+    async def Train(
+        self, request_iterator: AsyncIterator[training_service_pb2.TrainRequest], context: "Context"
+    ) -> AsyncIterator[training_service_pb2.TrainResponse]:
+        session = self._open(await anext(request_iterator, None))
+        reading = asyncio.create_task(_read(request_iterator, session))
+        try:
+            yield self._opened(session)
+            while not isinstance(event := await session.next_event(), Ended):
+                yield await _answer(session, event)
+            if event.error is not None:
+                raise event.error
+        finally:
+            session.close()
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    def _open(self, request: training_service_pb2.TrainRequest | None) -> TrainSession:
+        if request is None or not request.HasField("open"):
+            raise StreamProtocolError("the first message of a Train stream must be `open`")
+        learner_id = convert.learner_id_of(request.open.learner, "open.learner")
+        return self._host.open_stream(learner_id, request.open.producer)
+
+    def _opened(self, session: TrainSession) -> training_service_pb2.TrainResponse:
+        producer = session.producer.record
+        return training_service_pb2.TrainResponse(
+            opened=training_service_pb2.StreamOpened(
+                epoch=session.epoch,
+                applied_sequence=producer.applied_sequence,
+                durable_sequence=producer.durable_sequence,
+                learner_uid=session.record.uid,
+                max_message_bytes=self._max_message_bytes,
+            ),
+            credits=session.credits,
+        )
+
+
+async def _read(requests: AsyncIterator[training_service_pb2.TrainRequest], session: TrainSession) -> None:
+    """Offers the client's batches to the session until the client has finished."""
+    try:
+        async for request in requests:
+            if not request.HasField("batch"):
+                session.end(StreamProtocolError("after `open`, every message of a Train stream must be `batch`"))
+                return
+            session.offer(convert.incoming_batch(request.batch))
+    except Exception as error:
+        session.end(error)
+    else:
+        session.end(None)
+
+
+async def _answer(
+    session: TrainSession, event: Accepted | Rejected | DurableMoved
+) -> training_service_pb2.TrainResponse:
+    """The response to `event`, together with those behind it that can be answered by now."""
+    if isinstance(event, Rejected):
+        session.answered(1)
+        return convert.rejection(event)
+    batches: list[Accepted] = []
+    if isinstance(event, Accepted):
+        if event.applied is not None:
+            await asyncio.shield(event.applied)
+        batches.append(event)
+    while len(batches) < _LARGEST_ACKNOWLEDGEMENT and (behind := session.take_applied()) is not None:
+        batches.append(behind)
+    session.answered(len(batches))
+    return convert.acknowledgement(session.producer.record, session.epoch, batches)

@@ -1,0 +1,169 @@
+"""One producer's open stream into one learner, without the wire."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from cbp import Batch, BatchError, CbpError, LearnerSpec
+from cbp_server.engine.messages import TrainReport
+from cbp_server.errors import CreditsExceeded, MessageTooLarge, SequenceGap, SequenceReused
+from cbp_server.producers import Producer
+from cbp_server.records import LearnerRecord
+
+#: What one batch can be refused for while its stream goes on.
+_REJECTIONS = (BatchError, MessageTooLarge, SequenceGap, SequenceReused)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A batch is on its way; `applied` completes when the learner has learnt it, or is None if that was long ago."""
+
+    sequence: int
+    applied: asyncio.Future[TrainReport] | None
+    duplicate: bool
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A batch was refused, and nothing changed."""
+
+    sequence: int
+    error: CbpError
+    expected_sequence: int
+
+
+@dataclass(frozen=True)
+class DurableMoved:
+    """A checkpoint has made more batches durable."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The stream is over; what was accepted before comes before it. No error: the client has finished."""
+
+    error: Exception | None
+
+
+Event = Accepted | Rejected | DurableMoved | Ended
+
+
+@dataclass(frozen=True)
+class IncomingBatch:
+    """A batch as it came from the client."""
+
+    sequence: int
+    payload_hash: str
+    size_bytes: int
+    return_outputs: bool
+    validate: Callable[[LearnerSpec], Batch]  # raises BatchError
+
+
+class BatchSink(Protocol):
+    """Hands an accepted batch to the engine."""
+
+    def __call__(
+        self, producer: Producer, epoch: int, incoming: IncomingBatch, batch: Batch
+    ) -> asyncio.Future[TrainReport]: ...
+
+
+class TrainSession:
+    """Decides about each incoming batch and keeps the order in which the client hears of it.
+
+    Args:
+        credits: batches that may be unanswered at a time.
+        max_message_bytes: largest batch.
+        on_close: called once when the stream is over on this side.
+    """
+
+    def __init__(
+        self,
+        record: LearnerRecord,
+        producer: Producer,
+        *,
+        credits: int,
+        max_message_bytes: int,
+        sink: BatchSink,
+        on_rejected: Callable[[CbpError], None],
+        on_close: Callable[["TrainSession"], None],
+    ) -> None:
+        self.record = record
+        self.producer = producer
+        self.epoch = producer.open()
+        self.credits = credits
+        self._max_message_bytes = max_message_bytes
+        self._sink = sink
+        self._on_rejected = on_rejected
+        self._on_close = on_close
+        self._unanswered = 0
+        self._ended = False
+        self._events: deque[Event] = deque()
+        self._arrived = asyncio.Event()
+
+    def offer(self, incoming: IncomingBatch) -> None:
+        """Accepts or rejects one batch; the outcome is an event."""
+        if self._ended:
+            return  # the client will hear why the stream ended; this batch was not accepted
+        self._unanswered += 1
+        if self._unanswered > self.credits:
+            self.end(CreditsExceeded())
+            return
+        try:
+            self._push(self._accept(incoming))
+        except _REJECTIONS as error:
+            self._on_rejected(error)
+            self._push(Rejected(incoming.sequence, error, self.producer.accepted + 1))
+        except CbpError as error:
+            self.end(error)
+
+    def _accept(self, incoming: IncomingBatch) -> Accepted:
+        self.producer.check_epoch(self.epoch)
+        if self.producer.is_repeat(incoming.sequence, incoming.payload_hash):
+            return Accepted(incoming.sequence, self.producer.applied_future(incoming.sequence), duplicate=True)
+        if incoming.size_bytes > self._max_message_bytes:
+            raise MessageTooLarge(incoming.size_bytes, self._max_message_bytes)
+        batch = incoming.validate(self.record.spec)
+        applied = self._sink(self.producer, self.epoch, incoming, batch)
+        self.producer.accept(incoming.sequence, incoming.payload_hash, applied)
+        return Accepted(incoming.sequence, applied, duplicate=False)
+
+    def end(self, error: Exception | None) -> None:
+        """Takes no more batches; the stream ends once the client has heard of the accepted ones."""
+        if not self._ended:
+            self._ended = True
+            self._push(Ended(error))
+
+    def _push(self, event: Event) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+    def durable_moved(self) -> None:
+        if not self._ended:
+            self._push(DurableMoved())
+
+    async def next_event(self) -> Event:
+        """The next event, in the order of the client's batches."""
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._events.popleft()
+
+    def take_applied(self) -> Accepted | None:
+        """The next event, if it is a batch that the learner has learnt already."""
+        event = self._events[0] if self._events else None
+        if not isinstance(event, Accepted):
+            return None
+        if event.applied is not None and (not event.applied.done() or event.applied.exception() is not None):
+            return None
+        self._events.popleft()
+        return event
+
+    def answered(self, batches: int) -> None:
+        """The client has heard of this many batches more and may send as many again."""
+        self._unanswered -= batches
+
+    def close(self) -> None:
+        """The stream is over, however that came about."""
+        self._ended = True
+        self._on_close(self)

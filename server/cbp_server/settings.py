@@ -1,0 +1,112 @@
+"""The server's settings, from flags, `CBP_…` variables and defaults. No other module reads the environment."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+_PREFIX = "CBP_"
+#: Read by the client, not by the server; both may stand in one environment.
+_CLIENT_VARIABLES = {"CBP_SERVER"}
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Settings(BaseSettings):
+    """Host continual learners behind gRPC and HTTP."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX,
+        extra="forbid",
+        frozen=True,
+        cli_prog_name="cbp-server",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    grpc_port: Port = Field(50051, description="port of the gRPC services; 0 picks a free one")
+    http_port: Port = Field(8080, description="port of status page, HTTP API and metrics; 0 picks a free one")
+    data_dir: Path = Field(Path("data"), description="directory that keeps the learners; made if missing")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where learners train; auto takes a GPU if there is one"
+    )
+    engine_threads: int = Field(1, ge=1, le=1024, description="threads torch uses within one operation on the CPU")
+    checkpoint_interval: float = Field(
+        30.0, gt=0, description="seconds between two checkpoints of a learner that is training"
+    )
+    drain_timeout: float = Field(
+        20.0, gt=0, description="seconds that accepted batches may take to finish after SIGTERM"
+    )
+    max_learners: int = Field(10_000, ge=1, description="learners that the server will host")
+    max_message_bytes: int = Field(
+        16 * 2**20, ge=2**10, le=2**30, description="largest batch or prediction request, in bytes"
+    )
+    stream_credits: int = Field(64, ge=1, le=65536, description="batches that one stream may have in flight")
+    history_samples: int = Field(
+        500, ge=1, le=100_000, description="plasticity samples kept in memory per learner for the HTTP and gRPC history"
+    )
+    metrics_max_learners: int = Field(
+        100, ge=0, description="learners with Prometheus series of their own; the others are aggregated as _others"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe events logged")
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto: console on a terminal, otherwise JSON lines"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.grpc_port == self.http_port != 0:
+            raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; give them different ports")
+        if self.data_dir.exists() and not self.data_dir.is_dir():
+            raise ValueError(f"data_dir {self.data_dir} is a file; name a directory")
+        return self
+
+
+def load_settings(arguments: list[str] | None = None) -> Settings:
+    """The settings from flags (`arguments`, default the process's own) and environment.
+
+    Exits with status 2 and a text that names the setting and the fix if they are unknown, wrong or contradictory;
+    with 0 after `--help`.
+    """
+    _refuse_unknown_variables()
+    flags: CliSettingsSource[Settings] = CliSettingsSource(
+        Settings, cli_parse_args=arguments if arguments is not None else True
+    )
+    try:
+        return Settings(_cli_settings_source=flags)  # type: ignore[call-arg]
+    except (ValidationError, SettingsError) as error:
+        _fail(_explain(error))
+
+
+def _refuse_unknown_variables() -> None:
+    known = {f"{_PREFIX}{name.upper()}" for name in Settings.model_fields} | _CLIENT_VARIABLES
+    for name in sorted(os.environ):
+        if name.upper().startswith(_PREFIX) and name.upper() not in known:
+            close = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see cbp-server --help"
+            _fail(f"environment variable {name} is not a setting; {hint}")
+
+
+def _explain(error: ValidationError | SettingsError) -> str:
+    if isinstance(error, SettingsError):
+        return str(error)
+    lines = []
+    for detail in error.errors():
+        name = ".".join(str(part) for part in detail["loc"])
+        text = detail["msg"].removeprefix("Value error, ")
+        lines.append(
+            f"--{name.replace('_', '-')} (or {_PREFIX}{name.upper()}): {text}, not {detail['input']!r}"
+            if name
+            else text
+        )
+    return "\n".join(lines)
+
+
+def _fail(text: str) -> NoReturn:
+    raise SystemExit(f"cbp-server: {text}") from None

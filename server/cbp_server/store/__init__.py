@@ -1,0 +1,1 @@
+"""What lasts: the learners' state on disk."""
