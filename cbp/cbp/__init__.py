@@ -1,6 +1,7 @@
 """Continual Backprop: neural networks that never stop learning."""
 
 from cbp.batches import Batch
+from cbp.continual_backprop import ContinualBackprop
 from cbp.errors import BatchError, CbpError, FieldViolation, SnapshotError, SpecError
 from cbp.learner import Learner, TrainResult
 from cbp.plasticity import LayerPlasticity, PlasticitySample
@@ -23,6 +24,7 @@ __all__ = [
     "Batch",
     "BatchError",
     "CbpError",
+    "ContinualBackprop",
     "FieldViolation",
     "LayerPlasticity",
     "Learner",

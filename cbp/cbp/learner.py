@@ -15,7 +15,6 @@ from cbp.batches import Batch, validate_features
 from cbp.engines.torch_engine import StackState, TorchEngine, initial_stack, schedules, unit_layout
 from cbp.errors import BatchError, CbpError, FieldViolation, SnapshotError
 from cbp.networks import FlatLayers, Mlp, flat_layers
-from cbp.optimizers import SgdState
 from cbp.pending import Examples, Probe
 from cbp.plasticity import PlasticitySample, Probed, measure_layers
 from cbp.progress import LearnerProgress, ProgressTracker
@@ -94,6 +93,7 @@ class Learner:
             accuracy=self._progress.accuracy.value,
             replacements=dict(zip(names, self._state.replacements[0], strict=True)),
             tasks=tuple(self._progress.tasks),
+            task_count=self._progress.task_count,
         )
 
     def train(
@@ -233,12 +233,9 @@ class Learner:
         accumulated = [self._state.schedules[0].accumulated]
         self._spec = spec
         self._state.schedules = schedules([spec], self._state, accumulated)
-        if isinstance(self._state.optimizer, SgdState):
-            had = self._state.optimizer.momentum
-            fresh = optimizers.initial_state([spec.optimizer], spec.network, self._device)
-            assert isinstance(fresh, SgdState)
-            # Momentum 0 keeps nothing from the last step, so a buffer that was not needed is as good as one of zeros.
-            self._state.optimizer = SgdState(momentum=fresh.momentum and (had or fresh.momentum))
+        self._state.optimizer = optimizers.adjusted_state(
+            self._state.optimizer, [spec.optimizer], spec.network, self._device
+        )
         self._engine.configure([spec])
         self._probe = self._probe.resized(spec.monitoring.probe_size)
 
@@ -326,10 +323,8 @@ class Learner:
     def _named(self, part: str, layers: FlatLayers) -> dict[str, Tensor]:
         named = {}
         for layer, name in enumerate(self._spec.layer_names):
-            bias = layers.biases[layer]
-            assert bias is not None
             named[f"{part}.{name}.weight"] = layers.weights[layer][0]
-            named[f"{part}.{name}.bias"] = bias[0]
+            named[f"{part}.{name}.bias"] = layers.biases[layer][0]
         return named
 
     @classmethod

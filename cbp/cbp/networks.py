@@ -32,6 +32,8 @@ class FlatLayers(LinearLayers):
 
     flat: Tensor
     """[L, P]; `weights` and `biases` are views of it."""
+    biases: tuple[Tensor, ...]
+    """Per layer [L, out]; every layer has one."""
 
 
 def flat_layers(network: MlpSpec, learners: int, device: torch.device) -> FlatLayers:
@@ -100,7 +102,7 @@ class Mlp:
     def __init__(self, activation: Activation) -> None:
         self._nonlinearity: Nonlinearity = NONLINEARITIES[activation]
 
-    def forward(self, parameters: LinearLayers, inputs: Tensor, outputs: Tensor | None = None) -> ForwardPass:
+    def forward(self, parameters: FlatLayers, inputs: Tensor, outputs: Tensor | None = None) -> ForwardPass:
         """inputs [L, B, in]; the result's outputs are written into `outputs` [L, B, C] if given."""
         pre_activations, activations = [], []
         apply = self._nonlinearity.apply
@@ -115,7 +117,7 @@ class Mlp:
 
     def backward(
         self,
-        parameters: LinearLayers,
+        parameters: FlatLayers,
         inputs: Tensor,
         passed: ForwardPass,
         output_gradient: Tensor,
@@ -125,10 +127,8 @@ class Mlp:
         delta = output_gradient
         for layer in range(len(parameters.weights) - 1, -1, -1):
             layer_input = passed.activations[layer - 1] if layer else inputs
-            bias_gradient = gradient.biases[layer]
-            assert bias_gradient is not None
             torch.bmm(delta.transpose(1, 2), layer_input, out=gradient.weights[layer])
-            torch.sum(delta, dim=1, out=bias_gradient)
+            torch.sum(delta, dim=1, out=gradient.biases[layer])
             if layer:
                 delta = self._nonlinearity.backward(
                     torch.bmm(delta, parameters.weights[layer]),
@@ -137,6 +137,5 @@ class Mlp:
                 )
 
 
-def _affine(weight: Tensor, bias: Tensor | None, layer_input: Tensor, out: Tensor | None = None) -> Tensor:
-    assert bias is not None
+def _affine(weight: Tensor, bias: Tensor, layer_input: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(1), layer_input, weight.transpose(1, 2), out=out)

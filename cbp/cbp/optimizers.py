@@ -21,7 +21,6 @@ class SgdSettings:
     negative_lr: Tensor
     momentum: Tensor
     weight_decay: Tensor
-    uses_momentum: bool
     uses_weight_decay: bool
 
 
@@ -59,7 +58,6 @@ def settings(specs: Sequence[AnyOptimizerSpec], device: torch.device) -> Setting
             negative_lr=negative_lr,
             momentum=column([spec.momentum for spec in sgd]),
             weight_decay=weight_decay,
-            uses_momentum=any(spec.momentum > 0 for spec in sgd),
             uses_weight_decay=uses_weight_decay,
         )
     adam = [spec for spec in specs if not isinstance(spec, SgdSpec)]
@@ -108,23 +106,40 @@ OptimizerState = SgdState | AdamState
 
 
 def initial_state(specs: Sequence[AnyOptimizerSpec], network: MlpSpec, device: torch.device) -> OptimizerState:
-    def zeros() -> FlatLayers:
-        return flat_layers(network, len(specs), device)
-
     if isinstance(specs[0], SgdSpec):
-        uses_momentum = any(isinstance(spec, SgdSpec) and spec.momentum > 0 for spec in specs)
-        return SgdState(momentum=zeros() if uses_momentum else None)
-    return AdamState(first_moment=zeros(), second_moment=zeros(), steps=zeros())
+        return SgdState(momentum=flat_layers(network, len(specs), device) if _use_momentum(specs) else None)
+    return AdamState(
+        first_moment=flat_layers(network, len(specs), device),
+        second_moment=flat_layers(network, len(specs), device),
+        steps=flat_layers(network, len(specs), device),
+    )
+
+
+def adjusted_state(
+    state: OptimizerState, specs: Sequence[AnyOptimizerSpec], network: MlpSpec, device: torch.device
+) -> OptimizerState:
+    """The state to go on with after settings, though not the kind of optimizer, have changed."""
+    if isinstance(state, AdamState):
+        return state
+    if not _use_momentum(specs):
+        return SgdState(momentum=None)
+    # Momentum 0 keeps nothing of the last step, so a buffer that was not needed is as good as one of zeros.
+    return SgdState(momentum=state.momentum or flat_layers(network, len(specs), device))
+
+
+def _use_momentum(specs: Sequence[AnyOptimizerSpec]) -> bool:
+    return any(isinstance(spec, SgdSpec) and spec.momentum > 0 for spec in specs)
 
 
 def update(parameters: Tensor, gradient: Tensor, state: OptimizerState, settings: Settings) -> None:
     """One step, in place; parameters and gradient [L, P]. The gradient is used up."""
-    if isinstance(state, SgdState):
-        assert isinstance(settings, SgdSettings)
-        _sgd(parameters, gradient, state, settings)
-    else:
-        assert isinstance(settings, AdamSettings)
-        _adam(parameters, gradient, state, settings)
+    match state, settings:
+        case SgdState(), SgdSettings():
+            _sgd(parameters, gradient, state, settings)
+        case AdamState(), AdamSettings():
+            _adam(parameters, gradient, state, settings)
+        case _:
+            raise TypeError(f"{type(settings).__name__} do not go with {type(state).__name__}")
 
 
 def _sgd(parameters: Tensor, gradient: Tensor, state: SgdState, settings: SgdSettings) -> None:
@@ -146,9 +161,20 @@ def _adam(parameters: Tensor, gradient: Tensor, state: AdamState, settings: Adam
     steps.add_(1)
     first.lerp_(gradient, settings.one_minus_beta1)
     second.mul_(settings.beta2).addcmul_(gradient.square_(), settings.one_minus_beta2)
-    # The first correction is left negative, expm1 being −(1 − βᵗ); value=-1 below takes the sign back.
-    second_correction = torch.mul(steps, settings.log_beta2).expm1_().neg_()
-    denominator = torch.div(second, second_correction, out=second_correction).sqrt_().add_(settings.epsilon)
-    first_correction = torch.mul(steps, settings.log_beta1).expm1_()
-    step = torch.div(first, first_correction, out=first_correction).div_(denominator)
-    parameters.addcmul_(step, settings.negative_lr, value=-1)
+    direction = adam_direction(first, second, steps, settings.log_beta1, settings.log_beta2, settings.epsilon)
+    parameters.addcmul_(direction, settings.negative_lr)
+
+
+def adam_direction(
+    first_moment: Tensor,
+    second_moment: Tensor,
+    steps: Tensor,
+    log_beta1: Tensor,
+    log_beta2: Tensor,
+    epsilon: Tensor | float,
+) -> Tensor:
+    """m̂ / (√v̂ + ε), with the moments corrected by each parameter's own step count."""
+    correction = torch.mul(steps, log_beta2).expm1_().neg_()
+    denominator = torch.div(second_moment, correction, out=correction).sqrt_().add_(epsilon)
+    correction = torch.mul(steps, log_beta1).expm1_().neg_()
+    return torch.div(first_moment, correction, out=correction).div_(denominator)

@@ -136,9 +136,7 @@ _HIDDEN_ONLY = (
 def _gradient_norm(gradient: FlatLayers | None, layer: int) -> float | None:
     if gradient is None:
         return None
-    bias = gradient.biases[layer]
-    assert bias is not None
-    return _finite(torch.hypot(gradient.weights[layer].norm(), bias.norm()))
+    return _finite(torch.hypot(gradient.weights[layer].norm(), gradient.biases[layer].norm()))
 
 
 def _activity(activations: Tensor, dormant_threshold: float) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class LearnerProgress:
     """Units replaced so far, per hidden layer."""
     tasks: tuple[TaskRecord, ...]
     """The last tasks, oldest first."""
+    task_count: int
+    """Tasks so far, those included whose records are gone."""
 
     def to_plain(self) -> dict[str, Any]:
         """A JSON object."""
@@ -80,6 +82,7 @@ class ProgressTracker:
     loss: ExponentialAverage = field(default_factory=ExponentialAverage)
     accuracy: ExponentialAverage = field(default_factory=ExponentialAverage)
     tasks: deque[TaskRecord] = field(default_factory=lambda: deque(maxlen=TASK_RECORD_LIMIT))
+    task_count: int = 0
     last_task: str = ""
 
     def extend(
@@ -123,6 +126,7 @@ class ProgressTracker:
         loss = float(losses[run].mean())
         accuracy = None if accuracies is None else float(accuracies[run].mean())
         if not (continues and self.tasks):
+            self.task_count += 1
             self.tasks.append(
                 TaskRecord(
                     task=task, first_step=begins, steps=ends - begins + 1, examples=count, loss=loss, accuracy=accuracy
@@ -148,6 +152,7 @@ class ProgressTracker:
             "loss": asdict(self.loss),
             "accuracy": asdict(self.accuracy),
             "tasks": [asdict(record) for record in self.tasks],
+            "task_count": self.task_count,
             "last_task": self.last_task,
         }
 
@@ -156,6 +161,7 @@ class ProgressTracker:
         tracker = cls(
             loss=ExponentialAverage(**plain["loss"]),
             accuracy=ExponentialAverage(**plain["accuracy"]),
+            task_count=int(plain["task_count"]),
             last_task=plain["last_task"],
         )
         tracker.tasks.extend(TaskRecord(**record) for record in plain["tasks"])

@@ -69,6 +69,11 @@ class UnitState:
             mean_activation=torch.zeros(learners, units, device=device),
         )
 
+    def to(self, device: torch.device) -> "UnitState":
+        return UnitState(
+            utility=self.utility.to(device), age=self.age.to(device), mean_activation=self.mean_activation.to(device)
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResetSettings:

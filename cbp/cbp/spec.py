@@ -5,7 +5,7 @@ with the dotted path of its field.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -33,10 +33,6 @@ _LARGEST_SEED = 2**63 - 1
 
 def hidden_layer_name(index: int) -> str:
     return f"{_HIDDEN_PREFIX}{index}"
-
-
-def _hidden_layer_index(name: str) -> int:
-    return int(name.removeprefix(_HIDDEN_PREFIX))
 
 
 def _refuse_text_and_bool(value: object) -> object:
@@ -264,6 +260,44 @@ class ResetSpec(_Spec):
     """Whether the next layer's bias takes over a removed unit's mean output, so that the mean prediction stays.
     The paper intends it, the published code does not do it."""
 
+    def rates(self, hidden_layers: Sequence[str]) -> tuple[float, ...]:
+        """The rate in force in each of a network's hidden layers; 0 where units are not reset.
+
+        Raises `SpecError` if a layer is named that the network does not have.
+        """
+        violation = self.misnamed_layer(hidden_layers)
+        if violation is not None:
+            raise SpecError([violation])
+        selected = self._selected(hidden_layers)
+        rates = self.layer_replacement_rates
+        return tuple(rates.get(name, self.replacement_rate) if name in selected else 0.0 for name in hidden_layers)
+
+    def misnamed_layer(self, hidden_layers: Sequence[str]) -> FieldViolation | None:
+        """The first layer named here that the network does not have, or that has a rate but is not reset."""
+        selected = self._selected(hidden_layers)
+        known = ", ".join(hidden_layers)
+        for name in selected:
+            if name not in hidden_layers:
+                return FieldViolation("layers", f"No hidden layer {name!r}; there are {known}")
+        for name in self.layer_replacement_rates:
+            field = f"layer_replacement_rates.{name}"
+            if name not in hidden_layers:
+                return FieldViolation(field, f"No hidden layer {name!r}; there are {known}")
+            if name not in selected:
+                return FieldViolation(field, f"{name} is not reset; add it to layers or remove its rate")
+        return None
+
+    def _selected(self, hidden_layers: Sequence[str]) -> Sequence[str]:
+        match self.layers:
+            case "all":
+                return hidden_layers
+            case "first":
+                return hidden_layers[:1]
+            case "none":
+                return ()
+            case names:
+                return names
+
 
 class MonitoringSpec(_Spec):
     """How a learner watches itself. Changes nothing about how it learns."""
@@ -305,36 +339,10 @@ class LearnerSpec(_Spec):
                 "network.out_features",
                 "cross_entropy needs at least 2 classes; use binary_cross_entropy for a single output",
             )
-        selected = self._selected_layers()
-        known = self.layer_names[:-1]
-        for name in selected:
-            if name not in known:
-                raise _contradiction("resets.layers", f"No hidden layer {name!r}; there are {', '.join(known)}")
-        for name in self.resets.layer_replacement_rates:
-            if name not in known:
-                raise _contradiction(
-                    f"resets.layer_replacement_rates.{name}",
-                    f"No hidden layer {name!r}; there are {', '.join(known)}",
-                )
-            if name not in selected:
-                raise _contradiction(
-                    f"resets.layer_replacement_rates.{name}",
-                    f"{name} is not reset; add it to resets.layers or remove its rate",
-                )
+        misnamed = self.resets.misnamed_layer(self.layer_names[:-1])
+        if misnamed is not None:
+            raise _contradiction(f"resets.{misnamed.field}", misnamed.description)
         return self
-
-    def _selected_layers(self) -> tuple[str, ...]:
-        hidden = self.layer_names[:-1]
-        match self.resets.layers:
-            case "all":
-                return hidden
-            case "first":
-                return hidden[:1]
-            case "none":
-                return ()
-            case tuple(names):
-                return names
-        raise AssertionError(self.resets.layers)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -344,11 +352,7 @@ class LearnerSpec(_Spec):
     @property
     def replacement_rates(self) -> tuple[float, ...]:
         """The rate in force in each hidden layer; 0 where units are not reset."""
-        selected = self._selected_layers()
-        rates = self.resets.layer_replacement_rates
-        return tuple(
-            rates.get(name, self.resets.replacement_rate) if name in selected else 0.0 for name in self.layer_names[:-1]
-        )
+        return self.resets.rates(self.layer_names[:-1])
 
     @classmethod
     def parse(cls, plain: Mapping[str, Any]) -> "LearnerSpec":
