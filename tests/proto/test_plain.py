@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
-from cbp_proto import PlainError, from_plain, to_plain
-from cbp_proto.v1 import spec_pb2
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cbp_proto import PlainError, from_plain, to_plain
+from cbp_proto.v1 import spec_pb2
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 int32 = st.integers(min_value=-(2**31), max_value=2**31 - 1)

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from cbp_proto import TensorError, decode_tensor, encode_tensor
-from cbp_proto.v1 import tensor_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+
+from cbp_proto import TensorError, decode_tensor, encode_tensor
+from cbp_proto.v1 import tensor_pb2
 
 DTYPES = ["?", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"]
 

@@ -1,0 +1,317 @@
+"""The asynchronous client, which the synchronous one wraps."""
+
+# ruff: noqa: ASYNC109 - `timeout` covers a call with its retries, as users of gRPC know it
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+from numpy.typing import ArrayLike
+
+from cbp_client import convert
+from cbp_client.errors import AlreadyExists, DeadlineExceeded, Unavailable, error_from_plain
+from cbp_client.rpc import Connection, backoff
+from cbp_client.stream import AsyncTrainingStream, StreamOptions
+from cbp_client.types import LearnerInfo, PlasticitySample, Prediction, WatchUpdate
+from cbp_proto import PlainError, from_plain, to_plain
+from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2, training_service_pb2
+
+DEFAULT_TARGET = "localhost:50051"
+DEFAULT_TIMEOUT = 30.0
+_PAGE_SIZE = 200
+_IMMUTABLE = ("network", "loss", "batch_size", "seed")
+
+Plain = Mapping[str, Any]
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+class AsyncLearner:
+    """A learner on the server. Holds nothing but its name and what the server last said of it."""
+
+    def __init__(self, connection: Connection, info: LearnerInfo) -> None:
+        self._connection = connection
+        self._info = info
+
+    @property
+    def id(self) -> str:
+        """The learner's id."""
+        return self._info.id
+
+    @property
+    def info(self) -> LearnerInfo:
+        """What the server last said of the learner; see `refresh`."""
+        return self._info
+
+    async def refresh(self) -> LearnerInfo:
+        """Ask the server for the learner's state now."""
+        self._info = await _get(self._connection, self.id)
+        return self._info
+
+    async def update(
+        self,
+        *,
+        resets: Plain | None = None,
+        optimizer: Plain | None = None,
+        monitoring: Plain | None = None,
+        if_unchanged: bool = False,
+    ) -> LearnerInfo:
+        """Change exactly the given entries of a live learner, between two steps; an entry that is None goes back to
+        its default.
+
+        Args:
+            resets: such as `{"layers": "first"}`.
+            optimizer: hyperparameters, such as `{"lr": 0.01}`.
+            monitoring: such as `{"interval": 1000}`.
+            if_unchanged: only if nobody has changed the spec since `info` was read.
+
+        Raises:
+            EtagMismatch: somebody has.
+            InvalidArgument: an entry does not exist, can't be changed, or has a wrong value.
+        """
+        parts = {"resets": resets, "optimizer": optimizer, "monitoring": monitoring}
+        given = {part: entries for part, entries in parts.items() if entries is not None}
+        learner = learner_pb2.Learner(
+            name=convert.learner_name(self.id),
+            spec=_message(given, spec_pb2.LearnerSpec, prefix="spec"),
+            etag=self._info.etag if if_unchanged else "",
+        )
+        paths = [f"spec.{part}.{entry}" for part, entries in given.items() for entry in entries]
+        if not paths:
+            return await self.refresh()
+        request = learner_service_pb2.UpdateLearnerRequest(learner=learner, update_mask=FieldMask(paths=paths))
+        # With an etag a second attempt could fail for the first one's success.
+        answer = await self._connection.call(self._connection.learners.UpdateLearner, request, retry=not if_unchanged)
+        self._info = convert.learner_info(answer)
+        return self._info
+
+    async def delete(self, *, if_unchanged: bool = False) -> None:
+        """Delete the learner and its checkpoints; if `if_unchanged`, only if its spec is still that of `info`."""
+        request = learner_service_pb2.DeleteLearnerRequest(
+            name=convert.learner_name(self.id), etag=self._info.etag if if_unchanged else ""
+        )
+        await self._connection.call(self._connection.learners.DeleteLearner, request, retry=False)
+
+    async def predict(self, features: ArrayLike, *, timeout: float | None = None) -> Prediction:
+        """Predict for features [N, in_features] with the learner's state between two steps; changes nothing."""
+        request = training_service_pb2.PredictRequest(
+            learner=convert.learner_name(self.id), features=convert.features_tensor(features)
+        )
+        answer = await self._connection.call(self._connection.training.Predict, request, retry=True, timeout=timeout)
+        return convert.prediction(answer)
+
+    async def plasticity(self, *, history: int = 1, fresh: bool = False) -> list[PlasticitySample]:
+        """The newest `history` plasticity samples, oldest first; fewer if the server has fewer.
+
+        Args:
+            history: how many; the server keeps a bounded number.
+            fresh: measure now rather than take the last periodic sample.
+        """
+        request = learner_service_pb2.GetPlasticityRequest(
+            name=convert.learner_name(self.id), max_samples=history, fresh=fresh
+        )
+        answer = await self._connection.call(self._connection.learners.GetPlasticity, request, retry=True)
+        return [convert.plasticity_sample(sample) for sample in answer.samples]
+
+    def stream(self, producer: str, **options: Unpack[StreamOptions]) -> AsyncTrainingStream:
+        """A stream of training batches, to be used in `async with`.
+
+        Args:
+            producer: names the source of the batches. One stream at a time: a second one ends the first.
+            **options: see `StreamOptions`.
+        """
+        return AsyncTrainingStream(self._connection, self.id, producer, **options)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
+
+class AsyncClient:
+    """A client of one server, for use on one event loop.
+
+    Args:
+        target: host:port of the server's gRPC endpoint.
+        timeout: seconds that a call may take, with its retries, unless it says otherwise.
+        credentials: for a server behind TLS.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._connection = Connection(target, timeout=timeout, credentials=credentials)
+
+    async def close(self) -> None:
+        """Close the connection. Close streams before."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Return as soon as the server answers.
+
+        Raises:
+            Unavailable: it does not within `timeout` seconds.
+        """
+        request = learner_service_pb2.ListLearnersRequest(page_size=1)
+        deadline = _now() + timeout
+        for delay in backoff(most=1.0):
+            try:
+                await self._connection.call(
+                    self._connection.learners.ListLearners, request, retry=False, timeout=max(0.1, deadline - _now())
+                )
+            except (Unavailable, DeadlineExceeded) as error:
+                if _now() + delay >= deadline:
+                    raise Unavailable(f"not ready after {timeout} s: {error.message}", reason=error.reason) from None
+                await asyncio.sleep(delay)
+            else:
+                return
+
+    async def create_learner(
+        self,
+        learner_id: str,
+        *,
+        network: Plain,
+        loss: str | Plain | None = None,
+        optimizer: str | Plain | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        resets: Plain | None = None,
+        monitoring: Plain | None = None,
+        exist_ok: bool = False,
+    ) -> AsyncLearner:
+        """Create a learner; what is left out takes the server's documented default.
+
+        Args:
+            learner_id: 1 to 63 characters of a-z, 0-9 and hyphen, a letter first, no hyphen last.
+            network: such as `{"kind": "mlp", "in_features": 64, "hidden": [100, 100], "out_features": 10,
+                "activation": "relu"}`.
+            loss: "cross_entropy", "mse", "huber" or "binary_cross_entropy", or such as `{"kind": "huber", "delta": 2}`.
+            optimizer: "sgd", "adam" or "adamw", or such as `{"kind": "sgd", "lr": 0.01}`.
+            batch_size: examples in one step; 0 makes every message one step.
+            seed: of the initial weights and every later draw.
+            resets: continual backprop, such as `{"layers": "first", "replacement_rate": 1e-4}`.
+            monitoring: how plasticity is measured.
+            exist_ok: return a learner that exists already, unless what it is can't be changed and differs from what
+                is given here: network, loss, batch_size or seed. Other settings stay as they are.
+
+        Raises:
+            AlreadyExists: the id is taken.
+            InvalidArgument: the id or an entry is wrong; `violations` names them.
+        """
+        plain = {
+            "network": network,
+            "loss": loss,
+            "optimizer": optimizer,
+            "batch_size": batch_size,
+            "seed": seed,
+            "resets": resets,
+            "monitoring": monitoring,
+        }
+        spec = _message(plain, spec_pb2.LearnerSpec, prefix="learner.spec")
+        request = learner_service_pb2.CreateLearnerRequest(
+            learner_id=learner_id, learner=learner_pb2.Learner(spec=spec), request_id=str(uuid.uuid4())
+        )
+        try:
+            answer = await self._connection.call(self._connection.learners.CreateLearner, request, retry=True)
+        except AlreadyExists:
+            if not exist_ok:
+                raise
+            learner = await self.get_learner(learner_id)
+            _check_same(to_plain(spec), learner.info)
+            return learner
+        return AsyncLearner(self._connection, convert.learner_info(answer))
+
+    async def get_learner(self, learner_id: str) -> AsyncLearner:
+        """The learner of that id.
+
+        Raises:
+            NotFound: there is none.
+        """
+        return AsyncLearner(self._connection, await _get(self._connection, learner_id))
+
+    async def list_learners(self) -> AsyncGenerator[AsyncLearner]:
+        """All learners, in the order of their ids."""
+        request = learner_service_pb2.ListLearnersRequest(page_size=_PAGE_SIZE)
+        while True:
+            answer = await self._connection.call(self._connection.learners.ListLearners, request, retry=True)
+            for learner in answer.learners:
+                yield AsyncLearner(self._connection, convert.learner_info(learner))
+            if not answer.next_page_token:
+                return
+            request.page_token = answer.next_page_token
+
+    async def delete_learner(self, learner_id: str) -> None:
+        """Delete a learner and its checkpoints.
+
+        Raises:
+            NotFound: there is none of that id.
+        """
+        request = learner_service_pb2.DeleteLearnerRequest(name=convert.learner_name(learner_id))
+        await self._connection.call(self._connection.learners.DeleteLearner, request, retry=False)
+
+    async def watch(
+        self, learner_ids: Iterable[str] | None = None, *, interval: float = 1.0
+    ) -> AsyncGenerator[WatchUpdate]:
+        """What happens to learners: all watched ones at once, then those that have changed, as they change.
+
+        Args:
+            learner_ids: which; None means all, also those created later.
+            interval: least seconds between two updates.
+        """
+        period = Duration()
+        period.FromNanoseconds(round(interval * 1e9))
+        request = learner_service_pb2.WatchLearnersRequest(
+            names=[convert.learner_name(learner_id) for learner_id in learner_ids or ()], interval=period
+        )
+        responses = self._connection.learners.WatchLearners(request)
+        async with contextlib.aclosing(self._connection.stream(responses)) as messages:
+            async for message in messages:
+                yield convert.watch_update(message)
+
+
+async def _get(connection: Connection, learner_id: str) -> LearnerInfo:
+    request = learner_service_pb2.GetLearnerRequest(name=convert.learner_name(learner_id))
+    return convert.learner_info(await connection.call(connection.learners.GetLearner, request, retry=True))
+
+
+def _message(plain: Plain, message_type: type[MessageT], *, prefix: str) -> MessageT:
+    try:
+        return from_plain(plain, message_type)
+    except PlainError as error:
+        raise error_from_plain(error, prefix) from None
+
+
+def _check_same(wanted: Plain, info: LearnerInfo) -> None:
+    for part in _IMMUTABLE:
+        if part in wanted and not _agrees(wanted[part], info.spec.get(part)):
+            raise AlreadyExists(
+                f"learner {info.id} exists with {part} {info.spec.get(part)}, not {wanted[part]}; "
+                "choose another id or delete it",
+                reason="LEARNER_EXISTS",
+            )
+
+
+def _agrees(wanted: Any, existing: Any) -> bool:
+    if isinstance(wanted, Mapping) and isinstance(existing, Mapping):
+        return all(_agrees(value, existing.get(key)) for key, value in wanted.items())
+    return bool(wanted == existing)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

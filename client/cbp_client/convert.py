@@ -1,0 +1,228 @@
+"""Between wire messages and what users see: pure functions, nothing else knows both."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from numpy.typing import ArrayLike, NDArray
+
+from cbp_client.errors import FieldViolation, InvalidArgument
+from cbp_client.types import (
+    BatchResult,
+    LayerPlasticity,
+    LearnerInfo,
+    LearnerProgress,
+    LearnerState,
+    PlasticitySample,
+    Prediction,
+    ProducerPosition,
+    TaskRecord,
+    WatchedLearner,
+    WatchUpdate,
+)
+from cbp_proto import TensorError, decode_tensor, encode_tensor, to_plain
+from cbp_proto.v1 import learner_pb2, learner_service_pb2, tensor_pb2, training_service_pb2
+
+_NAME_PREFIX = "learners/"
+_STATES: dict[int, LearnerState] = {
+    learner_pb2.Learner.STATE_ACTIVE: "active",
+    learner_pb2.Learner.STATE_UNAVAILABLE: "unavailable",
+}
+
+# Where unsigned integers of so many bytes go, since the wire has none beyond one byte.
+_SIGNED: dict[int, type[np.generic]] = {2: np.int32, 4: np.int64, 8: np.float32}
+
+
+def learner_name(learner_id: str) -> str:
+    """The wire name of the learner that users call `learner_id`."""
+    return _NAME_PREFIX + learner_id
+
+
+def learner_id(name: str) -> str:
+    """The id within a wire name."""
+    return name.removeprefix(_NAME_PREFIX)
+
+
+def learner_info(learner: learner_pb2.Learner) -> LearnerInfo:
+    """The record of a learner."""
+    return LearnerInfo(
+        id=learner_id(learner.name),
+        uid=learner.uid,
+        spec=to_plain(learner.spec),
+        etag=learner.etag,
+        state=_STATES.get(learner.state, "unavailable"),
+        create_time=_time(learner.create_time),
+        update_time=_time(learner.update_time),
+        progress=_progress(learner.progress),
+        producers=tuple(
+            ProducerPosition(item.producer, item.epoch, item.applied_sequence, item.durable_sequence)
+            for item in learner.producers
+        ),
+    )
+
+
+def plasticity_sample(sample: learner_pb2.PlasticitySample) -> PlasticitySample:
+    """The record of a plasticity sample."""
+    return PlasticitySample(
+        step=sample.step,
+        examples=sample.examples,
+        time=_time(sample.sample_time),
+        layers=tuple(_layer(layer) for layer in sample.layers),
+    )
+
+
+def watch_update(response: learner_service_pb2.WatchLearnersResponse) -> WatchUpdate:
+    """The record of one message of a watch."""
+    return WatchUpdate(
+        learners=tuple(
+            WatchedLearner(
+                info=learner_info(watched.learner),
+                plasticity=plasticity_sample(watched.plasticity) if watched.HasField("plasticity") else None,
+            )
+            for watched in response.learners
+        ),
+        deleted=tuple(learner_id(name) for name in response.deleted),
+    )
+
+
+def prediction(response: training_service_pb2.PredictResponse) -> Prediction:
+    """The record of a prediction."""
+    return Prediction(outputs=_float32(response.outputs), step=response.step)
+
+
+def batch_result(result: training_service_pb2.BatchResult, *, number: int, task: str) -> BatchResult:
+    """The record of what the batch with this number and task did."""
+    return BatchResult(
+        number=number,
+        sequence=result.sequence,
+        task=task,
+        step=result.step,
+        steps=result.steps,
+        examples=result.examples,
+        pending_examples=result.pending_examples,
+        loss=_optional(result, "loss"),
+        accuracy=_optional(result, "accuracy"),
+        outputs=_float32(result.outputs) if result.HasField("outputs") else None,
+        acknowledged=not result.duplicate,
+    )
+
+
+def features_tensor(features: ArrayLike) -> tensor_pb2.Tensor:
+    """Features [N, in_features]. Floats beyond single precision go as float32, which is what learners compute with;
+    half precision, booleans and integers go as they are, or in the next type that the wire has."""
+    array = _numbers(features, "features")
+    if array.ndim < 2:
+        raise _invalid("features", f"must be [N, in_features], one row for each example, not {list(array.shape)}")
+    if array.dtype.kind == "u":
+        return encode_tensor(array.astype(_SIGNED.get(array.dtype.itemsize, array.dtype)))
+    return encode_tensor(array if array.dtype == np.float16 else _narrowed(array))
+
+
+def targets_tensor(targets: ArrayLike) -> tensor_pb2.Tensor:
+    """Targets: integers and booleans as int64 labels, all other numbers as float32."""
+    array = _numbers(targets, "targets")
+    if array.ndim < 1:
+        raise _invalid("targets", "must be [N] or [N, out_features], one row for each example, not a single value")
+    return encode_tensor(array.astype(np.int64) if array.dtype.kind in "iub" else _narrowed(array))
+
+
+def weights_tensor(weights: ArrayLike) -> tensor_pb2.Tensor:
+    """Weights [N], as float32."""
+    array = _numbers(weights, "weights")
+    if array.ndim != 1:
+        raise _invalid("weights", f"must be [N], one for each example, not {list(array.shape)}")
+    return encode_tensor(array.astype(np.float32))
+
+
+def train_request(
+    features: ArrayLike, targets: ArrayLike, weights: ArrayLike | None, *, task: str, return_outputs: bool
+) -> training_service_pb2.TrainRequest:
+    """The message of a batch, without its sequence.
+
+    Raises:
+        InvalidArgument: something is not an array of numbers, or the lengths differ.
+    """
+    batch = training_service_pb2.TrainBatch(
+        features=features_tensor(features), targets=targets_tensor(targets), task=task, return_outputs=return_outputs
+    )
+    examples = batch.features.shape[0]
+    if batch.targets.shape[0] != examples:
+        raise _invalid("targets", f"{batch.targets.shape[0]} targets for {examples} examples")
+    if weights is not None:
+        batch.weights.CopyFrom(weights_tensor(weights))
+        if batch.weights.shape[0] != examples:
+            raise _invalid("weights", f"{batch.weights.shape[0]} weights for {examples} examples")
+    return training_service_pb2.TrainRequest(batch=batch)
+
+
+def _numbers(values: ArrayLike, field: str) -> NDArray[np.generic]:
+    try:
+        array: NDArray[np.generic] = np.asarray(values)
+    except ValueError as error:  # ragged nesting
+        raise _invalid(field, f"is not an array: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise _invalid(field, f"must be numbers, not {array.dtype}")
+    return array
+
+
+def _narrowed(array: NDArray[np.generic]) -> NDArray[np.generic]:
+    if array.dtype.kind != "f":
+        return array
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and the server names it
+        return array.astype(np.float32, copy=False)
+
+
+def _float32(tensor: tensor_pb2.Tensor) -> NDArray[np.float32]:
+    try:
+        return decode_tensor(tensor).astype(np.float32, copy=False)
+    except TensorError as error:
+        raise _invalid("outputs", f"the server sent no tensor: {error}") from error
+
+
+def _invalid(field: str, description: str) -> InvalidArgument:
+    violation = FieldViolation(field, description)
+    return InvalidArgument(f"{field}: {description}", reason="INVALID_BATCH", violations=[violation])
+
+
+def _progress(progress: learner_pb2.LearnerProgress) -> LearnerProgress:
+    return LearnerProgress(
+        step=progress.step,
+        examples=progress.examples,
+        pending_examples=progress.pending_examples,
+        loss=_optional(progress, "loss"),
+        accuracy=_optional(progress, "accuracy"),
+        replacements=dict(progress.replacements),
+        tasks=tuple(
+            TaskRecord(item.task, item.first_step, item.examples, _optional(item, "loss"), _optional(item, "accuracy"))
+            for item in progress.tasks
+        ),
+        task_count=progress.task_count,
+    )
+
+
+def _layer(layer: learner_pb2.LayerPlasticity) -> LayerPlasticity:
+    return LayerPlasticity(
+        layer=layer.layer,
+        units=layer.units,
+        mean_abs_weight=_optional(layer, "mean_abs_weight"),
+        weight_norm=_optional(layer, "weight_norm"),
+        distance_from_init=_optional(layer, "distance_from_init"),
+        gradient_norm=_optional(layer, "gradient_norm"),
+        dormant_fraction=_optional(layer, "dormant_fraction"),
+        dead_fraction=_optional(layer, "dead_fraction"),
+        effective_rank=_optional(layer, "effective_rank"),
+        stable_rank=_optional(layer, "stable_rank"),
+        replacements=_optional(layer, "replacements"),
+        age_quantiles={item.quantile: item.value for item in layer.age_quantiles},
+        utility_quantiles={item.quantile: item.value for item in layer.utility_quantiles},
+    )
+
+
+def _optional(message: Message, field: str) -> Any:
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def _time(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(UTC)

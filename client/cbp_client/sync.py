@@ -1,0 +1,314 @@
+"""The synchronous client: the asynchronous one on an event loop of its own, in one background thread."""
+
+import asyncio
+import contextlib
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+from numpy.typing import ArrayLike
+
+from cbp_client.aio import DEFAULT_TARGET, DEFAULT_TIMEOUT, AsyncClient, AsyncLearner, Plain
+from cbp_client.ledger import StreamPosition
+from cbp_client.stream import AsyncTrainingStream, StreamOptions, Ticket
+from cbp_client.types import LearnerInfo, PlasticitySample, Prediction, StreamSummary, WatchUpdate
+
+ResultT = TypeVar("ResultT")
+
+
+class _LoopThread:
+    """An event loop in a daemon thread, which ends with its owner or the interpreter, whichever is first."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="cbp-client", daemon=True)
+        self._thread.start()
+        self.stop = weakref.finalize(self, _stop, self._loop, self._thread)
+
+    def run(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+        """Run to the end on the loop; an interrupt of the waiting thread cancels."""
+        if not self.stop.alive:
+            coroutine.close()
+            raise RuntimeError("the client is closed")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def iterate(self, items: AsyncGenerator[ResultT]) -> Iterator[ResultT]:
+        """Iterate on the loop; the asynchronous iterator ends along with this one."""
+        try:
+            while (item := self.run(_next(items))) is not None:
+                yield item
+        finally:
+            if self.stop.alive:
+                self.run(_close(items))
+
+
+async def _next(items: AsyncGenerator[ResultT]) -> ResultT | None:
+    return await anext(items, None)
+
+
+async def _close(items: AsyncGenerator[Any]) -> None:
+    with contextlib.suppress(RuntimeError):  # an interrupt is ending it already
+        await items.aclose()
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    asyncio.run_coroutine_threadsafe(_cancel_tasks(), loop).add_done_callback(
+        lambda _: loop.call_soon_threadsafe(loop.stop)
+    )
+    if threading.current_thread() is not thread:
+        thread.join()
+        loop.close()
+
+
+async def _cancel_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class TrainingStream:
+    """Sends one producer's batches to one learner, each applied exactly once. Made by `Learner.stream`.
+
+    Leaving `with` normally closes the stream, which waits until every batch is applied; leaving it by an exception
+    aborts it, which gives up what is not applied yet. May be used by several threads.
+    """
+
+    def __init__(self, loop: _LoopThread, stream: AsyncTrainingStream) -> None:
+        self._loop = loop
+        self._stream = stream
+
+    @property
+    def position(self) -> StreamPosition:
+        """Where the producer stands with the server."""
+        return self._stream.position
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server is listening now; if not, the stream is reconnecting, or closed."""
+        return self._stream.connected
+
+    @property
+    def unapplied(self) -> int:
+        """Batches taken by `send` that are not known to be applied."""
+        return self._stream.unapplied
+
+    @property
+    def summary(self) -> StreamSummary:
+        """Running totals."""
+        return self._stream.summary
+
+    def open(self) -> None:
+        """Connect, as `with` does; see `AsyncTrainingStream.open`."""
+        self._loop.run(self._stream.open())
+
+    def send(
+        self, features: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None = None, task: str = ""
+    ) -> Ticket:
+        """Take a batch; blocks while max_in_flight_bytes are unapplied.
+
+        Args:
+            features: [N, in_features].
+            targets: [N] labels or [N, out_features] numbers, depending on the learner's loss.
+            weights: [N] factors of the examples' losses.
+            task: a label for reports.
+
+        Raises:
+            BatchRejected: batches sent earlier were not accepted; this one has not been taken.
+            InvalidArgument: this batch can't be sent, such as MessageTooLarge; it has not been taken.
+            Fenced, BatchesLost, LearnerReplaced, Unavailable: the stream is at its end.
+        """
+        request = self._stream.request(features, targets, weights=weights, task=task)
+        return self._loop.run(self._stream.send_request(request))
+
+    def send_many(
+        self,
+        features: ArrayLike,
+        targets: ArrayLike,
+        *,
+        weights: ArrayLike | None = None,
+        task: str = "",
+        examples_per_message: int | None = None,
+    ) -> list[Ticket]:
+        """Send arrays of any length in several messages; see `AsyncTrainingStream.send_many`."""
+        return self._loop.run(
+            self._stream.send_many(
+                features, targets, weights=weights, task=task, examples_per_message=examples_per_message
+            )
+        )
+
+    def flush(self, *, durable: bool = False, timeout: float | None = None) -> None:
+        """Wait until every batch is applied, and if `durable` also until the server has it in a checkpoint on disk;
+        see `AsyncTrainingStream.flush`."""
+        self._loop.run(self._stream.flush(durable=durable, timeout=timeout))
+
+    def close(self) -> None:
+        """Wait until every batch is applied, then end the stream; see `AsyncTrainingStream.close`."""
+        self._loop.run(self._stream.close())
+
+    def abort(self) -> None:
+        """End the stream at once; see `AsyncTrainingStream.abort`."""
+        self._loop.run(self._stream.abort())
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._loop.run(self._stream.__aexit__(exc_type, exc, traceback))
+
+
+class Learner:
+    """A learner on the server; the synchronous `AsyncLearner`."""
+
+    def __init__(self, loop: _LoopThread, learner: AsyncLearner) -> None:
+        self._loop = loop
+        self._learner = learner
+
+    @property
+    def id(self) -> str:
+        """The learner's id."""
+        return self._learner.id
+
+    @property
+    def info(self) -> LearnerInfo:
+        """What the server last said of the learner; see `refresh`."""
+        return self._learner.info
+
+    def refresh(self) -> LearnerInfo:
+        """Ask the server for the learner's state now."""
+        return self._loop.run(self._learner.refresh())
+
+    def update(
+        self,
+        *,
+        resets: Plain | None = None,
+        optimizer: Plain | None = None,
+        monitoring: Plain | None = None,
+        if_unchanged: bool = False,
+    ) -> LearnerInfo:
+        """Change exactly the given entries of a live learner, between two steps; see `AsyncLearner.update`."""
+        return self._loop.run(
+            self._learner.update(resets=resets, optimizer=optimizer, monitoring=monitoring, if_unchanged=if_unchanged)
+        )
+
+    def delete(self, *, if_unchanged: bool = False) -> None:
+        """Delete the learner and its checkpoints; if `if_unchanged`, only if its spec is still that of `info`."""
+        self._loop.run(self._learner.delete(if_unchanged=if_unchanged))
+
+    def predict(self, features: ArrayLike, *, timeout: float | None = None) -> Prediction:
+        """Predict for features [N, in_features] with the learner's state between two steps; changes nothing."""
+        return self._loop.run(self._learner.predict(features, timeout=timeout))
+
+    def plasticity(self, *, history: int = 1, fresh: bool = False) -> list[PlasticitySample]:
+        """The newest `history` plasticity samples, oldest first; `fresh` measures now."""
+        return self._loop.run(self._learner.plasticity(history=history, fresh=fresh))
+
+    def stream(self, producer: str, **options: Unpack[StreamOptions]) -> TrainingStream:
+        """A stream of training batches, to be used in `with`; see `StreamOptions`."""
+        return TrainingStream(self._loop, self._learner.stream(producer, **options))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
+
+class Client:
+    """A client of one server; may be used by several threads.
+
+    Args:
+        target: host:port of the server's gRPC endpoint.
+        timeout: seconds that a call may take, with its retries, unless it says otherwise.
+        credentials: for a server behind TLS.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._loop = _LoopThread()
+        self._client = self._loop.run(_connect(target, timeout=timeout, credentials=credentials))
+
+    def close(self) -> None:
+        """Close the connection and end the background thread. Close streams before."""
+        if self._loop.stop.alive:
+            self._loop.run(self._client.close())
+            self._loop.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Return as soon as the server answers; raises Unavailable if it does not within `timeout` seconds."""
+        self._loop.run(self._client.wait_until_ready(timeout))
+
+    def create_learner(
+        self,
+        learner_id: str,
+        *,
+        network: Plain,
+        loss: str | Plain | None = None,
+        optimizer: str | Plain | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        resets: Plain | None = None,
+        monitoring: Plain | None = None,
+        exist_ok: bool = False,
+    ) -> Learner:
+        """Create a learner; what is left out takes the server's documented default. See `AsyncClient.create_learner`
+        for what the arguments may be."""
+        return Learner(
+            self._loop,
+            self._loop.run(
+                self._client.create_learner(
+                    learner_id,
+                    network=network,
+                    loss=loss,
+                    optimizer=optimizer,
+                    batch_size=batch_size,
+                    seed=seed,
+                    resets=resets,
+                    monitoring=monitoring,
+                    exist_ok=exist_ok,
+                )
+            ),
+        )
+
+    def get_learner(self, learner_id: str) -> Learner:
+        """The learner of that id; raises NotFound if there is none."""
+        return Learner(self._loop, self._loop.run(self._client.get_learner(learner_id)))
+
+    def list_learners(self) -> Iterator[Learner]:
+        """All learners, in the order of their ids."""
+        for learner in self._loop.iterate(self._client.list_learners()):
+            yield Learner(self._loop, learner)
+
+    def delete_learner(self, learner_id: str) -> None:
+        """Delete a learner and its checkpoints; raises NotFound if there is none of that id."""
+        self._loop.run(self._client.delete_learner(learner_id))
+
+    def watch(self, learner_ids: Iterable[str] | None = None, *, interval: float = 1.0) -> Iterator[WatchUpdate]:
+        """What happens to learners: all watched ones at once, then those that have changed, as they change; see
+        `AsyncClient.watch`."""
+        return self._loop.iterate(self._client.watch(learner_ids, interval=interval))
+
+
+async def _connect(target: str, **settings: Any) -> AsyncClient:
+    return AsyncClient(target, **settings)  # its channel belongs to the loop that it is made on

@@ -1,0 +1,234 @@
+"""What the client returns: frozen records, arrays in numpy."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+LearnerState = Literal["active", "unavailable"]
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A run of examples that carried the same label.
+
+    Attributes:
+        loss: mean over the task's examples, each predicted before it was learnt.
+        accuracy: likewise; None for regression.
+    """
+
+    task: str
+    first_step: int
+    examples: int
+    loss: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class LearnerProgress:
+    """How far a learner has come.
+
+    Attributes:
+        step: optimizer updates made.
+        examples: examples learnt from.
+        pending_examples: examples that wait for enough others to make a step of batch_size.
+        loss: exponential average of the loss of predictions made before each update; None before the first.
+        accuracy: likewise; None for regression.
+        replacements: units replaced so far, by hidden layer.
+        tasks: the most recent tasks, oldest first; the last one may still be growing.
+        task_count: tasks seen so far.
+    """
+
+    step: int
+    examples: int
+    pending_examples: int
+    loss: float | None
+    accuracy: float | None
+    replacements: dict[str, int]
+    tasks: tuple[TaskRecord, ...]
+    task_count: int
+
+
+@dataclass(frozen=True)
+class ProducerPosition:
+    """How far a producer has come with a learner.
+
+    Attributes:
+        epoch: counts the streams opened for the producer; only the newest may write.
+        applied_sequence: every batch up to this one has changed the learner.
+        durable_sequence: every batch up to this one is in a checkpoint on disk.
+    """
+
+    producer: str
+    epoch: int
+    applied_sequence: int
+    durable_sequence: int
+
+
+@dataclass(frozen=True)
+class LearnerInfo:
+    """A learner as the server described it at one moment.
+
+    Attributes:
+        id: the name that users type; `learners/{id}` on the wire.
+        uid: differs from that of any other learner, also of one created under the same id later.
+        spec: network, loss, optimizer, batch_size, seed, resets and monitoring, every field filled in.
+        etag: changes whenever the spec does.
+    """
+
+    id: str
+    uid: str
+    spec: dict[str, Any]
+    etag: str
+    state: LearnerState
+    create_time: datetime
+    update_time: datetime
+    progress: LearnerProgress
+    producers: tuple[ProducerPosition, ...]
+
+    @property
+    def tasks(self) -> tuple[TaskRecord, ...]:
+        """The most recent tasks, oldest first."""
+        return self.progress.tasks
+
+
+@dataclass(frozen=True)
+class LayerPlasticity:
+    """Plasticity metrics of one layer; a metric that does not apply, or could not be measured, is None.
+
+    Attributes:
+        units: units of the layer.
+        mean_abs_weight: mean of abs(w) over the incoming weights.
+        weight_norm: Frobenius norm of the incoming weights.
+        distance_from_init: Euclidean distance of weights and biases from their initial values.
+        gradient_norm: Euclidean norm of the loss gradient on the probe examples.
+        dormant_fraction: share of units whose normalised mean activation is at most the dormant threshold.
+        dead_fraction: share of units that are zero on every probe example.
+        effective_rank: of the layer's activations on the probe examples.
+        stable_rank: likewise.
+        replacements: units replaced so far.
+        age_quantiles: age of the units in steps, by quantile.
+        utility_quantiles: bias-corrected utility of the units, by quantile.
+    """
+
+    layer: str
+    units: int
+    mean_abs_weight: float | None
+    weight_norm: float | None
+    distance_from_init: float | None
+    gradient_norm: float | None
+    dormant_fraction: float | None
+    dead_fraction: float | None
+    effective_rank: float | None
+    stable_rank: float | None
+    replacements: int | None
+    age_quantiles: dict[float, float]
+    utility_quantiles: dict[float, float]
+
+
+@dataclass(frozen=True)
+class PlasticitySample:
+    """Plasticity metrics of a learner between two steps: hidden layers from the input on, then the output layer."""
+
+    step: int
+    examples: int
+    time: datetime
+    layers: tuple[LayerPlasticity, ...]
+
+
+@dataclass(frozen=True)
+class WatchedLearner:
+    """A learner that has changed; `plasticity` is None before its first sample."""
+
+    info: LearnerInfo
+    plasticity: PlasticitySample | None
+
+
+@dataclass(frozen=True)
+class WatchUpdate:
+    """What has changed since the update before; the first one holds every watched learner.
+
+    Attributes:
+        deleted: ids of the learners that are gone.
+    """
+
+    learners: tuple[WatchedLearner, ...]
+    deleted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Outputs [N, out_features] float32 for N examples, made with the state after `step` updates."""
+
+    outputs: NDArray[np.float32]
+    step: int
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """[N] the class with the largest output; for classifiers."""
+        labels: NDArray[np.int64] = np.argmax(self.outputs, axis=1)
+        return labels
+
+    @property
+    def probabilities(self) -> NDArray[np.float32]:
+        """[N, out_features] softmax of the outputs; for learners whose loss is cross_entropy."""
+        exponentials = np.exp(self.outputs - self.outputs.max(axis=1, keepdims=True))
+        probabilities: NDArray[np.float32] = exponentials / exponentials.sum(axis=1, keepdims=True)
+        return probabilities
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch did to its learner.
+
+    Attributes:
+        number: the `Ticket.number` that `send` returned for the batch.
+        sequence: the number under which the server applied it.
+        task: the label that it was sent with.
+        step: the learner's step after it.
+        steps: steps made with it.
+        examples: examples that those steps learnt from; examples left waiting by earlier batches come first.
+        pending_examples: examples now waiting for the next batch.
+        loss: mean over `examples`, each predicted before it was learnt; None where there are none.
+        accuracy: likewise; None for regression.
+        outputs: [examples, out_features] raw outputs before each update, if the stream asked for them.
+        acknowledged: False where the batch was applied once, but a lost connection took its result along; then all
+            of the above from `step` on is 0 or None.
+    """
+
+    number: int
+    sequence: int
+    task: str
+    step: int
+    steps: int
+    examples: int
+    pending_examples: int
+    loss: float | None
+    accuracy: float | None
+    outputs: NDArray[np.float32] | None
+    acknowledged: bool = True
+
+
+@dataclass(frozen=True)
+class StreamSummary:
+    """Running totals of a stream.
+
+    Attributes:
+        batches: batches applied.
+        examples: examples learnt from, as far as results came back.
+        steps: optimizer updates made with them.
+        loss: mean over the examples, each predicted before it was learnt; None before the first.
+        accuracy: likewise; None for regression.
+        rejected: batches that the server did not accept.
+        reconnections: times that the stream was opened again after its connection was lost.
+    """
+
+    batches: int = 0
+    examples: int = 0
+    steps: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
+    rejected: int = 0
+    reconnections: int = 0
