@@ -1,20 +1,32 @@
 """What HTTP and metrics ask of the running server. Every answer comes from memory; none waits for the engine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from cbp_server.records import EngineStatus, LearnerRecord
+from cbp_server.records import EngineStatus, LearnerRecord, SampleRecord
 
 
 class ReadModel(Protocol):
-    """The live server, read only. Metrics call it from a worker thread, so each answer is a snapshot."""
+    """The live server, read only, and only from its event loop."""
 
     def learners(self) -> Sequence[LearnerRecord]:
         """Every live learner, in the order of their ids."""
         ...
 
+    def page(self, page_size: int, page_token: str) -> tuple[Sequence[LearnerRecord], str]:
+        """One page of them, and the token of the next one, empty on the last. Raises `InvalidRequest`."""
+        ...
+
     def learner(self, learner_id: str) -> LearnerRecord:
-        """One learner. Raises `LearnerNotFound`."""
+        """One learner. Raises `LearnerNotFound`, or `SnapshotError` if it cannot be read from disk."""
+        ...
+
+    def samples(self, learner_id: str, count: int) -> Sequence[SampleRecord]:
+        """Its newest plasticity samples, oldest first. Raises as `learner` does."""
+        ...
+
+    def unreadable(self) -> Mapping[str, str]:
+        """Ids of learners on disk that could not be restored, and why."""
         ...
 
     def engine_status(self) -> EngineStatus: ...

@@ -1,0 +1,161 @@
+"""The FastAPI application. It only reads: learners are created and trained over gRPC."""
+
+from collections import Counter
+from datetime import UTC, datetime
+from http import HTTPStatus
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from cbp_server.read_model import ReadModel
+from cbp_server.records import LearnerState
+from cbp_server.web import schemas
+from cbp_server.web.problems import PROBLEM_CONTENT, install_problem_handlers
+from cbp_server.web.security_headers import SecurityHeaders
+
+_STATIC = Path(__file__).parent / "static"
+
+_DESCRIPTION = """
+Reads the state of a cbp server. Learners are created, trained and asked for predictions over gRPC;
+keys and errors here are those of its messages. Errors are problem details (RFC 9457).
+"""
+
+_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {**PROBLEM_CONTENT, "description": "There is no such learner."}}
+_UNREADY: dict[int | str, dict[str, Any]] = {503: {"model": schemas.Health, "description": "Not ready; says why."}}
+_INVALID: dict[int | str, dict[str, Any]] = {
+    400: {**PROBLEM_CONTENT, "description": "A page token that this server did not give out."},
+    422: {**PROBLEM_CONTENT, "description": "A parameter that is not what it should be."},
+}
+
+
+def create_app(service: ReadModel, registry: CollectorRegistry) -> FastAPI:
+    """The application that shows `service` and the metrics in `registry`."""
+    server_version, torch_version = version("cbp-server"), version("torch")
+    start_time = datetime.now(UTC)
+
+    # FastAPI's own /docs loads Swagger UI from a content delivery network; this one brings it along.
+    app = FastAPIOffline(
+        title="cbp server",
+        version=server_version,
+        description=_DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        static_url="/static/swagger-ui",
+        openapi_tags=[{"name": "learners"}, {"name": "server"}],
+    )
+    app.add_middleware(SecurityHeaders)
+    install_problem_handlers(app)
+
+    @app.get("/v1/learners", tags=["learners"], summary="List learners", responses=_INVALID)
+    async def list_learners(
+        page_size: Annotated[
+            int, Query(ge=0, description="At most this many; 0 means 50, more than 1000 is treated as 1000.")
+        ] = 0,
+        page_token: Annotated[str, Query(description="next_page_token of the page before.")] = "",
+    ) -> schemas.LearnerPage:
+        """In the order of their ids, each with its newest plasticity sample."""
+        learners, next_page_token = service.page(page_size, page_token)
+        return schemas.LearnerPage(
+            learners=[schemas.Learner.of(learner) for learner in learners], next_page_token=next_page_token
+        )
+
+    @app.get("/v1/learners/{learner_id}", tags=["learners"], summary="Get a learner", responses=_NOT_FOUND)
+    async def get_learner(learner_id: str) -> schemas.Learner:
+        """One learner with its newest plasticity sample."""
+        return schemas.Learner.of(service.learner(learner_id))
+
+    @app.get(
+        "/v1/learners/{learner_id}/plasticity",
+        tags=["learners"],
+        summary="Get a learner's plasticity, now and before",
+        responses={**_NOT_FOUND, 422: _INVALID[422]},
+    )
+    async def get_plasticity(
+        learner_id: str,
+        max_samples: Annotated[int, Query(ge=0, description="At most this many of the newest; 0 means 1.")] = 0,
+    ) -> schemas.PlasticityHistory:
+        """The newest samples, oldest first. A sample is taken every `monitoring.interval` steps."""
+        samples = service.samples(learner_id, max_samples or 1)
+        return schemas.PlasticityHistory(samples=[schemas.PlasticitySample.of(sample) for sample in samples])
+
+    @app.get("/v1/server", tags=["server"], summary="Get the server")
+    async def get_server() -> schemas.Server:
+        """Versions, engine, totals, and whether it is ready."""
+        learners = service.learners()
+        engine = service.engine_status()
+        reasons = list(service.readiness())
+        states = Counter(record.state for record in learners)
+        return schemas.Server(
+            version=server_version,
+            torch_version=torch_version,
+            start_time=start_time,
+            time=datetime.now(UTC),
+            ready=not reasons,
+            reasons=reasons,
+            engine=schemas.Engine(
+                up=engine.up,
+                device=engine.device,
+                restarts=engine.restarts,
+                steps=engine.steps,
+                train_seconds=engine.train_seconds,
+                resident_bytes=engine.resident_bytes,
+            ),
+            learners={state.value: states[state] for state in LearnerState},
+            open_streams=service.open_streams,
+            unreadable=dict(service.unreadable()),
+            queued_batches=sum(record.queued_batches for record in learners),
+            steps=sum(record.progress.step for record in learners),
+            examples=sum(record.progress.examples for record in learners),
+        )
+
+    @app.get("/livez", tags=["server"], summary="Is the process alive?")
+    async def livez() -> schemas.Health:
+        """Answers as long as the process can. If it does not, restart the process."""
+        return schemas.Health(status="ok", reasons=[])
+
+    @app.get("/readyz", tags=["server"], summary="Should requests come here?", responses=_UNREADY)
+    async def readyz(response: Response) -> schemas.Health:
+        """503 while starting, while the engine process is down and while shutting down."""
+        reasons = list(service.readiness())
+        if reasons:
+            response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+        return schemas.Health(status="unavailable" if reasons else "ok", reasons=reasons)
+
+    @app.get("/metrics", tags=["server"], summary="Prometheus metrics", response_class=Response)
+    async def metrics(request: Request) -> Response:
+        """OpenMetrics if the Accept header asks for it, otherwise the Prometheus text format."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        # Read here, where nothing changes meanwhile; written on another thread, so that gRPC calls need not wait.
+        text = await run_in_threadpool(encode, _Collected(list(registry.collect())))
+        return Response(text, headers={"Content-Type": content_type})
+
+    @app.get("/", include_in_schema=False)
+    async def status_page() -> FileResponse:
+        return FileResponse(_STATIC / "index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs_page() -> FileResponse:
+        return FileResponse(_STATIC / "docs.html")
+
+    app.mount("/static", StaticFiles(directory=_STATIC), name="static")
+    return app
+
+
+class _Collected(Collector):
+    """Metrics read before."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        return self._metrics

@@ -1,0 +1,228 @@
+"""What the HTTP API answers with, and how it is read off the records. Keys are those of the protobuf messages."""
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from cbp import LayerPlasticity, LearnerProgress
+from cbp.plasticity import QUANTILES
+from cbp_server.records import CheckpointRecord, LearnerRecord, ProducerRecord, SampleRecord
+
+
+class Quantile(BaseModel):
+    quantile: float = Field(description="From 0 to 1.")
+    value: float
+
+
+class Layer(BaseModel):
+    """Metrics of one layer. One that does not apply to the layer, or that the probe is too small for, is null."""
+
+    layer: str = Field(description="`hidden_0`, `hidden_1`, … from the input on, then `output`.")
+    units: int
+    mean_abs_weight: float | None = Field(description="Mean of abs(w) over the incoming weights.")
+    weight_norm: float | None = Field(description="Frobenius norm of the incoming weights.")
+    distance_from_init: float | None = Field(
+        description="Euclidean distance of the parameters from their first values."
+    )
+    gradient_norm: float | None = Field(description="Euclidean norm of the loss gradient on the probe examples.")
+    dormant_fraction: float | None = Field(
+        description="Share of units whose normalised mean activation is at most the dormant threshold."
+    )
+    dead_fraction: float | None = Field(description="Share of units that are zero on every probe example.")
+    effective_rank: float | None = Field(description="Of the activations on the probe examples.")
+    stable_rank: float | None = Field(description="Of the activations on the probe examples.")
+    replacements: int | None = Field(description="Units replaced so far.")
+    age_quantiles: list[Quantile] = Field(description="Age of the units, in steps.")
+    utility_quantiles: list[Quantile] = Field(description="Bias-corrected utility of the units.")
+
+    @classmethod
+    def of(cls, layer: LayerPlasticity) -> "Layer":
+        return cls(
+            layer=layer.layer,
+            units=layer.units,
+            mean_abs_weight=layer.mean_abs_weight,
+            weight_norm=layer.weight_norm,
+            distance_from_init=layer.distance_from_init,
+            gradient_norm=layer.gradient_norm,
+            dormant_fraction=layer.dormant_fraction,
+            dead_fraction=layer.dead_fraction,
+            effective_rank=layer.effective_rank,
+            stable_rank=layer.stable_rank,
+            replacements=layer.replacements,
+            age_quantiles=_quantiles(layer.age_quantiles),
+            utility_quantiles=_quantiles(layer.utility_quantiles),
+        )
+
+
+class PlasticitySample(BaseModel):
+    """Plasticity metrics, taken between two steps on the learner's most recent examples."""
+
+    step: int
+    examples: int
+    layers: list[Layer]
+    sample_time: datetime
+
+    @classmethod
+    def of(cls, record: SampleRecord) -> "PlasticitySample":
+        sample = record.sample
+        return cls(
+            step=sample.step,
+            examples=sample.examples,
+            layers=[Layer.of(layer) for layer in sample.layers],
+            sample_time=record.time,
+        )
+
+
+class Task(BaseModel):
+    """A run of examples that carried the same label."""
+
+    task: str
+    first_step: int
+    examples: int
+    loss: float | None = Field(description="Mean over the task's examples, each predicted before it was learnt.")
+    accuracy: float | None = Field(description="As the loss; null for regression.")
+
+
+class Progress(BaseModel):
+    step: int = Field(description="Optimizer updates made.")
+    examples: int = Field(description="Examples learnt from.")
+    pending_examples: int = Field(description="Examples that wait for enough others to make a step.")
+    loss: float | None = Field(description="Exponential average of the loss before each update; null before the first.")
+    accuracy: float | None = Field(description="As the loss; null for regression.")
+    replacements: dict[str, int] = Field(description="Units replaced so far, by hidden layer.")
+    task_count: int = Field(description="Tasks seen so far.")
+    tasks: list[Task] = Field(description="The most recent tasks, oldest first; the last one may still be growing.")
+
+    @classmethod
+    def of(cls, progress: LearnerProgress) -> "Progress":
+        return cls(
+            step=progress.step,
+            examples=progress.examples,
+            pending_examples=progress.pending,
+            loss=progress.loss,
+            accuracy=progress.accuracy,
+            replacements=dict(progress.replacements),
+            task_count=progress.task_count,
+            tasks=[
+                Task(
+                    task=task.task,
+                    first_step=task.first_step,
+                    examples=task.examples,
+                    loss=task.loss,
+                    accuracy=task.accuracy,
+                )
+                for task in progress.tasks
+            ],
+        )
+
+
+class Producer(BaseModel):
+    """How far a named source of batches has come."""
+
+    producer: str
+    epoch: int = Field(description="Counts the streams opened for this producer; only the newest one may write.")
+    applied_sequence: int = Field(description="Every batch up to this one has changed the learner.")
+    durable_sequence: int = Field(description="Every batch up to this one is in a checkpoint on disk.")
+
+    @classmethod
+    def of(cls, record: ProducerRecord) -> "Producer":
+        return cls(
+            producer=record.producer,
+            epoch=record.epoch,
+            applied_sequence=record.applied_sequence,
+            durable_sequence=record.durable_sequence,
+        )
+
+
+class Checkpoint(BaseModel):
+    """The newest checkpoint on disk."""
+
+    step: int
+    time: datetime
+    size_bytes: int
+
+    @classmethod
+    def of(cls, record: CheckpointRecord) -> "Checkpoint":
+        return cls(step=record.step, time=record.time, size_bytes=record.size_bytes)
+
+
+class Learner(BaseModel):
+    """A named model that never stops training."""
+
+    id: str = Field(description="The last part of the name.")
+    name: str = Field(description="learners/{id}, as in gRPC.")
+    uid: str = Field(description="Differs from that of any other learner, also of one created under the same id later.")
+    etag: str = Field(description="Changes whenever the spec does.")
+    state: str = Field(description="`active`, or `unavailable` while its engine process is down or restoring it.")
+    spec: dict[str, Any] = Field(description="What the learner is, every field filled in.")
+    create_time: datetime
+    update_time: datetime
+    queued_batches: int = Field(description="Batches accepted and not yet applied.")
+    checkpoint: Checkpoint | None = Field(description="Null before the first.")
+    producers: list[Producer]
+    progress: Progress
+    plasticity: PlasticitySample | None = Field(description="The newest sample; null before the first.")
+
+    @classmethod
+    def of(cls, record: LearnerRecord) -> "Learner":
+        return cls(
+            id=record.learner_id,
+            name=f"learners/{record.learner_id}",
+            uid=record.uid,
+            etag=record.etag,
+            state=record.state.value,
+            spec=record.spec.to_plain(),
+            create_time=record.create_time,
+            update_time=record.update_time,
+            queued_batches=record.queued_batches,
+            checkpoint=None if record.checkpoint is None else Checkpoint.of(record.checkpoint),
+            producers=[Producer.of(record.producers[name]) for name in sorted(record.producers)],
+            progress=Progress.of(record.progress),
+            plasticity=PlasticitySample.of(record.samples[-1]) if record.samples else None,
+        )
+
+
+class LearnerPage(BaseModel):
+    learners: list[Learner] = Field(description="In the order of their ids.")
+    next_page_token: str = Field(description="For the next page; empty on the last one.")
+
+
+class PlasticityHistory(BaseModel):
+    samples: list[PlasticitySample] = Field(description="Oldest first; the server keeps a bounded number, in memory.")
+
+
+class Health(BaseModel):
+    status: str = Field(description="`ok` or `unavailable`.")
+    reasons: list[str] = Field(description="Why not; empty if ok.")
+
+
+class Engine(BaseModel):
+    up: bool
+    device: str
+    restarts: int = Field(description="Since the server started.")
+    steps: int = Field(description="Training steps since the server started.")
+    train_seconds: float = Field(description="Time spent in them.")
+    resident_bytes: int = Field(description="Memory of the engine process, 0 if not known.")
+
+
+class Server(BaseModel):
+    """The server as a whole."""
+
+    version: str
+    torch_version: str
+    start_time: datetime
+    time: datetime = Field(description="The server's clock now.")
+    ready: bool
+    reasons: list[str] = Field(description="Why it is not ready; empty if it is.")
+    engine: Engine
+    learners: dict[str, int] = Field(description="How many there are, by state.")
+    unreadable: dict[str, str] = Field(description="Learners on disk that could not be restored, and why.")
+    open_streams: int = Field(description="Train streams open.")
+    queued_batches: int = Field(description="Batches accepted and not yet applied, over all learners.")
+    steps: int = Field(description="Optimizer updates of all live learners together.")
+    examples: int = Field(description="Examples learnt from, over all live learners.")
+
+
+def _quantiles(values: tuple[float, ...] | None) -> list[Quantile]:
+    return [Quantile(quantile=quantile, value=value) for quantile, value in zip(QUANTILES, values or (), strict=False)]
