@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["wire"]
+
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
 

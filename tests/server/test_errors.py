@@ -1,0 +1,80 @@
+"""The catalog covers the whole error tree and says each error as both protocols need it."""
+
+import pickle
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from cbp import BatchError, CbpError, FieldViolation, SnapshotError, SpecError
+from cbp_server import errors
+from cbp_server.rpc.errors import rich_status
+
+
+def tree(root: type[CbpError]) -> Iterator[type[CbpError]]:
+    for child in root.__subclasses__():
+        yield child
+        yield from tree(child)
+
+
+INSTANCES = [
+    SpecError([FieldViolation("batch_size", "must be positive")]),
+    BatchError([FieldViolation("features", "wrong shape")]),
+    SnapshotError("torn"),
+    errors.InvalidRequest(FieldViolation("name", "wrong form")),
+    errors.LearnerNotFound("clicks"),
+    errors.LearnerExists("clicks"),
+    errors.RequestIdReused("a-b"),
+    errors.EtagMismatch("clicks", "abc"),
+    errors.LimitReached(3),
+    errors.MessageTooLarge(10, 5),
+    errors.StreamProtocolError("open first"),
+    errors.CreditsExceeded(),
+    errors.SequenceGap(5, 3),
+    errors.SequenceReused(5),
+    errors.ProducerFenced("web", 2),
+    errors.EngineUnavailable(),
+    errors.EngineFault("Sample failed"),
+    errors.CheckpointFailed("disk full"),
+    errors.ServerDraining(),
+]
+
+
+def test_every_error_that_can_be_raised_is_in_the_catalog():
+    leaves = {error for error in tree(CbpError) if not error.__subclasses__() and not error.__name__.startswith("_")}
+    assert leaves == set(errors.CATALOG)
+    assert leaves == {type(instance) for instance in INSTANCES}
+
+
+def test_reasons_are_unique():
+    reasons = [entry.reason for entry in errors.CATALOG.values()]
+    assert len(set(reasons)) == len(reasons)
+
+
+@pytest.mark.parametrize("error", INSTANCES, ids=lambda error: type(error).__name__)
+def test_an_error_survives_the_process_boundary(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert errors.describe(copy) == errors.describe(error)
+
+
+@pytest.mark.parametrize("error", INSTANCES, ids=lambda error: type(error).__name__)
+def test_every_error_says_something_in_both_protocols(error):
+    description = errors.describe(error)
+    assert description.message == str(error) != ""
+    assert 400 <= description.http_status < 600
+    assert description.code is not grpc.StatusCode.OK
+    status = rich_status(error)
+    assert status.details == str(error)
+    assert status.code is description.code
+
+
+def test_only_failures_that_pass_ask_for_a_retry():
+    for error, entry in errors.CATALOG.items():
+        assert (entry.retry_seconds is not None) == (entry.code is grpc.StatusCode.UNAVAILABLE), error
+
+
+def test_a_foreign_error_gives_no_detail_away():
+    description = errors.describe(RuntimeError("password is 1234"))
+    assert description.code is grpc.StatusCode.INTERNAL
+    assert "1234" not in description.message
