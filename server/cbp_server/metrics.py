@@ -89,7 +89,8 @@ class HostMetrics:
 
 def register_server_metrics(registry: CollectorRegistry, source: ReadModel, *, max_learners: int) -> None:
     """Puts everything that is read at scrape time into `registry`: server, learners, process, Python."""
-    disable_created_metrics()  # times of creation would double the series of every counter
+    # Times of creation would double the series of every counter.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     registry.register(ServerCollector(source, max_learners=max_learners))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)

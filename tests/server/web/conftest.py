@@ -1,0 +1,197 @@
+"""A server's live state without its engine: real records behind the read model that HTTP and metrics ask."""
+
+import os
+import shutil
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from cbp import FieldViolation, LayerPlasticity, LearnerProgress, LearnerSpec, PlasticitySample, TaskRecord
+from cbp_server.errors import InvalidRequest, LearnerNotFound
+from cbp_server.metrics import HostMetrics, RpcMetrics, register_server_metrics
+from cbp_server.records import (
+    CheckpointRecord,
+    EngineStatus,
+    LearnerRecord,
+    LearnerState,
+    ProducerRecord,
+    SampleRecord,
+)
+from cbp_server.web.app import create_app
+
+START = datetime(2026, 11, 22, 9, 0, tzinfo=UTC)
+
+
+@dataclass
+class FakeHost:
+    """Satisfies `ReadModel`; tests change its attributes."""
+
+    records: dict[str, LearnerRecord] = field(default_factory=dict)
+    engine: EngineStatus = field(
+        default_factory=lambda: EngineStatus(
+            up=True, device="cpu", restarts=1, train_seconds=12.5, steps=50_000, resident_bytes=300 * 2**20
+        )
+    )
+    reasons: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    open_streams: int = 2
+
+    def add(self, *records: LearnerRecord) -> None:
+        self.records.update({record.learner_id: record for record in records})
+
+    def learners(self) -> Sequence[LearnerRecord]:
+        return [self.records[learner_id] for learner_id in sorted(self.records)]
+
+    def page(self, page_size: int, page_token: str) -> tuple[Sequence[LearnerRecord], str]:
+        if page_token.startswith("!"):
+            raise InvalidRequest(FieldViolation("page_token", "is not a token that a list call returned"))
+        following = [record for record in self.learners() if record.learner_id > page_token]
+        size = page_size or 50
+        return following[:size], following[size - 1].learner_id if len(following) > size else ""
+
+    def learner(self, learner_id: str) -> LearnerRecord:
+        if learner_id not in self.records:
+            raise LearnerNotFound(learner_id)
+        return self.records[learner_id]
+
+    def samples(self, learner_id: str, count: int) -> Sequence[SampleRecord]:
+        return list(self.learner(learner_id).samples)[-count:]
+
+    def unreadable(self) -> Mapping[str, str]:
+        return self.broken
+
+    def engine_status(self) -> EngineStatus:
+        return self.engine
+
+    def readiness(self) -> Sequence[str]:
+        return self.reasons
+
+
+@pytest.fixture
+def host() -> FakeHost:
+    return FakeHost()
+
+
+@pytest.fixture
+def http(host: FakeHost) -> Iterator["HttpServer"]:
+    """The application over `host`, on a real port."""
+    registry = CollectorRegistry()
+    RpcMetrics(registry)
+    HostMetrics(registry)
+    register_server_metrics(registry, host, max_learners=100)
+    running = HttpServer(create_app(host, registry))
+    yield running
+    running.stop()
+
+
+class HttpServer:
+    """uvicorn on a thread."""
+
+    def __init__(self, app: Any) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+        self._thread = threading.Thread(target=self._server.run, args=([listener],))
+        self._thread.start()  # the socket listens already: the first request waits until it is accepted
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture(scope="session")
+def system_tool() -> Callable[[str], str]:
+    """The path of a program that comes with the system; without it the test is skipped, but fails in CI."""
+
+    def find(name: str) -> str:
+        path = shutil.which(name)
+        if path is None:
+            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{name} is not installed")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def make_learner() -> Callable[..., LearnerRecord]:
+    """Makes a learner in the middle of its second task; arguments are fields of its progress or of the record."""
+    return _learner_record
+
+
+def _learner_record(learner_id: str = "clicks", *, samples: int = 3, **changes: Any) -> LearnerRecord:
+    progress = LearnerProgress(
+        step=2000,
+        examples=2000,
+        pending=0,
+        loss=0.41,
+        accuracy=0.874,
+        replacements={"hidden_0": 12, "hidden_1": 0},
+        tasks=(
+            TaskRecord(task="monday", first_step=1, steps=1500, examples=1500, loss=0.6, accuracy=0.8),
+            TaskRecord(task="tuesday", first_step=1501, steps=500, examples=500, loss=0.3, accuracy=0.9),
+        ),
+        task_count=2,
+    )
+    of_progress = {name: changes.pop(name) for name in list(changes) if hasattr(progress, name)}
+    record = LearnerRecord(
+        learner_id=learner_id,
+        uid=f"uid-{learner_id}",
+        spec=LearnerSpec.parse(
+            {
+                "network": {"kind": "mlp", "in_features": 64, "hidden": [100, 100], "out_features": 10},
+                "loss": "cross_entropy",
+                "optimizer": {"kind": "sgd", "lr": 0.01},
+                "resets": {"layers": "first"},
+            }
+        ),
+        etag="0123456789abcdef",
+        create_time=START,
+        update_time=START,
+        state=LearnerState.ACTIVE,
+        progress=replace(progress, **of_progress),
+        samples=deque(_sample(1000 * number) for number in range(1, samples + 1)),
+        producers={"web-1": ProducerRecord("web-1", epoch=3, applied_sequence=40, durable_sequence=32)},
+        checkpoint=CheckpointRecord(step=1600, time=START, size_bytes=120_000),
+        queued_batches=4,
+    )
+    return replace(record, **changes)
+
+
+def _sample(step: int) -> SampleRecord:
+    first = LayerPlasticity(
+        layer="hidden_0",
+        units=100,
+        mean_abs_weight=0.05 + step / 1e6,
+        weight_norm=5.5,
+        distance_from_init=1.25,
+        gradient_norm=0.75,
+        dormant_fraction=0.04,
+        dead_fraction=0.01,
+        effective_rank=63.5,
+        stable_rank=7.5,
+        replacements=step // 100,
+        age_quantiles=(90.0, 400.0, 900.0),
+        utility_quantiles=(0.01, 0.2, 0.7),
+    )
+    second = replace(first, layer="hidden_1", dormant_fraction=0.08)
+    output = replace(
+        first,
+        layer="output",
+        units=10,
+        dormant_fraction=None,
+        dead_fraction=None,
+        effective_rank=None,
+        stable_rank=None,
+        replacements=None,
+        age_quantiles=None,
+        utility_quantiles=None,
+    )
+    return SampleRecord(PlasticitySample(step=step, examples=step, layers=(first, second, output)), START)

@@ -1,0 +1,199 @@
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from cbp_server.errors import EngineUnavailable
+from cbp_server.records import LearnerRecord
+
+MakeLearner = Callable[..., LearnerRecord]
+
+
+@pytest.fixture
+def client(http: Any) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=http.url) as client:
+        yield client
+
+
+def assert_problem(response: httpx.Response, status: int, **expected: Any) -> dict[str, Any]:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert problem["status"] == status
+    assert problem["instance"] == response.url.path
+    assert {key: problem.get(key) for key in expected} == expected
+    return problem
+
+
+def test_a_learner_with_all_its_keys(host: Any, client: httpx.Client, make_learner: MakeLearner) -> None:
+    host.add(make_learner("clicks"))
+    learner = client.get("/v1/learners/clicks").raise_for_status().json()
+    assert learner["id"] == "clicks"
+    assert learner["name"] == "learners/clicks"
+    assert learner["state"] == "active"
+    assert learner["spec"]["resets"]["layers"] == "first"
+    assert learner["spec"]["network"]["hidden"] == [100, 100]
+    assert learner["create_time"] == "2026-11-22T09:00:00Z"
+    assert learner["checkpoint"] == {"step": 1600, "time": "2026-11-22T09:00:00Z", "size_bytes": 120_000}
+    assert learner["producers"] == [{"producer": "web-1", "epoch": 3, "applied_sequence": 40, "durable_sequence": 32}]
+    progress = learner["progress"]
+    assert {key: progress[key] for key in ("step", "pending_examples", "accuracy", "task_count")} == {
+        "step": 2000,
+        "pending_examples": 0,
+        "accuracy": 0.874,
+        "task_count": 2,
+    }
+    assert progress["tasks"][-1] == {
+        "task": "tuesday",
+        "first_step": 1501,
+        "examples": 500,
+        "loss": 0.3,
+        "accuracy": 0.9,
+    }
+    assert learner["plasticity"]["step"] == 3000
+    hidden, _, output = learner["plasticity"]["layers"]
+    assert hidden["age_quantiles"][1] == {"quantile": 0.5, "value": 400.0}
+    assert (output["dormant_fraction"], output["age_quantiles"]) == (None, [])
+
+
+def test_a_new_learner_has_nulls(host: Any, client: httpx.Client, make_learner: MakeLearner) -> None:
+    host.add(make_learner("new", samples=0, checkpoint=None, loss=None, accuracy=None, tasks=()))
+    learner = client.get("/v1/learners/new").json()
+    assert (learner["checkpoint"], learner["plasticity"], learner["progress"]["loss"]) == (None, None, None)
+    assert client.get("/v1/learners/new/plasticity").json() == {"samples": []}
+
+
+def test_pages_lead_through_all_learners(host: Any, client: httpx.Client, make_learner: MakeLearner) -> None:
+    host.add(*(make_learner(f"learner-{number}") for number in range(5)))
+    found, token = [], ""
+    for _ in range(3):
+        page = client.get("/v1/learners", params={"page_size": 2, "page_token": token}).json()
+        found += [learner["id"] for learner in page["learners"]]
+        token = page["next_page_token"]
+    assert found == [f"learner-{number}" for number in range(5)]
+    assert token == ""
+
+
+@pytest.mark.parametrize(
+    ("query", "steps"), [("", [3000]), ("?max_samples=0", [3000]), ("?max_samples=2", [2000, 3000])]
+)
+def test_plasticity_now_and_before(
+    host: Any, client: httpx.Client, make_learner: MakeLearner, query: str, steps: list[int]
+) -> None:
+    host.add(make_learner("clicks"))
+    samples = client.get(f"/v1/learners/clicks/plasticity{query}").json()["samples"]
+    assert [sample["step"] for sample in samples] == steps
+
+
+def test_the_server_in_one_view(host: Any, client: httpx.Client, make_learner: MakeLearner) -> None:
+    host.add(make_learner("a"), make_learner("b"))
+    host.broken["c"] = "its checkpoint is damaged"
+    server = client.get("/v1/server").json()
+    assert server["learners"] == {"active": 2, "unavailable": 0}
+    assert server["unreadable"] == {"c": "its checkpoint is damaged"}
+    assert (server["steps"], server["queued_batches"], server["open_streams"]) == (4000, 8, 2)
+    assert server["engine"]["device"] == "cpu"
+    assert server["ready"] is True
+
+
+def test_ready_and_not(host: Any, client: httpx.Client) -> None:
+    assert client.get("/livez").json() == {"status": "ok", "reasons": []}
+    assert client.get("/readyz").json() == {"status": "ok", "reasons": []}
+    host.reasons.append("the engine process is down")
+    response = client.get("/readyz")
+    assert response.status_code == 503
+    assert response.json() == {"status": "unavailable", "reasons": ["the engine process is down"]}
+    assert client.get("/livez").status_code == 200
+
+
+def test_an_unknown_learner_is_a_problem(client: httpx.Client) -> None:
+    for path in ("/v1/learners/nobody", "/v1/learners/nobody/plasticity"):
+        problem = assert_problem(
+            client.get(path),
+            404,
+            title="Learner not found",
+            reason="LEARNER_NOT_FOUND",
+            type="urn:cbp:error:LEARNER_NOT_FOUND",
+        )
+        assert "nobody" in problem["detail"]
+
+
+def test_a_wrong_parameter_is_named(client: httpx.Client) -> None:
+    problem = assert_problem(client.get("/v1/learners?page_size=many"), 422, reason="INVALID_ARGUMENT")
+    assert [violation["field"] for violation in problem["violations"]] == ["query.page_size"]
+    assert_problem(client.get("/v1/learners?page_size=-1"), 422)
+    assert_problem(client.get("/v1/learners?page_token=!"), 400, reason="INVALID_ARGUMENT")
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/static/nothing.js", "/static/swagger-ui/nothing.js", "/v1/"])
+def test_an_unknown_path_is_a_problem(client: httpx.Client, path: str) -> None:
+    assert_problem(client.get(path), 404, title="Not Found", type="about:blank")
+
+
+def test_only_reading_is_allowed(client: httpx.Client) -> None:
+    response = client.post("/v1/learners")
+    assert_problem(response, 405)
+    assert response.headers["allow"] == "GET"
+
+
+def test_an_unavailable_engine_says_when_to_try_again(host: Any, client: httpx.Client) -> None:
+    def fail() -> None:
+        raise EngineUnavailable
+
+    host.learners = fail
+    response = client.get("/v1/server")
+    assert_problem(response, 503, reason="ENGINE_UNAVAILABLE")
+    assert response.headers["retry-after"] == "1"
+
+
+def test_an_unforeseen_failure_gives_nothing_away(host: Any, client: httpx.Client) -> None:
+    def fail() -> None:
+        raise RuntimeError("a secret")
+
+    host.learners = fail
+    response = client.get("/v1/server")
+    assert_problem(response, 500, reason="INTERNAL")
+    assert "secret" not in response.text
+
+
+def test_metrics_in_the_format_that_is_asked_for(host: Any, client: httpx.Client, make_learner: MakeLearner) -> None:
+    host.add(make_learner("clicks"))
+    plain = client.get("/metrics")
+    assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "cbp_learner_steps" in {family.name for family in parse_text(plain.text)}
+    accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2"
+    openmetrics = client.get("/metrics", headers={"Accept": accept})
+    assert openmetrics.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert "cbp_learner_steps" in {family.name for family in parse_openmetrics(openmetrics.text)}
+
+
+def test_openapi_describes_every_route_and_field(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    assert set(document["paths"]) == {
+        "/v1/learners",
+        "/v1/learners/{learner_id}",
+        "/v1/learners/{learner_id}/plasticity",
+        "/v1/server",
+        "/livez",
+        "/readyz",
+        "/metrics",
+    }
+    for path, operations in document["paths"].items():
+        assert operations["get"]["summary"], path
+        for parameter in operations["get"].get("parameters", []):
+            assert parameter["in"] == "path" or parameter["description"], (path, parameter["name"])
+    problem = document["paths"]["/v1/learners/{learner_id}"]["get"]["responses"]["404"]
+    assert "application/problem+json" in problem["content"]
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/static/status.js", "/v1/server", "/nothing"])
+def test_nothing_from_elsewhere_may_run(client: httpx.Client, path: str) -> None:
+    headers = client.get(path).headers
+    policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == "'self'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert headers["x-content-type-options"] == "nosniff"

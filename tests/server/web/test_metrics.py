@@ -1,0 +1,228 @@
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cbp_server.errors import LearnerNotFound, SequenceGap
+from cbp_server.metrics import HostMetrics, RpcMetrics, ServerCollector, register_server_metrics
+from cbp_server.read_model import ReadModel
+from cbp_server.records import LearnerRecord, LearnerState
+
+DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
+
+MakeLearner = Callable[..., LearnerRecord]
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def everything(registry: CollectorRegistry, host: Any, make_learner: MakeLearner) -> CollectorRegistry:
+    """A registry filled as the server fills it."""
+    rpc, events = RpcMetrics(registry), HostMetrics(registry)
+    rpc.observe("cbp.v1.TrainingService/Predict", "OK", 0.002)
+    events.checkpoint_written(0.01, 1000)
+    register_server_metrics(registry, host, max_learners=2)
+    host.add(*(make_learner(name) for name in ("a", "b", "c")))
+    return registry
+
+
+def collect(source: ReadModel, max_learners: int = 10) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(ServerCollector(source, max_learners=max_learners))
+    return registry
+
+
+def test_a_learners_numbers_are_those_of_its_record(host: Any, make_learner: MakeLearner) -> None:
+    host.add(make_learner("clicks"))
+    registry = collect(host)
+    for name, value in {
+        "cbp_learner_steps_total": 2000,
+        "cbp_learner_examples_total": 2000,
+        "cbp_learner_pending_examples": 0,
+        "cbp_learner_loss": 0.41,
+        "cbp_learner_accuracy": 0.874,
+        "cbp_learner_task_loss": 0.3,
+        "cbp_learner_task_accuracy": 0.9,
+        "cbp_learner_tasks_total": 2,
+        "cbp_learner_queued_batches": 4,
+        "cbp_learner_checkpoint_step": 1600,
+    }.items():
+        assert registry.get_sample_value(name, {"learner": "clicks"}) == value, name
+
+
+def test_layers_show_the_newest_sample(host: Any, make_learner: MakeLearner) -> None:
+    host.add(make_learner("clicks", samples=3))
+    registry = collect(host)
+    first = {"learner": "clicks", "layer": "hidden_0"}
+    assert registry.get_sample_value("cbp_layer_mean_abs_weight", first) == 0.05 + 3000 / 1e6
+    assert registry.get_sample_value("cbp_layer_dormant_ratio", first) == 0.04
+    assert registry.get_sample_value("cbp_layer_replacements_total", first) == 12
+    assert registry.get_sample_value("cbp_layer_unit_age_steps", {**first, "quantile": "0.5"}) == 400
+    assert registry.get_sample_value("cbp_layer_unit_utility", {**first, "quantile": "0.9"}) == 0.7
+
+
+def test_what_is_not_known_has_no_sample(host: Any, make_learner: MakeLearner) -> None:
+    host.add(make_learner("new", samples=0, loss=None, accuracy=None, tasks=(), checkpoint=None))
+    registry = collect(host)
+    for name in ("cbp_learner_loss", "cbp_learner_accuracy", "cbp_learner_task_loss", "cbp_learner_checkpoint_step"):
+        assert registry.get_sample_value(name, {"learner": "new"}) is None, name
+    assert registry.get_sample_value("cbp_learner_steps_total", {"learner": "new"}) is not None
+    assert registry.get_sample_value("cbp_layer_units", {"learner": "new", "layer": "hidden_0"}) is None
+
+
+def test_the_output_layer_has_weights_but_no_dormancy(host: Any, make_learner: MakeLearner) -> None:
+    host.add(make_learner("clicks"))
+    registry = collect(host)
+    output = {"learner": "clicks", "layer": "output"}
+    assert registry.get_sample_value("cbp_layer_mean_abs_weight", output) is not None
+    assert registry.get_sample_value("cbp_layer_dormant_ratio", output) is None
+
+
+def test_service_and_engine(host: Any, make_learner: MakeLearner) -> None:
+    host.add(make_learner("a"), make_learner("b"), make_learner("c", state=LearnerState.UNAVAILABLE))
+    host.broken["d"] = "its checkpoint is damaged"
+    registry = collect(host)
+    for name, labels, value in (
+        ("cbp_learners", {"state": "active"}, 2),
+        ("cbp_learners", {"state": "unavailable"}, 1),
+        ("cbp_unreadable_learners", {}, 1),
+        ("cbp_train_streams", {}, 2),
+        ("cbp_queued_batches", {}, 12),
+        ("cbp_engine_up", {}, 1),
+        ("cbp_engine_restarts_total", {}, 1),
+        ("cbp_engine_step_seconds_sum", {}, 12.5),
+        ("cbp_engine_step_seconds_count", {}, 50_000),
+        ("cbp_engine_resident_memory_bytes", {}, 300 * 2**20),
+    ):
+        assert registry.get_sample_value(name, labels) == value, name
+    host.engine = replace(host.engine, up=False)
+    assert registry.get_sample_value("cbp_engine_up") == 0
+
+
+def names_with_series(registry: CollectorRegistry) -> set[str]:
+    return {
+        sample.labels["learner"]
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "cbp_learner_steps_total"
+    }
+
+
+def step(host: Any, learner_id: str, steps: int) -> None:
+    record = host.records[learner_id]
+    host.add(replace(record, progress=replace(record.progress, step=record.progress.step + steps)))
+
+
+def test_the_most_recently_active_learners_have_series_of_their_own(host: Any, make_learner: MakeLearner) -> None:
+    host.add(*(make_learner(name) for name in "abcd"))
+    registry = collect(host, max_learners=2)
+    assert names_with_series(registry) == {"a", "b", "_others"}
+    step(host, "d", 10)
+    assert names_with_series(registry) == {"d", "a", "_others"}
+    for name in "abcd":  # equally active now: those who have series keep them
+        step(host, name, 10)
+    assert names_with_series(registry) == {"d", "a", "_others"}
+
+
+def test_nobody_is_among_the_others_while_there_is_room(host: Any, make_learner: MakeLearner) -> None:
+    host.add(make_learner("a"), make_learner("b"))
+    assert names_with_series(collect(host, max_learners=2)) == {"a", "b"}
+
+
+def test_the_others_counter_counts_increases_and_never_falls(host: Any, make_learner: MakeLearner) -> None:
+    host.add(*(make_learner(name) for name in "abc"))
+    registry = collect(host, max_learners=1)
+
+    def others() -> float | None:
+        return registry.get_sample_value("cbp_learner_steps_total", {"learner": "_others"})
+
+    assert others() == 0
+    for name in "abc":
+        step(host, name, 100)
+    assert others() == 200  # of b and c
+    step(host, "c", 50)  # c takes the series from a
+    assert others() == 200
+    assert registry.get_sample_value("cbp_learner_steps_total", {"learner": "c"}) == 2150
+    del host.records["b"]
+    assert others() == 200
+
+
+def test_gauges_of_the_others_are_sums_or_means(host: Any, make_learner: MakeLearner) -> None:
+    host.add(make_learner("a"), make_learner("b", loss=0.2), make_learner("c", loss=0.4, queued_batches=1))
+    registry = collect(host, max_learners=1)
+    others = {"learner": "_others"}
+    assert registry.get_sample_value("cbp_learner_loss", others) == pytest.approx(0.3)
+    assert registry.get_sample_value("cbp_learner_queued_batches", others) == 5
+    assert registry.get_sample_value("cbp_layer_units", {**others, "layer": "hidden_0"}) == 200
+    assert registry.get_sample_value("cbp_layer_dormant_ratio", {**others, "layer": "hidden_1"}) == 0.08
+
+
+def test_a_learner_made_anew_under_an_old_name_starts_over(host: Any, make_learner: MakeLearner) -> None:
+    host.add(make_learner("a"), make_learner("b"))
+    registry = collect(host, max_learners=1)
+    list(registry.collect())
+    host.add(make_learner("b", uid="another", step=5, examples=5))
+    assert registry.get_sample_value("cbp_learner_steps_total", {"learner": "b"}) == 5
+
+
+def test_events_are_counted(registry: CollectorRegistry) -> None:
+    rpc, events = RpcMetrics(registry), HostMetrics(registry)
+    rpc.observe("cbp.v1.TrainingService/Predict", "OK", 0.002)
+    rpc.observe("cbp.v1.TrainingService/Predict", "UNAVAILABLE", 0.2)
+    events.batch_rejected(SequenceGap(received=5, expected=3))
+    events.checkpoint_written(0.02, 4096)
+    events.checkpoint_failed()
+    predict = {"method": "cbp.v1.TrainingService/Predict"}
+    for name, labels, value in (
+        ("cbp_rpc_requests_total", {**predict, "code": "OK"}, 1),
+        ("cbp_rpc_requests_total", {**predict, "code": "UNAVAILABLE"}, 1),
+        ("cbp_rpc_duration_seconds_count", predict, 2),
+        ("cbp_batches_rejected_total", {"reason": "SEQUENCE_GAP"}, 1),
+        ("cbp_batches_rejected_total", {"reason": "INVALID_BATCH"}, 0),
+        ("cbp_checkpoints_total", {}, 1),
+        ("cbp_checkpoint_written_bytes_total", {}, 4096),
+        ("cbp_checkpoint_failures_total", {}, 1),
+        ("cbp_checkpoint_duration_seconds_sum", {}, 0.02),
+    ):
+        assert registry.get_sample_value(name, labels) == value, (name, labels)
+
+
+def test_registering_reads_nothing(registry: CollectorRegistry) -> None:
+    class Starting:
+        def learners(self) -> Any:
+            raise LearnerNotFound("the server is not up yet")
+
+    registry.register(ServerCollector(Starting(), max_learners=1))  # type: ignore[arg-type]
+
+
+def test_every_metric_is_documented_and_every_documented_metric_exists(everything: CollectorRegistry) -> None:
+    exported = {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in everything.collect()
+        if family.name.startswith("cbp_")
+    }
+    documented = set(re.findall(r"^\| `(cbp_\w+)", DOCS.read_text(), flags=re.MULTILINE))
+    assert exported == documented
+
+
+def test_the_text_reads_back(everything: CollectorRegistry) -> None:
+    families = list(text_string_to_metric_families(generate_latest(everything).decode()))
+    assert {"cbp_learner_steps", "process_resident_memory_bytes", "python_info"} <= {family.name for family in families}
+    assert not [family.name for family in families if family.name.endswith("_created")]
+
+
+def test_promtool_has_nothing_to_say(everything: CollectorRegistry, system_tool: Callable[[str], str]) -> None:
+    promtool = system_tool("promtool")
+    checked = subprocess.run(
+        [promtool, "check", "metrics"], input=generate_latest(everything), capture_output=True, check=False
+    )
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
