@@ -1,8 +1,6 @@
 """The host: owns the live learners, decides what may happen to them, and in which order."""
 
 import asyncio
-import base64
-import binascii
 import hashlib
 import json
 import re
@@ -36,6 +34,7 @@ from cbp_server.errors import (
     RequestIdReused,
     ServerDraining,
 )
+from cbp_server.paging import page_of
 from cbp_server.producers import Producer
 from cbp_server.records import CheckpointRecord, EngineStatus, LearnerRecord, LearnerState, SampleRecord
 from cbp_server.sessions import IncomingBatch, TrainSession
@@ -44,7 +43,6 @@ AnswerT = TypeVar("AnswerT")
 
 _LEARNER_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _LONGEST_PRODUCER = 128
-_DEFAULT_PAGE, _LARGEST_PAGE = 50, 1000
 
 log = structlog.get_logger("cbp_server.host")
 
@@ -135,13 +133,7 @@ class Host:
 
     def page(self, page_size: int, page_token: str) -> tuple[list[LearnerRecord], str]:
         """One page of learners by id, and the token of the next one, empty on the last."""
-        if page_size < 0:
-            raise InvalidRequest(FieldViolation("page_size", f"must not be negative, is {page_size}"))
-        after = _decode_page_token(page_token)
-        ids = sorted(learner_id for learner_id in self._hosted if learner_id > after)
-        size = min(page_size or _DEFAULT_PAGE, _LARGEST_PAGE)
-        token = _encode_page_token(ids[size - 1]) if len(ids) > size else ""
-        return [self._hosted[learner_id].record for learner_id in ids[:size]], token
+        return page_of(self.learners(), page_size, page_token)
 
     def samples(self, learner_id: str, count: int) -> list[SampleRecord]:
         """The newest samples, oldest first."""
@@ -499,14 +491,3 @@ def _etag(uid: str, spec: LearnerSpec) -> str:
 def _checkpoint_record(report: messages.LearnerReport) -> CheckpointRecord:
     written = datetime.fromtimestamp(report.checkpoint.time, UTC)
     return CheckpointRecord(report.progress.step, written, report.checkpoint.size_bytes)
-
-
-def _encode_page_token(learner_id: str) -> str:
-    return base64.urlsafe_b64encode(learner_id.encode()).decode()
-
-
-def _decode_page_token(token: str) -> str:
-    try:
-        return base64.urlsafe_b64decode(token.encode()).decode()
-    except (binascii.Error, UnicodeDecodeError):
-        raise InvalidRequest(FieldViolation("page_token", "is not a token that a list call returned")) from None

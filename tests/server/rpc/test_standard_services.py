@@ -1,0 +1,32 @@
+"""What standard tools expect: health checking per service, and reflection."""
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+
+@pytest.mark.parametrize("service", ["", "cbp.v1.LearnerService", "cbp.v1.TrainingService"])
+def test_every_service_is_healthy(wire, service):
+    health = health_pb2_grpc.HealthStub(wire.channel)
+    answer = health.Check(health_pb2.HealthCheckRequest(service=service))
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_health_of_an_unknown_service_is_not_found(wire):
+    health = health_pb2_grpc.HealthStub(wire.channel)
+    with pytest.raises(grpc.RpcError) as caught:
+        health.Check(health_pb2.HealthCheckRequest(service="nonsense"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_reflection_lists_the_services(wire):
+    services = set(ProtoReflectionDescriptorDatabase(wire.channel).get_services())
+    assert {"cbp.v1.LearnerService", "cbp.v1.TrainingService", "grpc.health.v1.Health"} <= services
+
+
+def test_an_unknown_method_is_unimplemented(wire):
+    call = wire.channel.unary_unary("/cbp.v1.LearnerService/Nonsense")
+    with pytest.raises(grpc.RpcError) as caught:
+        call(b"")
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
