@@ -102,12 +102,12 @@ def _violations(error: ValidationError) -> list[FieldViolation]:
 
 def _dotted_path(details: ErrorDetails) -> str:
     path = ""
-    for part in details["loc"]:
+    for depth, part in enumerate(details["loc"]):
         if isinstance(part, int):
             path += f"[{part}]"
         elif part == "[key]":
             continue
-        elif path == "optimizer" and part in _UNION_TAGS:
+        elif depth == 1 and path == "optimizer" and part in _UNION_TAGS:
             continue  # pydantic puts the tag of a union into the path; the user never wrote it there
         else:
             path += f".{part}" if path else part

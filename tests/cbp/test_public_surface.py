@@ -1,0 +1,12 @@
+import cbp
+
+EXPECTED = """
+AdamSpec AdamWSpec Batch BatchError CbpError ContinualBackprop FieldViolation LayerPlasticity Learner LearnerProgress
+LearnerSnapshot LearnerSpec LossSpec MlpSpec MonitoringSpec PlasticitySample ResetSpec SgdSpec SnapshotError SpecError
+TaskRecord TrainResult
+"""
+
+
+def test_public_surface_is_pinned() -> None:
+    assert sorted(cbp.__all__) == sorted(EXPECTED.split())
+    assert all(hasattr(cbp, name) for name in cbp.__all__)

@@ -1,0 +1,168 @@
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cbp import BatchError, FieldViolation, LearnerSpec, LossSpec, MlpSpec, ResetSpec, SgdSpec, SpecError
+
+PLAIN: dict[str, Any] = {
+    "network": {"kind": "mlp", "in_features": 4, "hidden": [5, 6, 7], "out_features": 3},
+    "loss": "cross_entropy",
+    "optimizer": {"kind": "sgd", "lr": 0.1},
+}
+
+
+def test_defaults_are_the_papers() -> None:
+    spec = LearnerSpec.parse(PLAIN)
+    assert spec.batch_size == 1
+    assert (spec.network.activation, spec.network.initializer) == ("relu", "kaiming")
+    assert (spec.resets.layers, spec.resets.replacement_rate, spec.resets.maturity_threshold) == ("all", 1e-4, 100)
+    assert (spec.resets.decay_rate, spec.resets.utility) == (0.99, "adaptable_contribution")
+    assert spec.resets.bias_compensation
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss": {"kind": "huber", "delta": 0.5}},
+        {"optimizer": {"kind": "adam", "lr": 1e-3, "beta1": 0.8}},
+        {"optimizer": {"kind": "adamw", "lr": 1e-3}},
+        {"resets": {"layers": [0, "2"], "layer_replacement_rates": {"hidden_2": 0.5}}},
+        {"resets": {"layers": "none"}, "monitoring": {"interval": 0}, "batch_size": 0, "seed": 2**63 - 1},
+    ],
+)
+def test_plain_form_survives_json(changes: dict[str, Any]) -> None:
+    spec = LearnerSpec.parse(PLAIN | changes)
+    assert LearnerSpec.parse(json.loads(json.dumps(spec.to_plain()))) == spec
+    assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+def test_built_from_records_or_parsed_is_the_same() -> None:
+    built = LearnerSpec(
+        network=MlpSpec(in_features=4, hidden=(5, 6, 7), out_features=3),
+        loss=LossSpec(kind="cross_entropy"),
+        optimizer=SgdSpec(lr=0.1),
+    )
+    assert built == LearnerSpec.parse(PLAIN)
+    assert built.layer_names == ("hidden_0", "hidden_1", "hidden_2", "output")
+
+
+@pytest.mark.parametrize(
+    ("resets", "rates"),
+    [
+        ({}, (1e-4, 1e-4, 1e-4)),
+        ({"layers": "first"}, (1e-4, 0.0, 0.0)),
+        ({"layers": "none"}, (0.0, 0.0, 0.0)),
+        ({"layers": [1, "hidden_2"], "replacement_rate": 0.5}, (0.0, 0.5, 0.5)),
+        ({"layers": ["0", 2.0], "layer_replacement_rates": {0: 0.25}}, (0.25, 0.0, 1e-4)),
+    ],
+)
+def test_layers_may_be_named_or_numbered(resets: dict[str, Any], rates: tuple[float, ...]) -> None:
+    assert LearnerSpec.parse(PLAIN | {"resets": resets}).replacement_rates == rates
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "says"),
+    [
+        ({"network": {**PLAIN["network"], "hidden": [5, 0]}}, "network.hidden[1]", "greater than or equal to 1; got 0"),
+        ({"network": {**PLAIN["network"], "hidden": []}}, "network.hidden", "at least 1 item"),
+        ({"network": {**PLAIN["network"], "kind": "cnn"}}, "network.kind", "'mlp'"),
+        ({"network": {**PLAIN["network"], "in_features": "4"}}, "network.in_features", "number"),
+        ({"network": {**PLAIN["network"], "width": 4}}, "network.width", "Unknown field"),
+        ({"network": {**PLAIN["network"], "out_features": 1}}, "network.out_features", "binary_cross_entropy"),
+        ({"network": {"kind": "mlp", "in_features": 4, "hidden": [5]}}, "network.out_features", "required"),
+        ({"loss": "hinge"}, "loss.kind", "'mse'"),
+        ({"loss": {"kind": "mse", "delta": 2.0}}, "loss", "huber"),
+        ({"optimizer": {"kind": "rmsprop", "lr": 1}}, "optimizer.kind", "sgd, adam, adamw"),
+        ({"optimizer": {"lr": 1}}, "optimizer.kind", "sgd, adam, adamw"),
+        ({"optimizer": {"kind": "sgd", "lr": 0}}, "optimizer.lr", "greater than 0; got 0"),
+        ({"optimizer": {"kind": "sgd", "lr": float("nan")}}, "optimizer.lr", "finite"),
+        ({"optimizer": {"kind": "sgd", "lr": 1, "beta1": 0.9}}, "optimizer.beta1", "Unknown field"),
+        ({"optimizer": {"kind": "sgd", "lr": 1, "sgd": 0.9}}, "optimizer.sgd", "Unknown field"),
+        ({"batch_size": -1}, "batch_size", "got -1"),
+        ({"batch_size": True}, "batch_size", "number"),
+        ({"seed": 2**63}, "seed", "less than or equal"),
+        ({"resets": {"layers": "frist"}}, "resets.layers", "'first'"),
+        ({"resets": {"layers": []}}, "resets.layers", "'none'"),
+        ({"resets": {"layers": [3]}}, "resets.layers", "No hidden layer 'hidden_3'"),
+        ({"resets": {"layers": [-1]}}, "resets.layers", "index or name"),
+        ({"resets": {"layers": ["output"]}}, "resets.layers", "no hidden units"),
+        ({"resets": {"layers": [0, "hidden_0"]}}, "resets.layers", "once"),
+        ({"resets": {"replacement_rate": 1.5}}, "resets.replacement_rate", "less than or equal to 1"),
+        ({"resets": {"layer_replacement_rates": {"0": 3}}}, "resets.layer_replacement_rates.hidden_0", "got 3"),
+        ({"resets": {"layer_replacement_rates": {"9": 0.1}}}, "resets.layer_replacement_rates.hidden_9", "No hidden"),
+        (
+            {"resets": {"layers": "first", "layer_replacement_rates": {"1": 0.1}}},
+            "resets.layer_replacement_rates.hidden_1",
+            "not reset",
+        ),
+        ({"resets": {"mt": 3}}, "resets.mt", "Unknown field"),
+        ({"resets": {"decay_rate": 1.0}}, "resets.decay_rate", "less than 1"),
+        ({"monitoring": {"probe_size": 0}}, "monitoring.probe_size", "got 0"),
+    ],
+)
+def test_mistakes_are_named_by_field(changes: dict[str, Any], field: str, says: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        LearnerSpec.parse(PLAIN | changes)
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert says in caught.value.violations[0].description
+    assert field in str(caught.value)
+
+
+def test_every_mistake_is_reported_at_once() -> None:
+    with pytest.raises(SpecError) as caught:
+        LearnerSpec.parse(PLAIN | {"batch_size": -1, "optimizer": {"kind": "adam", "lr": -1, "beta2": 2}})
+    assert {violation.field for violation in caught.value.violations} == {
+        "batch_size",
+        "optimizer.lr",
+        "optimizer.beta2",
+    }
+
+
+@pytest.mark.parametrize("plain", [None, [], "mlp", {1: 2}])
+def test_what_is_no_object_is_refused(plain: Any) -> None:
+    with pytest.raises(SpecError, match="spec"):
+        LearnerSpec.parse(plain)
+
+
+def test_a_part_names_fields_from_its_own_root() -> None:
+    with pytest.raises(SpecError) as caught:
+        ResetSpec(replacement_rate=2.0)
+    assert caught.value.violations[0].field == "replacement_rate"
+
+
+@pytest.mark.parametrize("error", [SpecError, BatchError])
+def test_errors_cross_process_boundaries(error: type[SpecError] | type[BatchError]) -> None:
+    raised = error([FieldViolation("features", "too wide"), FieldViolation("task", "too long")])
+    copied = pickle.loads(pickle.dumps(raised))
+    assert type(copied) is error
+    assert copied.violations == raised.violations
+    assert str(copied) == "features: too wide; task: too long"
+
+
+def test_a_live_learner_may_change_resets_monitoring_and_optimizer_settings(
+    make_spec: Callable[..., LearnerSpec],
+) -> None:
+    make_spec().check_update(make_spec(resets__layers="first", monitoring__interval=5, optimizer__lr=0.5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"network__hidden": [9]}, "network"),
+        ({"batch_size": 7}, "batch_size"),
+        ({"seed": 7}, "seed"),
+        ({"optimizer__kind": "adam"}, "optimizer.kind"),
+        ({"loss": "mse"}, "loss"),
+    ],
+)
+def test_a_live_learner_keeps_the_rest(
+    changes: dict[str, Any], field: str, make_spec: Callable[..., LearnerSpec]
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        make_spec().check_update(make_spec(**changes))
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert "create another learner" in str(caught.value)
