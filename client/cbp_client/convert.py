@@ -1,5 +1,6 @@
 """Between wire messages and what users see: pure functions, nothing else knows both."""
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -155,6 +156,36 @@ def train_request(
         if batch.weights.shape[0] != examples:
             raise _invalid("weights", f"{batch.weights.shape[0]} weights for {examples} examples")
     return training_service_pb2.TrainRequest(batch=batch)
+
+
+def split_request(
+    request: training_service_pb2.TrainRequest, examples: int
+) -> Iterator[training_service_pb2.TrainRequest]:
+    """The same batch as several messages of so many examples each; the last may have fewer."""
+    whole = request.batch
+    given = [field for field in ("features", "targets", "weights") if whole.HasField(field)]
+    tensors = {field: (getattr(whole, field), getattr(whole, field).data) for field in given}
+    for start in range(0, whole.features.shape[0], examples):
+        rows = {field: _rows(tensor, data, start, start + examples) for field, (tensor, data) in tensors.items()}
+        part = training_service_pb2.TrainBatch(
+            features=rows["features"],
+            targets=rows["targets"],
+            weights=rows.get("weights"),
+            task=whole.task,
+            return_outputs=whole.return_outputs,
+        )
+        yield training_service_pb2.TrainRequest(batch=part)
+
+
+def _rows(tensor: tensor_pb2.Tensor, data: bytes, start: int, stop: int) -> tensor_pb2.Tensor:
+    # `data` is tensor.data, each access to which copies all of it.
+    length, *row_shape = tensor.shape
+    row_bytes = len(data) // length
+    return tensor_pb2.Tensor(
+        dtype=tensor.dtype,
+        shape=[min(stop, length) - start, *row_shape],
+        data=data[start * row_bytes : stop * row_bytes],
+    )
 
 
 def _numbers(values: ArrayLike, field: str) -> NDArray[np.generic]:

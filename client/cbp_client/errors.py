@@ -228,8 +228,9 @@ _BY_REASON: dict[str, type[CbpClientError]] = {
     "SEQUENCE_GAP": SequenceGap,
 }
 
-# How gRPC words a connection that a proxy or the operating system cut, under the status INTERNAL or UNKNOWN.
-_CONNECTION_LOST = ("RST_STREAM", "Stream removed", "Connection reset", "Socket closed")
+# How gRPC words, under the status INTERNAL or UNKNOWN, a connection that a proxy or the operating system cut, and a
+# call that ended while a message was being written to it: grpc.aio then loses the status that the server ended it with.
+_CONNECTION_LOST = ("RST_STREAM", "Stream removed", "Connection reset", "Socket closed", "Internal error from Core")
 
 
 def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> CbpClientError:

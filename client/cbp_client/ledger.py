@@ -97,6 +97,28 @@ class Ledger:
         self.credits -= 1
         return batch
 
+    def may_open(self, learner_uid: str, epoch: int) -> None:
+        """Check, with what the server says of the producer, that the stream may be opened again.
+
+        Opening ends whichever stream of the producer is open, so one that was replaced while it was disconnected must
+        not even try.
+
+        Raises:
+            LearnerReplaced: the learner is another one than before.
+            Fenced: another stream of the producer has been opened.
+        """
+        before = self._opened_position
+        if learner_uid != before.learner_uid:
+            raise LearnerReplaced(
+                "the learner was deleted and created anew while the stream was open; "
+                f"{self.unapplied} batches were meant for the old one"
+            )
+        if epoch > before.epoch + self.opens:
+            raise Fenced(
+                "another stream of the same producer took over while this one was disconnected",
+                reason="PRODUCER_FENCED",
+            )
+
     def opened(self, opened: training_service_pb2.StreamOpened, credits: int) -> list[HeldBatch]:
         """Begin anew from what the server says it has; the batches that it applied without telling are returned.
 
@@ -105,9 +127,10 @@ class Ledger:
             BatchesLost: the server lacks batches that are no longer held.
             Fenced: another stream has written for this producer.
         """
-        before, opens = self.position, self.opens
+        before = self.position
         if before is not None:
-            self._check(before, opened, opens)
+            self.may_open(opened.learner_uid, opened.epoch)
+            self._check_held(before.applied_sequence, opened.applied_sequence)
         self.position = StreamPosition(
             learner_uid=opened.learner_uid,
             epoch=opened.epoch,
@@ -191,20 +214,14 @@ class Ledger:
     def _applied_sequence(self) -> int:
         return self._opened_position.applied_sequence
 
-    def _check(self, before: StreamPosition, opened: training_service_pb2.StreamOpened, opens: int) -> None:
-        if opened.learner_uid != before.learner_uid:
-            raise LearnerReplaced(
-                "the learner was deleted and created anew while the stream was open; "
-                f"{self.unapplied} batches were meant for the old one"
-            )
-        oldest_held = before.applied_sequence - len(self._kept) + 1
-        if opened.applied_sequence + 1 < oldest_held:
-            raise BatchesLost(expected=opened.applied_sequence + 1, oldest_held=oldest_held)
-        untold = opened.applied_sequence - before.applied_sequence
-        # Batches that the server has beyond what it acknowledged are ours only if nobody else could write them.
-        if untold > len(self._waiting) or (untold > 0 and opened.epoch > before.epoch + opens):
+    def _check_held(self, before: int, now: int) -> None:
+        oldest_held = before - len(self._kept) + 1
+        if now + 1 < oldest_held:
+            raise BatchesLost(expected=now + 1, oldest_held=oldest_held)
+        if now - before > len(self._waiting):
             raise Fenced(
-                "another stream of the same producer wrote while this one was disconnected", reason="PRODUCER_FENCED"
+                f"another stream of the same producer wrote batches up to {now} while this one was disconnected",
+                reason="PRODUCER_FENCED",
             )
 
     def _note_gap(self, rejection: training_service_pb2.Rejection) -> None:

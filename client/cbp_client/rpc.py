@@ -16,6 +16,7 @@ from cbp_proto.v1 import learner_service_pb2_grpc, training_service_pb2_grpc
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _ATTEMPTS = 4
+_LEAST_TIMEOUT = 0.001  # gRPC takes 0 for no deadline at all
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -79,7 +80,7 @@ class Connection:
         for attempts_left in reversed(range(_ATTEMPTS if retry else 1)):
             try:
                 with self.translated_errors():
-                    return await method(request, timeout=max(0.0, deadline - time.monotonic()))
+                    return await method(request, timeout=max(_LEAST_TIMEOUT, deadline - time.monotonic()))
             except Unavailable as error:
                 delay = max(next(delays), error.retry_after or 0.0)
                 if not attempts_left or time.monotonic() + delay >= deadline:

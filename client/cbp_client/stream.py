@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import Self, TypedDict
 
 import grpc
-import numpy as np
 from numpy.typing import ArrayLike
 
-from cbp_client.convert import batch_result, learner_name, train_request
+from cbp_client.convert import batch_result, learner_name, split_request, train_request
 from cbp_client.errors import (
     BatchRejected,
+    CbpClientError,
     DeadlineExceeded,
     MessageTooLarge,
     RejectedBatch,
@@ -28,12 +28,13 @@ from cbp_client.errors import (
 from cbp_client.ledger import HeldBatch, Ledger, StreamPosition
 from cbp_client.rpc import MAX_MESSAGE_BYTES, Connection, backoff
 from cbp_client.types import BatchResult, StreamSummary
-from cbp_proto.v1 import training_service_pb2
+from cbp_proto.v1 import learner_service_pb2, training_service_pb2
 
 _OPEN_TIMEOUT = 30.0
 _CLOSE_TIMEOUT = 2.0
 _SEND_MANY_BYTES = 1024 * 1024
-_SEQUENCE_BYTES = 32  # what the sequence adds to a message that has none yet, at most
+_SEQUENCE_BYTES = 16  # what the sequence adds to a message that has none yet, at most
+_OVERHEAD_BYTES = 1024  # all of a message but the tensors' data, at most
 
 _Call = grpc.aio.StreamStreamCall[training_service_pb2.TrainRequest, training_service_pb2.TrainResponse]
 
@@ -130,6 +131,7 @@ class AsyncTrainingStream:
     ) -> None:
         self._connection = connection
         self._open_request = training_service_pb2.OpenStream(learner=learner_name(learner_id), producer=producer)
+        self._get_request = learner_service_pb2.GetLearnerRequest(name=self._open_request.learner)
         self._return_outputs = return_outputs
         self._max_in_flight_bytes = max_in_flight_bytes
         self._reconnect_timeout = reconnect_timeout
@@ -223,23 +225,12 @@ class AsyncTrainingStream:
 
         A learner whose batch_size is 0 makes one step of each message, so for it the cut matters.
         """
-        features, targets = np.asarray(features), np.asarray(targets)
-        weights = None if weights is None else np.asarray(weights)
-
-        def part(start: int, stop: int) -> training_service_pb2.TrainRequest:
-            part_weights = None if weights is None else weights[start:stop]
-            return self.request(features[start:stop], targets[start:stop], weights=part_weights, task=task)
-
-        if features.ndim == 0 or targets.ndim == 0 or len(features) != len(targets):
-            return [await self.send(features, targets, weights=weights, task=task)]  # which says what is wrong
-        length = examples_per_message
-        if length is None:
-            wanted_bytes = min(_SEND_MANY_BYTES, self.position.max_message_bytes)
-            length = max(1, wanted_bytes // part(0, 1).ByteSize())
-        return [
-            await self.send_request(part(start, min(start + length, len(features))))
-            for start in range(0, len(features), length)
-        ]
+        request = self.request(features, targets, weights=weights, task=task)
+        if examples_per_message is None:
+            examples = request.batch.features.shape[0]
+            wanted_bytes = min(_SEND_MANY_BYTES, self.position.max_message_bytes - _OVERHEAD_BYTES)
+            examples_per_message = max(1, examples * wanted_bytes // request.ByteSize())
+        return [await self.send_request(part) for part in split_request(request, examples_per_message)]
 
     def request(
         self, features: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None, task: str
@@ -261,6 +252,7 @@ class AsyncTrainingStream:
                 f"{limit}; send fewer at once, or use send_many, which cuts them up",
                 reason="MESSAGE_TOO_LARGE",
             )
+        await asyncio.sleep(0)  # lets the stream send while its user does nothing but fill it
         async with self._send_order:
             while True:
                 self._raise_error()
@@ -342,12 +334,12 @@ class AsyncTrainingStream:
             while not self._closing:
                 try:
                     await self._converse()
-                except Unavailable as error:
+                except (Unavailable, DeadlineExceeded) as error:
                     await self._pause(error)
         except Exception as error:
             self._end(error)
 
-    async def _pause(self, lost: Unavailable) -> None:
+    async def _pause(self, lost: CbpClientError) -> None:
         delay = max(next(self._delays), lost.retry_after or 0.0)
         outage = asyncio.get_running_loop().time() + delay - self._lost_at
         if self._reconnect_timeout is not None and outage > self._reconnect_timeout:
@@ -356,6 +348,10 @@ class AsyncTrainingStream:
 
     async def _converse(self) -> None:
         """One call to the server, from its opening until it ends or a rejection makes a new one necessary."""
+        if self._ledger.position is not None:
+            learner = await self._connection.call(self._connection.learners.GetLearner, self._get_request, retry=False)
+            epochs = [item.epoch for item in learner.producers if item.producer == self._open_request.producer]
+            self._ledger.may_open(learner.uid, max(epochs, default=0))
         self._ledger.opens += 1
         call = self._connection.training.Train()
         writer = None

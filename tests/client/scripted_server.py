@@ -1,0 +1,331 @@
+"""A TrainingService that keeps the contract and does what a test scripts: crash, forget, reject, withhold credits.
+
+It runs on a real loopback port. It learns nothing: the step of a learner is the number of its examples, and the
+first feature of a batch's first example is the payload by which tests recognise it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from cbp_proto import decode_tensor
+from cbp_proto.v1 import (
+    learner_pb2,
+    learner_service_pb2,
+    learner_service_pb2_grpc,
+    training_service_pb2,
+    training_service_pb2_grpc,
+)
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+@dataclass
+class Producer:
+    """What a server knows of a producer. `durable` batches survive `ScriptedServer.crash`."""
+
+    epoch: int = 0
+    applied: list[float] = field(default_factory=list)
+    durable: int = 0
+    session: "Session | None" = None
+
+
+@dataclass(eq=False)
+class Session:
+    """One open stream."""
+
+    epoch: int
+    unanswered: int = 0
+    outbox: asyncio.Queue[training_service_pb2.TrainResponse | BaseException] = field(default_factory=asyncio.Queue)
+
+
+class ScriptedServer(
+    training_service_pb2_grpc.TrainingServiceServicer, learner_service_pb2_grpc.LearnerServiceServicer
+):
+    """One learner, "clicks", and any number of producers.
+
+    Attributes:
+        credits: what a stream is granted when it opens; each answer grants one more.
+        rejects: which payloads are rejected as invalid.
+        answering: while it is clear, nothing is answered, and batches are received but not applied.
+        most_in_flight: largest number of unanswered batches that any stream had.
+        received: payload and sequence of each batch, in the order of arrival, over all streams.
+        lost_answers: acknowledgements to leave out, so that the client does not hear of batches that are applied.
+    """
+
+    def __init__(self) -> None:
+        self.credits = 4
+        self.max_message_bytes = 100_000
+        self.uid = "uid-1"
+        self.rejects: Callable[[float], bool] = lambda _: False
+        self.answering = asyncio.Event()
+        self.answering.set()
+        self.producers: dict[str, Producer] = {}
+        self.most_in_flight = 0
+        self.received: list[tuple[float, int]] = []
+        self.arrived = asyncio.Condition()
+        self.lost_answers = 0
+        self.open_errors: list[BaseException] = []
+        self.unary_errors: list[BaseException] = []
+        self.requests: list[Any] = []
+        self.port = 0
+        self._server: grpc.aio.Server | None = None
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def producer(self, name: str = "web") -> Producer:
+        return self.producers.setdefault(name, Producer())
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        training_service_pb2_grpc.add_TrainingServiceServicer_to_server(self, self._server)
+        learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        assert self._server is not None
+        await self._server.stop(None)
+        self._server = None
+
+    async def crash(self) -> None:
+        """Stop, and forget all that is not durable."""
+        await self.stop()
+        for producer in self.producers.values():
+            del producer.applied[producer.durable :]
+
+    async def drain(self) -> None:
+        """End every stream as a server does that is shutting down."""
+        for producer in self.producers.values():
+            if producer.session is not None:
+                producer.session.outbox.put_nowait(error(grpc.StatusCode.UNAVAILABLE, "SERVER_DRAINING"))
+
+    async def make_durable(self, name: str = "web") -> None:
+        """A checkpoint: everything applied is durable, and the client hears of it."""
+        producer = self.producer(name)
+        producer.durable = len(producer.applied)
+        if producer.session is not None:
+            producer.session.outbox.put_nowait(self._acknowledgement(producer, producer.session, []))
+
+    async def wait_for_batches(self, count: int) -> None:
+        """Until so many batches have arrived since the server was made."""
+        async with self.arrived:
+            await self.arrived.wait_for(lambda: len(self.received) >= count)
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until `condition` holds, for what no event tells of."""
+        async with asyncio.timeout(10):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        if self._server is not None:
+            await self.stop()
+
+    async def Train(self, request_iterator: Any, context: Any) -> AsyncIterator[training_service_pb2.TrainResponse]:  # noqa: N802
+        request = await anext(request_iterator)
+        assert request.open.learner == "learners/clicks"
+        producer = self.producer(request.open.producer)
+        producer.epoch += 1
+        if self.open_errors:
+            raise await abort(context, self.open_errors.pop(0))
+        if producer.session is not None:
+            producer.session.outbox.put_nowait(error(grpc.StatusCode.ABORTED, "PRODUCER_FENCED"))
+        session = producer.session = Session(producer.epoch)
+        inbox: asyncio.Queue[training_service_pb2.TrainBatch] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._read(request_iterator, session, inbox)),
+            asyncio.create_task(self._apply_all(producer, session, inbox)),
+        ]
+        try:
+            yield training_service_pb2.TrainResponse(
+                opened=training_service_pb2.StreamOpened(
+                    epoch=session.epoch,
+                    applied_sequence=len(producer.applied),
+                    durable_sequence=producer.durable,
+                    learner_uid=self.uid,
+                    max_message_bytes=self.max_message_bytes,
+                ),
+                credits=self.credits,
+            )
+            while True:
+                answer = await session.outbox.get()
+                if isinstance(answer, StopAsyncIteration):
+                    return
+                if isinstance(answer, BaseException):
+                    raise await abort(context, answer)
+                session.unanswered -= answer.credits
+                yield answer
+        finally:
+            if producer.session is session:
+                producer.session = None
+            for task in tasks:
+                task.cancel()
+
+    async def _read(
+        self, requests: Any, session: Session, inbox: asyncio.Queue[training_service_pb2.TrainBatch]
+    ) -> None:
+        async for request in requests:
+            session.unanswered += 1
+            self.most_in_flight = max(self.most_in_flight, session.unanswered)
+            async with self.arrived:
+                self.received.append((payload(request.batch), request.batch.sequence))
+                self.arrived.notify_all()
+            inbox.put_nowait(request.batch)
+        await inbox.join()
+        session.outbox.put_nowait(StopAsyncIteration())
+
+    async def _apply_all(
+        self, producer: Producer, session: Session, inbox: asyncio.Queue[training_service_pb2.TrainBatch]
+    ) -> None:
+        while True:
+            batch = await inbox.get()
+            await self.answering.wait()
+            answer = self._apply(producer, session, batch)
+            if self.lost_answers:
+                self.lost_answers -= 1
+            else:
+                session.outbox.put_nowait(answer)
+            inbox.task_done()
+
+    def _apply(
+        self, producer: Producer, session: Session, batch: training_service_pb2.TrainBatch
+    ) -> training_service_pb2.TrainResponse | BaseException:
+        if session.epoch != producer.epoch:
+            return error(grpc.StatusCode.ABORTED, "PRODUCER_FENCED")
+        expected = len(producer.applied) + 1
+        if batch.sequence > expected:
+            return rejection(batch.sequence, expected, "SEQUENCE_GAP", code_pb2.FAILED_PRECONDITION)
+        if batch.sequence < expected and producer.applied[batch.sequence - 1] != payload(batch):
+            return rejection(batch.sequence, expected, "SEQUENCE_REUSED", code_pb2.ALREADY_EXISTS)
+        if self.rejects(payload(batch)):
+            return rejection(batch.sequence, expected, "INVALID_BATCH", code_pb2.INVALID_ARGUMENT)
+        duplicate = batch.sequence < expected
+        if not duplicate:
+            producer.applied.append(payload(batch))
+        examples = batch.features.shape[0]
+        result = training_service_pb2.BatchResult(sequence=batch.sequence, step=batch.sequence, duplicate=duplicate)
+        if not duplicate:
+            result.steps = result.examples = examples
+            result.loss, result.accuracy = payload(batch), 0.5
+            if batch.return_outputs:
+                result.outputs.CopyFrom(batch.features)
+        return self._acknowledgement(producer, session, [result])
+
+    def _acknowledgement(
+        self, producer: Producer, session: Session, results: list[training_service_pb2.BatchResult]
+    ) -> training_service_pb2.TrainResponse:
+        return training_service_pb2.TrainResponse(
+            acknowledgement=training_service_pb2.Acknowledgement(
+                epoch=session.epoch,
+                applied_sequence=len(producer.applied),
+                durable_sequence=producer.durable,
+                results=results,
+            ),
+            credits=len(results),
+        )
+
+    async def Predict(self, request: Any, context: Any) -> training_service_pb2.PredictResponse:  # noqa: N802
+        return await self._answer(request, context, training_service_pb2.PredictResponse(outputs=request.features))
+
+    async def GetLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        positions = [
+            learner_pb2.ProducerPosition(producer=name, epoch=producer.epoch)
+            for name, producer in self.producers.items()
+        ]
+        learner = learner_pb2.Learner(name=request.name, uid=self.uid, producers=positions)
+        return await self._answer(request, context, learner)
+
+    async def CreateLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        learner = learner_pb2.Learner(name=f"learners/{request.learner_id}", uid=self.uid, spec=request.learner.spec)
+        return await self._answer(request, context, learner)
+
+    async def UpdateLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        return await self._answer(request, context, request.learner)
+
+    async def ListLearners(self, request: Any, context: Any) -> learner_service_pb2.ListLearnersResponse:  # noqa: N802
+        first = int(request.page_token or 0)
+        learners = [learner_pb2.Learner(name=f"learners/l{index}") for index in range(first, first + 2)]
+        token = str(first + 2) if first < 4 else ""
+        answer = learner_service_pb2.ListLearnersResponse(learners=learners, next_page_token=token)
+        return await self._answer(request, context, answer)
+
+    async def DeleteLearner(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return await self._answer(request, context, Empty())
+
+    async def GetPlasticity(self, request: Any, context: Any) -> learner_service_pb2.GetPlasticityResponse:  # noqa: N802
+        return await self._answer(request, context, learner_service_pb2.GetPlasticityResponse())
+
+    def WatchLearners(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
+    async def _answer(self, request: Any, context: Any, answer: MessageT) -> MessageT:
+        self.requests.append(request)
+        await self.answering.wait()
+        if self.unary_errors:
+            raise await abort(context, self.unary_errors.pop(0))
+        return answer
+
+
+def payload(batch: training_service_pb2.TrainBatch) -> float:
+    """What tests recognise a batch by."""
+    return float(decode_tensor(batch.features)[0, 0])
+
+
+class RpcError(Exception):
+    """An error to end a call with."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, details: tuple[Message, ...]) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.details = details
+
+
+def error(
+    code: grpc.StatusCode, reason: str, *details: Message, message: str = "", metadata: dict[str, str] | None = None
+) -> RpcError:
+    """An error as a cbp server sends it."""
+    info = error_details_pb2.ErrorInfo(reason=reason, domain="cbp.v1", metadata=metadata or {})
+    return RpcError(code, message or f"because {reason}", (info, *details))
+
+
+async def abort(context: Any, failure: BaseException) -> Exception:
+    if not isinstance(failure, RpcError):
+        raise failure
+    packed = []
+    for detail in failure.details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    status = status_pb2.Status(code=failure.code.value[0], message=failure.message, details=packed)
+    await context.abort_with_status(rpc_status.to_status(status))
+    return AssertionError("abort raises")
+
+
+def rejection(sequence: int, expected: int, reason: str, code: int) -> training_service_pb2.TrainResponse:
+    violation = training_service_pb2.FieldViolation(field="targets", description="must be from 0 to 9")
+    return training_service_pb2.TrainResponse(
+        rejection=training_service_pb2.Rejection(
+            sequence=sequence,
+            code=code,
+            reason=reason,
+            message=f"because {reason}",
+            field_violations=[violation] if reason == "INVALID_BATCH" else [],
+            expected_sequence=expected,
+        ),
+        credits=1,
+    )
