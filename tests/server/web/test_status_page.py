@@ -91,7 +91,7 @@ def test_numbers_follow_the_server(host: Any, page: Page, make_learner: MakeLear
 def test_without_learners_it_says_how_to_make_one(host: Any, page: Page, make_learner: MakeLearner) -> None:
     page.goto("/")
     expect(page.get_by_role("heading", name="No learners yet")).to_be_visible()
-    expect(page.locator("pre")).to_contain_text("client.create_learner(")
+    expect(page.locator("pre")).to_contain_text("learner = client.create_learner(")
     expect(page.get_by_role("table")).to_be_hidden()
     host.add(make_learner("clicks"))
     expect(row(page, "clicks")).to_be_visible()
