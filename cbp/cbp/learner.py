@@ -202,7 +202,7 @@ class Learner:
         right = losses.example_accuracies(self._spec.loss, outputs, targets)
         if right is not None:
             measured.append(right)
-        on_host = torch.stack(measured).to(torch.float64).cpu().numpy()
+        on_host = torch.stack(measured).cpu().to(torch.float64).numpy()
         self._progress.extend(
             on_host[0],
             None if right is None else on_host[1],

@@ -112,7 +112,7 @@ def measure_layers(
             utility = units.utility[learner, columns] / bias_correction(age, log_decay[learner])
             hidden_units = _activity(probed.activations[layer], dormant_threshold) | {
                 "replacements": replacements[layer],
-                "age_quantiles": _quantiles(age.to(torch.float64)),
+                "age_quantiles": _quantiles(age),
                 # A unit born at this very step has no utility yet; it must not hide the others'.
                 "utility_quantiles": _quantiles(utility[age > 0]),
             }
@@ -143,6 +143,7 @@ def _activity(activations: Tensor, dormant_threshold: float) -> dict[str, Any]:
     examples, width = activations.shape
     if not examples or not bool(torch.isfinite(activations).all()):
         return dict.fromkeys(("dormant_fraction", "dead_fraction", "effective_rank", "stable_rank"))
+    activations = activations.cpu()  # small decompositions are faster there, and not every device has float64
     activity = activations.abs().to(torch.float64).mean(dim=0)
     enough = examples >= SAMPLES_PER_UNIT * width
     effective, stable = ranks(activations) if enough else (None, None)
@@ -170,8 +171,7 @@ def ranks(activations: Tensor) -> tuple[float, float]:
 def _quantiles(values: Tensor) -> tuple[float, ...] | None:
     if not len(values) or not bool(torch.isfinite(values).all()):
         return None
-    values = values.to(torch.float64)
-    return tuple(torch.quantile(values, torch.tensor(QUANTILES, dtype=torch.float64, device=values.device)).tolist())
+    return tuple(torch.quantile(values.cpu().to(torch.float64), torch.tensor(QUANTILES, dtype=torch.float64)).tolist())
 
 
 def _finite(value: Tensor) -> float | None:

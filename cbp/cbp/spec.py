@@ -303,7 +303,8 @@ class MonitoringSpec(_Spec):
     """How a learner watches itself. Changes nothing about how it learns."""
 
     interval: Annotated[Whole, Field(ge=0)] = 1000
-    """Steps between two plasticity samples; 0 takes none. At 1000 a sample costs well below a step's time per step."""
+    """Steps between two plasticity samples; 0 takes none. A sample costs about as much as 35 steps, so that at 1000
+    watching takes 2 to 5 % of the time."""
     probe_size: Annotated[Whole, Field(ge=1, le=65536)] = 512
     """Recent examples on which activations and gradients are measured, 1 to 65536. Rank metrics need twice as
     many examples as a layer is wide, so the default serves widths up to 256."""

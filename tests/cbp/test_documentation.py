@@ -1,0 +1,44 @@
+"""The examples in the documents run, and the documents name every setting and measure."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from cbp import LayerPlasticity, ResetSpec
+from cbp.spec import Initializer, Utility
+
+REPOSITORY = Path(__file__).parents[2]
+ALGORITHM = (REPOSITORY / "docs" / "algorithm.md").read_text(encoding="utf-8")
+README = (REPOSITORY / "cbp" / "README.md").read_text(encoding="utf-8")
+EXAMPLES = [
+    pytest.param(code, id=f"{name}-{index}")
+    for name, text in (("algorithm", ALGORITHM), ("readme", README))
+    for index, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_run(code: str) -> None:
+    exec(compile(code, "example", "exec"), {})
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) == 3
+
+
+@pytest.mark.parametrize("name", [*get_args(Utility), *get_args(Initializer)])
+def test_choices_are_documented(name: str) -> None:
+    assert re.search(rf"^\| {name}\b", ALGORITHM, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(LayerPlasticity)][2:])
+def test_measures_are_documented(name: str) -> None:
+    assert f"| {name} |" in ALGORITHM
+
+
+@pytest.mark.parametrize("name", ResetSpec.model_fields)
+def test_reset_settings_say_what_they_mean(name: str) -> None:
+    assert ResetSpec.model_fields[name].description
