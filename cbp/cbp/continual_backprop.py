@@ -11,7 +11,7 @@ parameters, activations and optimizer state of a PyTorch module.
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,9 @@ class ContinualBackprop:
             "bias_compensation": bias_compensation,
         }
         self._resets = ResetSpec(**resets)  # type: ignore[arg-type]
+        if initializer not in get_args(Initializer):
+            choices = ", ".join(get_args(Initializer))
+            raise _unsupported("initializer", f"Expected one of {choices}; got {initializer!r}")
         self._linears, activations = _linear_layers(module)
         self._slot_names = _slot_names(optimizer)
         _check_parameters(self._linears, optimizer, bias_compensation)

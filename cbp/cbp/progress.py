@@ -67,8 +67,8 @@ class ExponentialAverage:
     def extend(self, values: NDArray[np.float64], decay: float) -> None:
         shares = (1.0 - decay) * decay ** np.arange(len(values) - 1, -1, -1, dtype=np.float64)
         faded = decay ** len(values)
-        self.total = self.total * faded + float(shares @ values)
-        self.weight = self.weight * faded + float(shares.sum())
+        self.total = self.total * faded + float((shares * values).sum())
+        self.weight = self.weight * faded + (1.0 - faded)
 
     @property
     def value(self) -> float | None:
