@@ -247,8 +247,8 @@ def test_unsupported_optimizers_and_settings_are_refused() -> None:
         ContinualBackprop(module, SGD(module[0].parameters(), lr=0.1))
     with pytest.raises(SpecError, match="replacement_rate"):
         ContinualBackprop(module, SGD(module.parameters(), lr=0.1), replacement_rate=2.0)
+    initializer: Any = "orthogonal"
     with pytest.raises(SpecError, match="initializer: Expected one of kaiming"):
-        initializer: Any = "orthogonal"
         ContinualBackprop(module, SGD(module.parameters(), lr=0.1), initializer=initializer)
     with pytest.raises(SpecError, match="layers: No hidden layer 'hidden_5'"):
         ContinualBackprop(module, SGD(module.parameters(), lr=0.1), layers=[5])
