@@ -32,10 +32,10 @@ def result_table(outcomes: Sequence[Outcome]) -> Table:
         title=f"Online accuracy, start and end of {len(outcomes[0].tasks)} tasks",
         title_justify="left",
         box=None,
-        padding=(0, 2, 0, 0),
+        padding=(0, 1, 0, 0),
     )
     table.add_column("learner", no_wrap=True)
-    for heading in ("start", "end", "change", "mean |w|, first layer", "dormant", "replaced"):
+    for heading in ("at start", "at end", "change", "mean |w|, layer 1", "dormant", "replaced"):
         table.add_column(heading, justify="right", no_wrap=True)
     for outcome in outcomes:
         first, last = ends(outcome)
