@@ -13,12 +13,12 @@ COPY proto proto
 COPY cbp cbp
 COPY server server
 RUN /opt/cbp/bin/pip install --no-cache-dir -c constraints.txt ./proto ./cbp ./server \
-    && /opt/cbp/bin/pip uninstall --yes setuptools pip
+    && /opt/cbp/bin/pip uninstall --yes pip
 
 
 FROM python:3.11-slim-bookworm
 
-RUN useradd --system --uid 10001 --home-dir /var/lib/cbp --shell /usr/sbin/nologin cbp \
+RUN useradd --no-log-init --uid 10001 --home-dir /var/lib/cbp --shell /usr/sbin/nologin cbp \
     && install --directory --owner cbp --group cbp /var/lib/cbp
 COPY --from=build /opt/cbp /opt/cbp
 

@@ -1,0 +1,247 @@
+"""Prometheus and Grafana as deploy/ sets them up, on a real server: every query has an answer."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from cbp_client import Client
+
+ROOT = Path(__file__).parents[2]
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+DASHBOARDS = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
+RULES = re.findall(r"^ +- alert: (\w+)", (PROMETHEUS / "alerts.yml").read_text(), flags=re.MULTILINE)
+
+
+def system_tool(name: str) -> str:
+    """The path of a program that comes with the system; without it the test is skipped, but fails in CI."""
+    path = shutil.which(name)
+    if path is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{name} is not installed")
+    return path
+
+
+# --- the files in deploy/ ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        ["check", "config", "prometheus.yml"],
+        ["check", "rules", "alerts.yml"],
+        ["test", "rules", "alerts_test.yml"],
+    ],
+    ids=lambda check: " ".join(check),
+)
+def test_promtool_accepts(check: list[str]) -> None:
+    checked = subprocess.run(
+        [system_tool("promtool"), *check], cwd=PROMETHEUS, capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_every_alert_is_tested_and_explained() -> None:
+    tested = set(re.findall(r"alertname: (\w+)", (PROMETHEUS / "alerts_test.yml").read_text()))
+    explained = set(re.findall(r"^\| `(Cbp\w+)`", (ROOT / "docs" / "operations.md").read_text(), flags=re.MULTILINE))
+    assert tested == explained == set(RULES)
+
+
+def test_dashboards_are_what_their_generator_makes() -> None:
+    source = ROOT / "deploy" / "grafana" / "generate_dashboards.py"
+    spec = importlib.util.spec_from_file_location("generate_dashboards", source)
+    assert spec is not None
+    assert spec.loader is not None
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert {path.name: path.read_text() for path in DASHBOARDS} == generator.rendered()
+
+
+def test_every_panel_says_what_it_shows() -> None:
+    for path in DASHBOARDS:
+        for panel in panels(path):
+            assert panel["title"], path.name
+            assert panel["description"], (path.name, panel["title"])
+            assert panel["fieldConfig"]["defaults"]["unit"], (path.name, panel["title"])
+
+
+# --- a server that trains, and a Prometheus that scrapes it --------------------------------------------------------
+
+
+class Prometheus:
+    """A Prometheus of its own, that scrapes and evaluates every second."""
+
+    def __init__(self, binary: str, directory: Path, target: str) -> None:
+        config = (PROMETHEUS / "prometheus.yml").read_text()
+        config = config.replace("server:8080", target).replace("15s", "1s")
+        (directory / "prometheus.yml").write_text(config)
+        shutil.copy(PROMETHEUS / "alerts.yml", directory)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self._log = (directory / "prometheus.log").open("wb")
+        self._process = subprocess.Popen(
+            [
+                binary,
+                f"--config.file={directory / 'prometheus.yml'}",
+                f"--storage.tsdb.path={directory / 'data'}",
+                f"--web.listen-address={address}",
+            ],
+            stdout=self._log,
+            stderr=self._log,
+        )
+        self._api = httpx.Client(
+            base_url=f"http://{address}/api/v1", transport=httpx.HTTPTransport(retries=10), timeout=10
+        )
+
+    def get(self, path: str, **parameters: str) -> Any:
+        """The `data` of an answer; raises if it is no success."""
+        response = self._api.get(path, params=parameters)
+        body = response.json()
+        assert body["status"] == "success", body
+        return body["data"]
+
+    def values(self, query: str) -> list[float]:
+        """The value of each series that `query` finds now."""
+        return [float(series["value"][1]) for series in self.get("/query", query=query)["result"]]
+
+    def close(self) -> None:
+        self._api.close()
+        self._process.terminate()
+        self._process.wait(30)
+        self._log.close()
+
+
+@pytest.fixture(scope="module")
+def busy_server(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Like the shared server, but one that writes checkpoints every second."""
+    another = type(server)(tmp_path_factory.mktemp("observed") / "data", "--checkpoint-interval", "1")
+    another.start()
+    yield another
+    another.close()
+
+
+@pytest.fixture(scope="module")
+def observed(busy_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """A learner that trains under the eyes of Prometheus."""
+    target = busy_server.http_url.removeprefix("http://")
+    prometheus = Prometheus(system_tool("prometheus"), tmp_path_factory.mktemp("prometheus"), target)
+    stop = threading.Event()
+    training = threading.Thread(target=train, args=(busy_server.grpc_target, stop))
+    training.start()
+    try:
+        wait_until(lambda: prometheus_answers(prometheus))
+        wait_until(lambda: prometheus.values("count_over_time(cbp_learner_steps_total{learner='observed'}[1m]) >= 5"))
+        yield prometheus
+    finally:
+        stop.set()
+        training.join()
+        prometheus.close()
+
+
+def train(target: str, stop: threading.Event) -> None:
+    """Creates a learner and teaches it one task after the other until told to stop."""
+    generator = np.random.default_rng(0)
+    with Client(target) as client:
+        learner = client.create_learner(
+            "observed",
+            network={"kind": "mlp", "in_features": 8, "hidden": [16, 16], "out_features": 3},
+            loss="cross_entropy",
+            optimizer={"kind": "sgd", "lr": 0.01},
+            resets={"replacement_rate": 1e-2, "maturity_threshold": 20},
+            monitoring={"interval": 50, "probe_size": 64},
+        )
+        with learner.stream("observability-test") as stream:
+            for task in range(1_000_000):
+                features = generator.normal(size=(256, 8)).astype(np.float32)
+                stream.send(features, generator.integers(0, 3, size=256), task=f"task-{task}")
+                stream.flush()
+                learner.predict(features[:4])
+                if stop.wait(0.05):
+                    break
+
+
+def prometheus_answers(prometheus: Prometheus) -> bool:
+    try:
+        return bool(prometheus.values("up"))
+    except httpx.TransportError:
+        return False
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
+
+
+# --- what dashboards and alerts ask --------------------------------------------------------------------------------
+
+
+def panels(path: Path) -> list[dict[str, Any]]:
+    return [panel for panel in json.loads(path.read_text())["panels"] if panel["type"] != "row"]
+
+
+def filled_in(query: str) -> str:
+    """The query as Grafana sends it with every variable at All."""
+    query = query.replace("$__rate_interval", "1m").replace("$__range", "1m")
+    query = re.sub(r"\$(instance|learner|layer)\b", ".*", query)
+    assert "$" not in query, query
+    return query
+
+
+PANEL_QUERIES = [
+    pytest.param(target["expr"], id=f"{path.stem}: {panel['title']} {target['refId']}")
+    for path in DASHBOARDS
+    for panel in panels(path)
+    for target in panel["targets"]
+]
+VARIABLES = [
+    pytest.param(variable["query"], id=f"{path.stem}: {variable['name']}")
+    for path in DASHBOARDS
+    for variable in json.loads(path.read_text())["templating"]["list"]
+    if variable["type"] == "query"
+]
+
+
+@pytest.mark.parametrize("query", PANEL_QUERIES)
+def test_a_panel_has_data(observed: Prometheus, query: str) -> None:
+    assert any(math.isfinite(value) for value in observed.values(filled_in(query)))
+
+
+@pytest.mark.parametrize("query", VARIABLES)
+def test_a_variable_has_values(observed: Prometheus, query: str) -> None:
+    asked = re.fullmatch(r"label_values\((.+), (\w+)\)", query)
+    assert asked is not None
+    selector, label = asked.groups()
+    assert observed.get(f"/label/{label}/values", **{"match[]": filled_in(selector)})
+
+
+def test_alerts_evaluate_and_ask_for_metrics_that_exist(observed: Prometheus) -> None:
+    known = set(observed.get("/label/__name__/values"))
+    rules = [rule for group in observed.get("/rules")["groups"] for rule in group["rules"]]
+    assert {rule["name"] for rule in rules} == set(RULES)
+    for rule in rules:
+        assert rule["health"] == "ok", rule
+        assert set(re.findall(r"\bcbp_\w+|\bup\b", rule["query"])) <= known, rule["name"]
+
+
+@pytest.mark.usefixtures("observed")
+def test_promtool_has_nothing_to_say_about_a_real_servers_metrics(busy_server: Any) -> None:
+    text = httpx.get(f"{busy_server.http_url}/metrics").content
+    checked = subprocess.run(
+        [system_tool("promtool"), "check", "metrics"], input=text, capture_output=True, check=False
+    )
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
