@@ -22,7 +22,6 @@ from cbp.batches import validate_features
 from cbp_server.broadcast import Broadcast
 from cbp_server.engine import messages
 from cbp_server.errors import (
-    CheckpointFailed,
     EngineUnavailable,
     EtagMismatch,
     InvalidRequest,
@@ -120,7 +119,9 @@ class Host:
 
     def learners(self) -> list[LearnerRecord]:
         """Every learner, by id."""
-        return [self._hosted[learner_id].record for learner_id in sorted(self._hosted)]
+        # Metrics read on a thread of their own: the copy is made in one go, so nothing can come or go meanwhile.
+        records = [hosted.record for hosted in list(self._hosted.values())]
+        return sorted(records, key=lambda record: record.learner_id)
 
     def learner(self, learner_id: str) -> LearnerRecord:
         """The learner of this id.
@@ -164,7 +165,7 @@ class Host:
 
     @property
     def open_streams(self) -> int:
-        return sum(len(hosted.sessions) for hosted in self._hosted.values())
+        return sum(len(hosted.sessions) for hosted in list(self._hosted.values()))
 
     async def wait_for_change(self) -> None:
         """Returns when any learner has changed, come or gone."""
@@ -220,10 +221,10 @@ class Host:
         async with hosted.changing:
             self._check_serving()
             self._check_current(hosted, etag)
-            for session in list(hosted.sessions.values()):
-                session.end(LearnerNotFound(learner_id))
             await self._running_engine.call(messages.Delete(learner_id))
             del self._hosted[learner_id]
+            for session in hosted.sessions.values():
+                session.end(LearnerNotFound(learner_id))
             self._changed.announce()
         log.info("learner deleted", learner=learner_id)
 
@@ -315,12 +316,12 @@ class Host:
             learner_id, changes = hosted.record.learner_id, hosted.changes
             try:
                 report = await self._running_engine.call(messages.Checkpoint(learner_id))
-            except (CheckpointFailed, EngineUnavailable) as error:
+            except LearnerNotFound:
+                continue  # deleted meanwhile
+            except CbpError as error:
                 failed += 1
                 self._observer.checkpoint_failed()
                 log.error("checkpoint failed", learner=learner_id, error=str(error))
-            except LearnerNotFound:
-                continue  # deleted meanwhile
             else:
                 self._note_checkpoint(hosted, report, changes)
         return failed
@@ -343,6 +344,8 @@ class Host:
         started = time.monotonic()
         self._announce_readiness()
         self._unreadable.clear()
+        for gone in self._hosted.keys() - set(ready.stored_learners):
+            del self._hosted[gone]  # its deletion was under way when the process before ended
         await asyncio.gather(*(self._load(learner_id) for learner_id in ready.stored_learners))
         self._serving = True
         self._announce_readiness()

@@ -214,3 +214,36 @@ def test_learning_goes_on_while_a_checkpoint_is_written(start_server, connect, s
     server.start()
     restored = connect(server.grpc_target).get("clicks")
     assert restored.progress.step == 100 * restored.producers[0].applied_sequence
+
+
+def test_a_server_whose_engine_keeps_dying_can_still_be_stopped(own_server):
+    for _ in range(2):
+        pid = engine_pid(own_server)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: engine_pid(own_server) != pid)
+    own_server.begin_stop()
+    assert own_server.wait() == 0
+
+
+def test_a_diverged_learner_is_still_reported_saved_and_deleted(own_server, connect):
+    """Weights that are no longer numbers must not make any of the windows onto the server fail."""
+    wire = connect(own_server.grpc_target)
+    wire.create("wild", loss="mse", optimizer={"kind": "sgd", "lr": 1e6}, monitoring={"interval": 10})
+    stream = wire.stream("wild")
+    stream.send_batch(1, np.ones((200, 4), np.float32), np.ones((200, 3), np.float32))
+    (result,) = stream.results(1)
+    assert not np.isfinite(result.loss)
+
+    learner = httpx.get(f"{own_server.http_url}/v1/learners/wild")
+    assert learner.status_code == 200
+    assert learner.json()["progress"]["loss"] is None
+    assert learner.json()["plasticity"]["step"] == 200
+    metrics = httpx.get(f"{own_server.http_url}/metrics")
+    assert metrics.status_code == 200
+    assert 'cbp_learner_steps_total{learner="wild"} 200.0' in metrics.text
+    assert np.isnan(decode_tensor(wire.predict("wild", np.ones((1, 4))).outputs)).all()
+    assert own_server.stop() == 0
+    own_server.start()
+    wire = connect(own_server.grpc_target)
+    assert wire.get("wild").progress.step == 200
+    wire.delete("wild")

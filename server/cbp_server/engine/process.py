@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,6 @@ AnswerT = TypeVar("AnswerT")
 _BACKOFF_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 #: A process that lived this long was healthy: its successor starts at once.
 _HEALTHY_SECONDS = 60.0
-_PAGE_BYTES = 4096
 
 log = structlog.get_logger("cbp_server.engine")
 
@@ -50,7 +50,7 @@ class EngineProcess:
         self._restarts = 0
         self._train_seconds = 0.0
         self._steps = 0
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._first_up: asyncio.Future[None] | None = None
 
@@ -82,7 +82,7 @@ class EngineProcess:
 
     async def stop(self) -> None:
         """Ends the process: it finishes what it is writing, and drops what still waits."""
-        self._stopping = True
+        self._stopping.set()
         if self._writer is not None:
             self._writer.close()
         if self._supervisor is not None:
@@ -111,13 +111,13 @@ class EngineProcess:
     async def _supervise(self, first_up: asyncio.Future[None]) -> None:
         loop = asyncio.get_running_loop()
         failures = 0
-        while not self._stopping:
+        while not self._stopping.is_set():
             started = loop.time()
             try:
                 await self._live(first_up)
             except Exception:
                 log.exception("engine supervision failed")
-            if self._stopping:
+            if self._stopping.is_set():
                 break
             if not first_up.done():
                 first_up.set_exception(EngineUnavailable("the engine process could not start; see its message above"))
@@ -126,7 +126,8 @@ class EngineProcess:
             pause = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
             log.error("engine process ended; starting it again", status=self._exit_status, pause_seconds=pause)
             self._restarts += 1
-            await asyncio.sleep(pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause)
 
     async def _live(self, first_up: asyncio.Future[None]) -> None:
         """One process, from its start to its end."""
@@ -155,7 +156,7 @@ class EngineProcess:
             self._fail_waiting()
             writer.close()
             await self._process.wait()
-            if not self._stopping:
+            if not self._stopping.is_set():
                 self._on_down()
             if up is not None:
                 await up
@@ -205,5 +206,5 @@ def _resident_bytes(pid: int | None) -> int:
     if pid is None:
         return 0
     with contextlib.suppress(OSError):  # not Linux, or just ended
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
