@@ -79,7 +79,7 @@ class AsyncLearner:
         given = {part: entries for part, entries in parts.items() if entries is not None}
         learner = learner_pb2.Learner(
             name=convert.learner_name(self.id),
-            spec=_message(given, spec_pb2.LearnerSpec, prefix="spec"),
+            spec=_message(given, spec_pb2.LearnerSpec),
             etag=self._info.etag if if_unchanged else "",
         )
         paths = [f"spec.{part}.{entry}" for part, entries in given.items() for entry in entries]
@@ -223,7 +223,7 @@ class AsyncClient:
             "resets": resets,
             "monitoring": monitoring,
         }
-        spec = _message(plain, spec_pb2.LearnerSpec, prefix="learner.spec")
+        spec = _message(plain, spec_pb2.LearnerSpec)
         request = learner_service_pb2.CreateLearnerRequest(
             learner_id=learner_id, learner=learner_pb2.Learner(spec=spec), request_id=str(uuid.uuid4())
         )
@@ -290,11 +290,11 @@ async def _get(connection: Connection, learner_id: str) -> LearnerInfo:
     return convert.learner_info(await connection.call(connection.learners.GetLearner, request, retry=True))
 
 
-def _message(plain: Plain, message_type: type[MessageT], *, prefix: str) -> MessageT:
+def _message(plain: Plain, message_type: type[MessageT]) -> MessageT:
     try:
         return from_plain(plain, message_type)
     except PlainError as error:
-        raise error_from_plain(error, prefix) from None
+        raise error_from_plain(error) from None
 
 
 def _check_same(wanted: Plain, info: LearnerInfo) -> None:

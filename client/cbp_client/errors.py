@@ -253,9 +253,9 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> CbpClientError:
     return error_type(message, reason=reason, violations=violations, metadata=metadata, retry_after=retry_after)
 
 
-def error_from_plain(plain_error: PlainError, prefix: str) -> InvalidArgument:
-    """The error for a spec that does not fit its message; `prefix` is where in the request the spec stands."""
-    violation = FieldViolation(f"{prefix}.{plain_error.field}", plain_error.description)
+def error_from_plain(plain_error: PlainError) -> InvalidArgument:
+    """The error for a spec that does not fit its message."""
+    violation = FieldViolation(plain_error.field, plain_error.description)
     return InvalidArgument(f"{violation.field}: {violation.description}", reason="INVALID_SPEC", violations=[violation])
 
 

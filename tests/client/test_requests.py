@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -42,8 +43,8 @@ async def test_a_spec_that_no_message_holds_is_refused_with_its_field(scripted: 
             await client.create_learner("clicks", network=NETWORK, optimizer={"learning_rate": 0.1})
 
     assert caught.value.reason == "INVALID_SPEC"
-    assert caught.value.violations[0].field == "learner.spec.optimizer.learning_rate"
-    assert str(caught.value).startswith("learner.spec.optimizer.learning_rate: is not a field here; there are kind, lr")
+    assert caught.value.violations[0].field == "optimizer.learning_rate"
+    assert str(caught.value).startswith("optimizer.learning_rate: is not a field here; there are kind, lr")
     assert scripted.requests == []
 
 
@@ -124,8 +125,6 @@ def test_a_prediction_knows_labels_and_probabilities() -> None:
 
 
 async def test_existing_learners_are_taken_only_if_they_are_the_same(scripted: ScriptedServer) -> None:
-    import grpc
-
     exists = error(grpc.StatusCode.ALREADY_EXISTS, "LEARNER_EXISTS")
     async with AsyncClient(scripted.target) as client:
         scripted.unary_errors = [exists]

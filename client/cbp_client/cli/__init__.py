@@ -1,0 +1,5 @@
+"""The `cbp` command."""
+
+from cbp_client.cli.app import main
+
+__all__ = ["main"]

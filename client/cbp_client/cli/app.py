@@ -1,0 +1,56 @@
+"""Puts the commands together; the commands themselves are in the modules beside this one."""
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from cbp_client.aio import DEFAULT_TARGET
+from cbp_client.cli import learners, predict, train, watch
+from cbp_client.cli.session import CommandError, Session, print_error
+from cbp_client.errors import CbpClientError
+
+app = typer.Typer(
+    name="cbp",
+    help="Work with the continual learners of a cbp server.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(learners.app, name="learners")
+app.command("train")(train.train)
+app.command("predict")(predict.predict)
+app.command("watch")(watch.watch)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("cbp-client"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    server: Annotated[
+        str, typer.Option("--server", envvar="CBP_SERVER", metavar="HOST:PORT", help="gRPC address of the server.")
+    ] = DEFAULT_TARGET,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of every command; they stand before its name."""
+    context.obj = Session(server)
+
+
+def main() -> None:
+    """Run the command line. Errors become one line on stderr and exit status 1; wrong usage is exit status 2."""
+    try:
+        app()
+    except (CbpClientError, CommandError) as error:
+        print_error(str(error))
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        sys.stderr.close()
+        sys.exit(1)

@@ -1,0 +1,82 @@
+"""What every command needs: the server it talks to, and how it prints."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from cbp_client.sync import Client
+
+
+class CommandError(Exception):
+    """Something that the user has to put right, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """The options that stand before a command's name."""
+
+    server: str
+
+    def connect(self) -> Client:
+        """A client of the chosen server."""
+        return Client(self.server)
+
+
+def session(context: typer.Context) -> Session:
+    """The session of the command that is running."""
+    found = context.find_object(Session)
+    if found is None:
+        raise RuntimeError("commands run under the application's callback, which makes the session")
+    return found
+
+
+def output() -> Console:
+    """Where results go."""
+    return Console(highlight=False)
+
+
+def messages() -> Console:
+    """Where everything else goes, so that results can be piped."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_error(text: str) -> None:
+    """One line on stderr."""
+    typer.echo(f"cbp: {' '.join(text.split())}", err=True)
+
+
+def as_json(value: Any) -> str:
+    """A record of this package, or a list or dictionary of them, as one line of JSON."""
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def number(value: float | None) -> str:
+    """A metric for people: four significant digits; a dash if there is none."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def percent(value: float | None) -> str:
+    """A share for people; a dash if there is none."""
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None  # JSON has no other numbers
+        case datetime():
+            return value.isoformat()
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return value
