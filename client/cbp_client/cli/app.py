@@ -24,6 +24,22 @@ app.command("predict")(predict.predict)
 app.command("watch")(watch.watch)
 
 
+@app.command(
+    "demo",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def demo(context: typer.Context) -> None:
+    """Stream digits to three learners and see which of them keeps learning."""
+    try:  # here, because it needs packages that other commands don't, and a second to load them
+        from cbp_client.demo.command import demo as run_demo
+    except ModuleNotFoundError as error:
+        raise CommandError(f"the demo needs {error.name}: pip install 'cbp-client[demo]'") from None
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(run_demo)
+    command(args=context.args, prog_name="cbp demo")
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(version("cbp-client"))
