@@ -3,6 +3,7 @@
 Every name is explained in docs/metrics.md; a test holds the two together.
 """
 
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from prometheus_client import (
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from cbp import CbpError, LayerPlasticity
+from cbp import CbpError, LayerPlasticity, LearnerProgress
 from cbp.plasticity import QUANTILES
 from cbp_server.errors import CATALOG, describe
 from cbp_server.read_model import ReadModel
@@ -101,9 +102,9 @@ class _Seen:
     """What the collector remembers of a learner between two scrapes."""
 
     uid: str
-    counts: dict[tuple[str, str], float]  # by (metric, layer or "")
-    active_at: int  # number of the scrape that last saw it step
-    named: bool  # has series of its own
+    progress: LearnerProgress | None = None  # at the scrape before; None at the first sight
+    active_at: int = 0  # number of the scrape that last saw it step
+    named: bool = False  # has series of its own
 
 
 class ServerCollector(Collector):
@@ -118,6 +119,7 @@ class ServerCollector(Collector):
     def __init__(self, source: ReadModel, *, max_learners: int) -> None:
         self._source = source
         self._max_learners = max_learners
+        self._versions = [version("cbp-server"), version("torch")]  # asking for them takes milliseconds
         self._scrape = 0
         self._seen: dict[str, _Seen] = {}
         self._others_counts: dict[tuple[str, str], float] = {}
@@ -138,36 +140,39 @@ class ServerCollector(Collector):
         self._scrape += 1
         before, self._seen = self._seen, {}
         for learner in learners:
-            counts = _counts(learner)
             seen = before.get(learner.learner_id)
             if seen is None or seen.uid != learner.uid:
-                seen = _Seen(learner.uid, {}, active_at=0, named=False)
-            if counts != seen.counts:
+                seen = _Seen(learner.uid)
+            if learner.progress is not seen.progress:  # records are replaced, not changed
                 seen.active_at = self._scrape
             self._seen[learner.learner_id] = seen
-        ranked = sorted(
-            learners,
-            key=lambda learner: (
-                -self._seen[learner.learner_id].active_at,
-                not self._seen[learner.learner_id].named,
-                learner.learner_id,
-            ),
-        )
+        ranked = sorted(learners, key=self._rank)
         own, others = ranked[: self._max_learners], ranked[self._max_learners :]
         for learner in others:
-            seen = self._seen[learner.learner_id]
-            for key, value in _counts(learner).items():
-                increase = max(0.0, value - seen.counts.get(key, value))  # the first sight is where counting starts
-                self._others_counts[key] = self._others_counts.get(key, 0.0) + increase
+            self._add_increase(learner.progress, self._seen[learner.learner_id].progress)
         for position, learner in enumerate(ranked):
             seen = self._seen[learner.learner_id]
-            seen.counts, seen.named = _counts(learner), position < self._max_learners
+            seen.progress, seen.named = learner.progress, position < self._max_learners
         return own, others
+
+    def _rank(self, learner: LearnerRecord) -> tuple[int, bool, str]:
+        seen = self._seen[learner.learner_id]
+        return -seen.active_at, not seen.named, learner.learner_id
+
+    def _add_increase(self, now: LearnerProgress, before: LearnerProgress | None) -> None:
+        if now is before:
+            return
+        counts = _counts(now)
+        base = counts if before is None else _counts(before)  # the first sight is where counting starts
+        for key, value in counts.items():
+            increase = max(0.0, value - base.get(key, 0.0))
+            self._others_counts[key] = self._others_counts.get(key, 0.0) + increase
 
     def _service_metrics(self, learners: Sequence[LearnerRecord]) -> Iterator[Metric]:
         by_state = GaugeMetricFamily("cbp_learners", "Live learners, by state.", labels=["state"])
+        states = Counts(learner.state for learner in learners)
         for state in LearnerState:
-            by_state.add_metric([state.value], sum(learner.state is state for learner in learners))
+            by_state.add_metric([state.value], states[state])
         yield by_state
         yield _gauge(
             "cbp_unreadable_learners", "Learners on disk that could not be restored.", len(self._source.unreadable())
@@ -201,7 +206,7 @@ class ServerCollector(Collector):
             "Always 1; versions of server and torch, and the device learners train on.",
             labels=["version", "torch_version", "device"],
         )
-        info.add_metric([version("cbp-server"), version("torch"), engine.device], 1)
+        info.add_metric([*self._versions, engine.device], 1)
         yield info
 
 
@@ -213,9 +218,8 @@ _TASKS = "cbp_learner_tasks"
 _REPLACEMENTS = "cbp_layer_replacements"
 
 
-def _counts(learner: LearnerRecord) -> dict[tuple[str, str], float]:
-    """Everything of a learner that only grows."""
-    progress = learner.progress
+def _counts(progress: LearnerProgress) -> dict[tuple[str, str], float]:
+    """Everything of a learner that only grows, by metric and layer."""
     counts: dict[tuple[str, str], float] = {
         (_STEPS, ""): progress.step,
         (_EXAMPLES, ""): progress.examples,
@@ -304,7 +308,7 @@ def _learner_metrics(
     ):
         counter = CounterMetricFamily(name, text, labels=["learner"])
         for learner in own:
-            counter.add_metric([learner.learner_id], _counts(learner)[name, ""])
+            counter.add_metric([learner.learner_id], _counts(learner.progress)[name, ""])
         if others:
             counter.add_metric([OTHERS], others_counts[name, ""])
         yield counter
