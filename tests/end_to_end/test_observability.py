@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from playwright.sync_api import sync_playwright
 
 from cbp_client import Client
 
@@ -185,6 +186,26 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.1)
+
+
+# --- the status page -----------------------------------------------------------------------------------------------
+
+
+def test_the_example_on_the_empty_page_works(busy_server: Any) -> None:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=system_tool("chromium"), args=["--no-sandbox", "--disable-gpu", "--no-first-run"]
+        )
+        page = browser.new_page()
+        page.goto(busy_server.http_url)
+        example = page.locator("section.empty pre").text_content()
+        browser.close()
+    assert example is not None
+    assert '"127.0.0.1:50051"' in example
+    batches = [(np.zeros((4, 64), np.float32), np.zeros(4, np.int64))]
+    exec(example.replace("127.0.0.1:50051", busy_server.grpc_target), {"batches": batches})
+    learner = httpx.get(f"{busy_server.http_url}/v1/learners/clicks").json()
+    assert learner["progress"]["examples"] == 4
 
 
 # --- what dashboards and alerts ask --------------------------------------------------------------------------------
