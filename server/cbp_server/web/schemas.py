@@ -1,18 +1,27 @@
 """What the HTTP API answers with, and how it is read off the records. Keys are those of the protobuf messages."""
 
+import math
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from cbp import LayerPlasticity, LearnerProgress
 from cbp.plasticity import QUANTILES
 from cbp_server.records import CheckpointRecord, LearnerRecord, ProducerRecord, SampleRecord
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
+
+
+#: JSON has no infinity; what a diverging learner overflows to is null.
+Number = Annotated[float | None, AfterValidator(_finite)]
+
+
 class Quantile(BaseModel):
     quantile: float = Field(description="From 0 to 1.")
-    value: float
+    value: Number
 
 
 class Layer(BaseModel):
@@ -20,18 +29,16 @@ class Layer(BaseModel):
 
     layer: str = Field(description="`hidden_0`, `hidden_1`, … from the input on, then `output`.")
     units: int
-    mean_abs_weight: float | None = Field(description="Mean of abs(w) over the incoming weights.")
-    weight_norm: float | None = Field(description="Frobenius norm of the incoming weights.")
-    distance_from_init: float | None = Field(
-        description="Euclidean distance of the parameters from their first values."
-    )
-    gradient_norm: float | None = Field(description="Euclidean norm of the loss gradient on the probe examples.")
-    dormant_fraction: float | None = Field(
+    mean_abs_weight: Number = Field(description="Mean of abs(w) over the incoming weights.")
+    weight_norm: Number = Field(description="Frobenius norm of the incoming weights.")
+    distance_from_init: Number = Field(description="Euclidean distance of the parameters from their first values.")
+    gradient_norm: Number = Field(description="Euclidean norm of the loss gradient on the probe examples.")
+    dormant_fraction: Number = Field(
         description="Share of units whose normalised mean activation is at most the dormant threshold."
     )
-    dead_fraction: float | None = Field(description="Share of units that are zero on every probe example.")
-    effective_rank: float | None = Field(description="Of the activations on the probe examples.")
-    stable_rank: float | None = Field(description="Of the activations on the probe examples.")
+    dead_fraction: Number = Field(description="Share of units that are zero on every probe example.")
+    effective_rank: Number = Field(description="Of the activations on the probe examples.")
+    stable_rank: Number = Field(description="Of the activations on the probe examples.")
     replacements: int | None = Field(description="Units replaced so far.")
     age_quantiles: list[Quantile] = Field(description="Age of the units, in steps.")
     utility_quantiles: list[Quantile] = Field(description="Bias-corrected utility of the units.")
@@ -80,16 +87,16 @@ class Task(BaseModel):
     task: str
     first_step: int
     examples: int
-    loss: float | None = Field(description="Mean over the task's examples, each predicted before it was learnt.")
-    accuracy: float | None = Field(description="As the loss; null for regression.")
+    loss: Number = Field(description="Mean over the task's examples, each predicted before it was learnt.")
+    accuracy: Number = Field(description="As the loss; null for regression.")
 
 
 class Progress(BaseModel):
     step: int = Field(description="Optimizer updates made.")
     examples: int = Field(description="Examples learnt from.")
     pending_examples: int = Field(description="Examples that wait for enough others to make a step.")
-    loss: float | None = Field(description="Exponential average of the loss before each update; null before the first.")
-    accuracy: float | None = Field(description="As the loss; null for regression.")
+    loss: Number = Field(description="Exponential average of the loss before each update; null before the first.")
+    accuracy: Number = Field(description="As the loss; null for regression.")
     replacements: dict[str, int] = Field(description="Units replaced so far, by hidden layer.")
     task_count: int = Field(description="Tasks seen so far.")
     tasks: list[Task] = Field(description="The most recent tasks, oldest first; the last one may still be growing.")

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +65,12 @@ def test_a_new_learner_has_nulls(host: Any, client: httpx.Client, make_learner: 
     learner = client.get("/v1/learners/new").json()
     assert (learner["checkpoint"], learner["plasticity"], learner["progress"]["loss"]) == (None, None, None)
     assert client.get("/v1/learners/new/plasticity").json() == {"samples": []}
+
+
+def test_a_diverging_learner_is_still_json(host: Any, client: httpx.Client, make_learner: MakeLearner) -> None:
+    host.add(make_learner("wild", loss=math.inf, accuracy=math.nan))
+    progress = client.get("/v1/learners/wild").raise_for_status().json()["progress"]
+    assert (progress["loss"], progress["accuracy"]) == (None, None)
 
 
 def test_pages_lead_through_all_learners(host: Any, client: httpx.Client, make_learner: MakeLearner) -> None:
