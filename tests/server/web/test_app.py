@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,6 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from cbp_server.errors import EngineUnavailable
 from cbp_server.records import LearnerRecord
+
+DOCS = Path(__file__).parents[3] / "docs" / "http_api.md"
 
 MakeLearner = Callable[..., LearnerRecord]
 
@@ -192,6 +195,8 @@ def test_openapi_describes_every_route_and_field(client: httpx.Client) -> None:
         assert operations["get"]["summary"], path
         for parameter in operations["get"].get("parameters", []):
             assert parameter["in"] == "path" or parameter["description"], (path, parameter["name"])
+    documented = DOCS.read_text().replace("{id}", "{learner_id}")
+    assert [path for path in document["paths"] if f"`{path}" not in documented] == []
     problem = document["paths"]["/v1/learners/{learner_id}"]["get"]["responses"]["404"]
     assert "application/problem+json" in problem["content"]
 
