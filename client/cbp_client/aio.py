@@ -151,7 +151,7 @@ class AsyncClient:
         self._connection = Connection(target, timeout=timeout, credentials=credentials)
 
     async def close(self) -> None:
-        """Close the connection. Close streams before."""
+        """Close the connection. Streams still open are aborted."""
         await self._connection.close()
 
     async def __aenter__(self) -> Self:

@@ -154,12 +154,17 @@ class Ledger:
         return untold
 
     def acknowledged(self, acknowledgement: training_service_pb2.Acknowledgement) -> list[HeldBatch]:
-        """Note what is applied and durable; returns the batches newly applied, in order."""
+        """Note what is applied and durable; returns the batches newly applied, in order.
+
+        Every batch gets a result, but `applied_sequence` may already count batches whose results come with a later
+        acknowledgement. They are taken to be applied when their results are there, so that none is missed.
+        """
         position = self._opened_position
-        newly_applied = max(0, acknowledgement.applied_sequence - position.applied_sequence)
+        applied = max((result.sequence for result in acknowledgement.results), default=0)
+        newly_applied = max(0, applied - position.applied_sequence)
         if newly_applied > self._in_flight:
             raise ServerError(
-                f"the server acknowledges batch {acknowledgement.applied_sequence}, which was not sent",
+                f"the server acknowledges batch {applied}, which was not sent",
                 reason="STREAM_PROTOCOL",
             )
         self.position = replace(

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 import grpc
 
@@ -39,6 +40,12 @@ class UnaryMethod(Protocol[RequestT, ResponseT]):
     def __call__(self, request: RequestT, /, *, timeout: float | None = None) -> Any: ...
 
 
+class Abortable(Protocol):
+    """Something that uses the channel until it is told to stop."""
+
+    async def abort(self) -> None: ...
+
+
 def backoff(first: float = 0.1, most: float = 5.0) -> Iterator[float]:
     """Seconds to wait before each retry: doubling, with jitter so that clients of a restarted server spread out."""
     delay = first
@@ -53,6 +60,8 @@ class Connection:
     def __init__(self, target: str, *, timeout: float, credentials: grpc.ChannelCredentials | None) -> None:
         self.target = target
         self.timeout = timeout
+        self.streams: WeakSet[Abortable] = WeakSet()
+        self._closed = False
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
         else:
@@ -61,7 +70,10 @@ class Connection:
         self.training = training_service_pb2_grpc.TrainingServiceStub(self._channel)
 
     async def close(self) -> None:
-        """Close the channel; calls under way are cancelled."""
+        """Abort the streams and close the channel; calls under way are cancelled."""
+        self._closed = True
+        for stream in list(self.streams):
+            await stream.abort()
         await self._channel.close()
 
     async def call(
@@ -75,6 +87,8 @@ class Connection:
             retry: whether the call may be made again when the server could not be reached.
             timeout: seconds for the call with all its retries; the connection's if None.
         """
+        if self._closed:
+            raise RuntimeError("the client is closed")
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         delays = backoff()
         for attempts_left in reversed(range(_ATTEMPTS if retry else 1)):

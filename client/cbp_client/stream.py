@@ -130,6 +130,7 @@ class AsyncTrainingStream:
         on_rejection: Callable[[RejectedBatch], None] | None = None,
     ) -> None:
         self._connection = connection
+        connection.streams.add(self)
         self._open_request = training_service_pb2.OpenStream(learner=learner_name(learner_id), producer=producer)
         self._get_request = learner_service_pb2.GetLearnerRequest(name=self._open_request.learner)
         self._return_outputs = return_outputs
@@ -146,6 +147,7 @@ class AsyncTrainingStream:
         self._changed = asyncio.Event()
         self._conversation: asyncio.Task[None] | None = None
         self._connected = False
+        self._lost = False
         self._lost_at = 0.0  # on the event loop's clock
         self._delays = backoff()
         self._closing = False
@@ -303,7 +305,7 @@ class AsyncTrainingStream:
         finally:
             self._closing = True
             self._notify()
-            if self._conversation is not None and self._connected:
+            if self._conversation is not None and self._connected and self._ledger.unapplied == 0:
                 await asyncio.wait([self._conversation], timeout=_CLOSE_TIMEOUT)
             await self.abort()
 
@@ -340,6 +342,7 @@ class AsyncTrainingStream:
             self._end(error)
 
     async def _pause(self, lost: CbpClientError) -> None:
+        self._lost = True
         delay = max(next(self._delays), lost.retry_after or 0.0)
         outage = asyncio.get_running_loop().time() + delay - self._lost_at
         if self._reconnect_timeout is not None and outage > self._reconnect_timeout:
@@ -384,10 +387,10 @@ class AsyncTrainingStream:
             raise Unavailable(f"the server did not open the stream within {_OPEN_TIMEOUT} s") from None
         if not isinstance(response, training_service_pb2.TrainResponse) or not response.HasField("opened"):
             raise ServerError("the server did not answer the opening of the stream", reason="STREAM_PROTOCOL")
-        again = self._ledger.position is not None
+        self._totals.reconnections += self._lost and self._ledger.position is not None
+        self._lost = False
         for batch in self._ledger.opened(response.opened, response.credits):
             self._finish(batch, training_service_pb2.BatchResult(sequence=batch.sequence, duplicate=True))
-        self._totals.reconnections += again
         self._connected = True
         self._notify()
 
@@ -437,7 +440,9 @@ class AsyncTrainingStream:
         self._totals.rejected += 1
         if self._on_rejection is None:
             self._unreported[batch.number] = rejected
-        self._tickets.pop(batch.number)._settle(BatchRejected([rejected]))
+        ticket = self._tickets.pop(batch.number, None)
+        if ticket is not None:  # else it was applied once, by a server that fell back since and accepts less now
+            ticket._settle(BatchRejected([rejected]))
         if self._on_rejection is not None:
             self._on_rejection(rejected)
 

@@ -33,6 +33,9 @@ class _LoopThread:
         if not self.stop.alive:
             coroutine.close()
             raise RuntimeError("the client is closed")
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError("a callback of a stream must not call the client, whose thread it runs on")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
@@ -242,7 +245,7 @@ class Client:
         self._client = self._loop.run(_connect(target, timeout=timeout, credentials=credentials))
 
     def close(self) -> None:
-        """Close the connection and end the background thread. Close streams before."""
+        """Close the connection and end the background thread. Streams still open are aborted."""
         if self._loop.stop.alive:
             self._loop.run(self._client.close())
             self._loop.stop()

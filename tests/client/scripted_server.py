@@ -58,6 +58,7 @@ class ScriptedServer(
         answering: while it is clear, nothing is answered, and batches are received but not applied.
         most_in_flight: largest number of unanswered batches that any stream had.
         received: payload and sequence of each batch, in the order of arrival, over all streams.
+        applied_ahead: added to the applied sequence of acknowledgements, as if later batches were applied as well.
         lost_answers: acknowledgements to leave out, so that the client does not hear of batches that are applied.
     """
 
@@ -73,6 +74,7 @@ class ScriptedServer(
         self.received: list[tuple[float, int]] = []
         self.arrived = asyncio.Condition()
         self.lost_answers = 0
+        self.applied_ahead = 0
         self.open_errors: list[BaseException] = []
         self.unary_errors: list[BaseException] = []
         self.requests: list[Any] = []
@@ -232,7 +234,7 @@ class ScriptedServer(
         return training_service_pb2.TrainResponse(
             acknowledgement=training_service_pb2.Acknowledgement(
                 epoch=session.epoch,
-                applied_sequence=len(producer.applied),
+                applied_sequence=len(producer.applied) + self.applied_ahead,
                 durable_sequence=producer.durable,
                 results=results,
             ),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from cbp_client import (
     WatchUpdate,
 )
 
+_DOCS = Path(__file__).parents[2] / "docs" / "client.md"
 SPEC: dict[str, Any] = {
     "network": {"kind": "mlp", "in_features": 4, "hidden": [8, 6], "out_features": 3, "activation": "relu"},
     "loss": "cross_entropy",
@@ -65,26 +67,21 @@ def outputs_after(learner: Learner) -> NDArray[np.float32]:
     return learner.predict(make_batches(1)[0][0]).outputs
 
 
-def test_the_snippet_of_the_documentation(own_server: Server) -> None:
+def test_the_snippet_of_the_documentation(own_server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    snippet = _DOCS.read_text().partition("```python\n")[2].partition("```")[0]
     random = np.random.default_rng(0)
-    features = random.normal(size=(20, 64))
-    batches = [(features, random.integers(0, 10, 20)) for _ in range(3)]
-    with Client(own_server.grpc_target) as client:
-        learner = client.create_learner("clicks", network={"kind": "mlp", "in_features": 64, "hidden": [100, 100, 100],
-                                        "out_features": 10, "activation": "relu"}, loss="cross_entropy",
-                                        optimizer={"kind": "sgd", "lr": 0.01}, batch_size=1,
-                                        resets={"layers": "first", "replacement_rate": 1e-4,
-                                                "maturity_threshold": 100})  # fmt: skip
-        with learner.stream(producer="web-1") as stream:
-            for features, targets in batches:
-                stream.send(features, targets, task="2026-11-22")
-        prediction = learner.predict(features)
-        samples = learner.plasticity(fresh=True)
+    variables: dict[str, Any] = {
+        "batches": [(random.normal(size=(20, 64)), random.integers(0, 10, 20)) for _ in range(3)],
+    }
 
-    assert stream.summary.examples == 60
-    assert prediction.step == 60
-    assert prediction.outputs.shape == (20, 10)
-    assert [layer.layer for layer in samples[-1].layers] == ["hidden_0", "hidden_1", "hidden_2", "output"]
+    exec(snippet.replace("localhost:50051", own_server.grpc_target), variables)
+
+    assert variables["stream"].summary.examples == 60
+    assert variables["prediction"].step == 60
+    assert variables["prediction"].outputs.shape == (20, 10)
+    assert [layer.layer for layer in variables["layers"]] == ["hidden_0", "hidden_1", "hidden_2", "output"]
+    assert variables["learner"].info.spec["resets"]["layers"] == ["all"]
+    assert "StreamSummary(batches=3, examples=60" in capsys.readouterr().out
 
 
 def test_the_life_of_a_learner(client: Client, learner: Learner, learner_id: str) -> None:
@@ -218,6 +215,15 @@ def test_threads_may_share_a_stream(learner: Learner) -> None:
             thread.join()
 
     assert stream.summary.batches == 60
+
+
+def test_a_callback_that_calls_the_client_is_told_rather_than_stuck(learner: Learner) -> None:
+    stream = learner.stream("web", on_result=lambda _: stream.flush())
+    stream.open()
+    stream.send(*make_batches(1)[0])
+    with pytest.raises(RuntimeError, match="a callback of a stream must not call the client"):
+        stream.flush()
+    stream.abort()
 
 
 def test_watching(client: Client, learner: Learner) -> None:

@@ -50,7 +50,8 @@ class World:
         expected, number = len(self.applied) + 1, int(batch.task)
         if batch.sequence == expected and number not in self.rejected:
             self.applied.append(number)
-            acknowledgement = pb.Acknowledgement(applied_sequence=expected, durable_sequence=self.durable)
+            results = [pb.BatchResult(sequence=expected)]
+            acknowledgement = pb.Acknowledgement(durable_sequence=self.durable, results=results)
             self.to_client.append(pb.TrainResponse(acknowledgement=acknowledgement, credits=1))
             return
         assert batch.sequence >= expected, "nothing that is applied is sent again while the stream is open"

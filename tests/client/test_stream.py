@@ -72,6 +72,15 @@ async def test_every_batch_is_applied_in_order_and_its_result_comes_back(
     assert stream.summary.reconnections == 0
 
 
+async def test_an_acknowledgement_may_be_ahead_of_the_results(scripted: ScriptedServer, learner: AsyncLearner) -> None:
+    scripted.applied_ahead = 2
+    async with learner.stream("web") as stream:
+        tickets = [await stream.send(*batch(payload)) for payload in range(8)]
+        results = [await ticket for ticket in tickets]
+
+    assert [result.loss for result in results] == list(range(8))
+
+
 async def test_outputs_come_back_if_asked_for(learner: AsyncLearner) -> None:
     async with learner.stream("web", return_outputs=True) as stream:
         result = await (await stream.send(*batch(7)))
@@ -300,6 +309,7 @@ async def test_rejected_batches_are_reported_once_and_the_others_move_up(
         await tickets[3]
     assert stream.summary.rejected == 2
     assert stream.summary.batches == 8
+    assert stream.summary.reconnections == 0
 
 
 async def test_send_raises_for_an_earlier_batch_and_does_not_take_the_new_one(
@@ -366,6 +376,23 @@ async def test_a_rejection_survives_the_loss_of_the_connection(scripted: Scripte
 
     assert scripted.producer().applied == [0, 2, 3, 4, 5]
     assert len(rejected) == 1
+
+
+async def test_a_batch_may_be_applied_once_and_then_rejected_by_a_server_that_fell_back(
+    scripted: ScriptedServer, learner: AsyncLearner
+) -> None:
+    rejected: list[RejectedBatch] = []
+    async with learner.stream("web", on_rejection=rejected.append) as stream:
+        for payload in range(3):
+            await stream.send(*batch(payload))
+        await stream.flush()
+        await scripted.crash()
+        scripted.rejects = lambda payload: payload == 1
+        await scripted.start()
+        await stream.send(*batch(3))
+
+    assert scripted.producer().applied == [0, 2, 3]
+    assert [item.number for item in rejected] == [2]
 
 
 async def test_a_sequence_used_by_another_batch_ends_the_stream(
@@ -570,3 +597,16 @@ async def test_a_stream_is_closed_once_and_used_open(learner: AsyncLearner) -> N
     assert not stream.connected
     with pytest.raises(StreamClosed, match="is closed"):
         await stream.send(*batch(0))
+
+
+async def test_closing_the_client_aborts_its_streams(scripted: ScriptedServer) -> None:
+    client = AsyncClient(scripted.target)
+    stream = (await client.get_learner("clicks")).stream("web")
+    await stream.open()
+    scripted.answering.clear()
+    ticket = await stream.send(*batch(0))
+    await client.close()
+    with pytest.raises(StreamClosed):
+        await ticket
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        await client.get_learner("clicks")
