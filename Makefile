@@ -18,7 +18,7 @@ help: ## show these targets
 
 install: .venv/installed ## create .venv with everything the project needs
 
-demo: .venv/installed ## stream digits to three learners and plot who keeps learning (about 3 minutes)
+demo: .venv/installed ## stream digits to three learners and plot who keeps learning (about a minute)
 	$(BIN)/cbp demo --output $(DEMO_DIR)
 
 test: .venv/installed ## run the tests
