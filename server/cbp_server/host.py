@@ -331,6 +331,8 @@ class Host:
         self._observer.checkpoint_written(checkpoint.seconds, checkpoint.size_bytes)
         hosted.changes_saved = max(hosted.changes_saved, changes)
         hosted.record.checkpoint = _checkpoint_record(report)
+        if report.progress.step >= hosted.record.progress.step:
+            hosted.record.progress = report.progress
         for name, position in report.positions.items():
             hosted.producers[name].durable = position.sequence
             if name in hosted.sessions:

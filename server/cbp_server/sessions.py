@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,6 +91,7 @@ class TrainSession:
         self.record = record
         self.producer = producer
         self.epoch = producer.open()
+        self.acknowledged_sequence = producer.applied
         self.credits = credits
         self._max_message_bytes = max_message_bytes
         self._sink = sink
@@ -162,6 +163,12 @@ class TrainSession:
     def answered(self, batches: int) -> None:
         """The client has heard of this many batches more and may send as many again."""
         self._unanswered -= batches
+
+    def acknowledge(self, batches: Sequence[Accepted]) -> None:
+        """The client hears of these applied batches, so that positions never run ahead of results."""
+        self.answered(len(batches))
+        if batches:
+            self.acknowledged_sequence = max(self.acknowledged_sequence, batches[-1].sequence)
 
     def close(self) -> None:
         """The stream is over, however that came about."""

@@ -4,12 +4,13 @@ import re
 
 import numpy as np
 import pytest
-from cbp_client import Client
-from cbp_client.demo.command import demo
-from cbp_client.demo.digits import PIXELS, digit_tasks
 from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
+
+from cbp_client import Client
+from cbp_client.demo.command import demo
+from cbp_client.demo.digits import PIXELS, digit_tasks
 
 app = Typer()
 app.command()(demo)

@@ -163,6 +163,20 @@ def test_a_killed_front_takes_its_engine_along_and_comes_back_from_its_checkpoin
     assert (again.opened.applied_sequence, again.opened.durable_sequence) == (1, 1)
 
 
+def test_a_front_killed_in_the_middle_of_traffic_leaves_no_engine_behind(own_server, connect, examples):
+    wire = connect(own_server.grpc_target)
+    wire.create("clicks")
+    stream = wire.stream("clicks")
+    for sequence in range(1, 60):
+        stream.send_batch(sequence, *examples(20))
+    stream.results(1)
+    pid = engine_pid(own_server)
+    os.kill(own_server.pid, signal.SIGSTOP)  # answers pile up unread, so the engine's end is cut off, not closed
+    time.sleep(0.3)
+    own_server.kill()
+    wait_until(lambda: not is_running(pid))
+
+
 def test_a_corrupt_checkpoint_falls_back_and_an_unreadable_learner_keeps_no_other_from_serving(
     own_server, connect, examples, refused
 ):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbp_server.engine.inbox import Inbox
-from cbp_server.engine.messages import Call, Predict, Sample
+from cbp_server.engine.messages import Call, Predict, Sample, Train
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=60))
@@ -47,11 +47,14 @@ def test_closing_wakes_the_one_who_waits():
     assert taken == [None]
 
 
-def test_it_knows_whether_a_learner_has_more_to_do():
+def test_it_knows_whether_a_learner_has_more_to_learn():
     inbox = Inbox()
-    inbox.put(Call(0, Sample("a")))
-    inbox.put(Call(1, Sample("a")))
+    train = Train("a", "web", 1, 1, "hash", batch=None, return_outputs=False)
+    inbox.put(Call(0, train))
+    inbox.put(Call(1, train))
+    inbox.put(Call(2, Sample("a")))
     inbox.take()
-    assert inbox.has_waiting("a")
+    assert inbox.has_training("a")
     inbox.take()
-    assert not inbox.has_waiting("a")
+    assert not inbox.has_training("a")  # a sample brings no news of what was learnt
+    assert not inbox.has_training("b")

@@ -307,7 +307,7 @@ class LayerPlasticity(_message.Message):
     weight_norm: _builtins.float
     """Frobenius norm of the incoming weights."""
     distance_from_init: _builtins.float
-    """Euclidean distance of weights and biases from their initial values."""
+    """Euclidean distance of the incoming weights from their initial values."""
     gradient_norm: _builtins.float
     """Euclidean norm of the loss gradient on the probe examples."""
     dormant_fraction: _builtins.float

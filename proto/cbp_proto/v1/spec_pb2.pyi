@@ -149,8 +149,8 @@ Global___Utility: _TypeAlias = Utility  # noqa: Y015
 
 @_typing.final
 class LearnerSpec(_message.Message):
-    """What a learner is. Fields left out take the service's documented defaults; the
-    learner that a call returns has every field filled in.
+    """What a learner is. `network`, `loss` and `optimizer` with its `lr` are required; other fields left out take the
+    documented defaults. The learner that a call returns has every field filled in.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -3,7 +3,7 @@
 from collections import deque
 from threading import Condition
 
-from cbp_server.engine.messages import Call, Predict
+from cbp_server.engine.messages import Call, Predict, Train
 
 
 class Inbox:
@@ -61,6 +61,7 @@ class Inbox:
         with self._condition:
             return self._predictions.popleft() if self._predictions else None
 
-    def has_waiting(self, learner_id: str) -> bool:
-        """Whether another request of the learner waits."""
-        return learner_id in self._waiting
+    def has_training(self, learner_id: str) -> bool:
+        """Whether another batch of the learner waits."""
+        with self._condition:
+            return any(isinstance(call.request, Train) for call in self._waiting.get(learner_id, ()))

@@ -7,6 +7,7 @@ ends when the front closes its end of the socket, so it never outlives the front
 import contextlib
 import json
 import os
+import pickle
 import socket
 import sys
 import threading
@@ -132,7 +133,7 @@ class EngineWorker:
 
     def _due_progress(self, hosted: HostedLearner) -> LearnerProgress | None:
         now = time.monotonic()
-        waiting = self._inbox.has_waiting(hosted.identity.learner_id)
+        waiting = self._inbox.has_training(hosted.identity.learner_id)
         if waiting and now - hosted.reported_at < _PROGRESS_INTERVAL:
             return None
         hosted.reported_at = now
@@ -261,15 +262,16 @@ def _resolve_device(device: str) -> str:
 
 
 def _read_calls(connection: socket.socket, inbox: Inbox) -> None:
-    """Fills the inbox until the front is gone."""
-    with connection.makefile("rb") as stream:
-        while len(header := stream.read(messages.HEADER_BYTES)) == messages.HEADER_BYTES:
-            payload = stream.read(messages.frame_length(header))
-            try:
+    """Fills the inbox until the front is gone, in whichever way: ended, killed, or cut off within a request."""
+    try:
+        with connection.makefile("rb") as stream:
+            while len(header := stream.read(messages.HEADER_BYTES)) == messages.HEADER_BYTES:
+                payload = stream.read(messages.frame_length(header))
                 inbox.put(cast(messages.Call, messages.decode_frame(payload)))
-            except EOFError:  # cut off: the front went away in the middle of a request
-                break
-    inbox.close()
+    except (OSError, EOFError, pickle.UnpicklingError):
+        pass
+    finally:
+        inbox.close()  # whatever happens here, the process must not live on without its front
 
 
 def main() -> None:

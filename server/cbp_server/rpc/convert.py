@@ -16,7 +16,7 @@ from cbp_proto import TensorError, decode_tensor, encode_tensor, from_plain, to_
 from cbp_proto.v1 import learner_pb2, spec_pb2, tensor_pb2, training_service_pb2
 from cbp_server.engine.messages import TrainReport
 from cbp_server.errors import InvalidRequest, describe
-from cbp_server.records import LearnerRecord, LearnerState, ProducerRecord, SampleRecord
+from cbp_server.records import LearnerRecord, LearnerState, SampleRecord
 from cbp_server.sessions import Accepted, IncomingBatch, Rejected
 
 _COLLECTION = "learners/"
@@ -154,16 +154,13 @@ def _payload_hash(message: training_service_pb2.TrainBatch) -> str:
 
 
 def acknowledgement(
-    producer: ProducerRecord, epoch: int, batches: Iterable[Accepted]
+    epoch: int, applied_sequence: int, durable_sequence: int, batches: Iterable[Accepted]
 ) -> training_service_pb2.TrainResponse:
     """Cumulative positions and the results of `batches`, all of them applied."""
     results = [_batch_result(batch) for batch in batches]
     return training_service_pb2.TrainResponse(
         acknowledgement=training_service_pb2.Acknowledgement(
-            epoch=epoch,
-            applied_sequence=producer.applied_sequence,
-            durable_sequence=producer.durable_sequence,
-            results=results,
+            epoch=epoch, applied_sequence=applied_sequence, durable_sequence=durable_sequence, results=results
         ),
         credits=len(results),
     )

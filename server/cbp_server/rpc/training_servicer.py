@@ -98,5 +98,7 @@ async def _answer(
         batches.append(event)
     while len(batches) < _LARGEST_ACKNOWLEDGEMENT and (behind := session.take_applied()) is not None:
         batches.append(behind)
-    session.answered(len(batches))
-    return convert.acknowledgement(session.producer.record, session.epoch, batches)
+    session.acknowledge(batches)
+    return convert.acknowledgement(
+        session.epoch, session.acknowledged_sequence, session.producer.record.durable_sequence, batches
+    )
