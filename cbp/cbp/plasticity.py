@@ -5,7 +5,7 @@ by index).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,6 +70,17 @@ class PlasticitySample:
             for layer in plain["layers"]
         ]
         return plain
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "PlasticitySample":
+        """The sample that `to_plain` wrote. Raises `KeyError` or `TypeError` if it is another object."""
+        layers = []
+        for layer in plain["layers"]:
+            fields: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in layer.items()
+            }
+            layers.append(LayerPlasticity(**fields))
+        return cls(step=plain["step"], examples=plain["examples"], layers=tuple(layers))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from cbp import Batch, CbpError, FieldViolation, LearnerSpec, PlasticitySample, SnapshotError
+from cbp import Batch, CbpError, FieldViolation, LearnerSpec, SnapshotError
 from cbp.batches import validate_features
 from cbp_server.broadcast import Broadcast
 from cbp_server.engine import messages
@@ -267,9 +267,10 @@ class Host:
     async def sample(self, learner_id: str) -> SampleRecord:
         """Measures plasticity now, between two steps."""
         hosted = self._get(learner_id)
-        self._add_samples(hosted, [await self._running_engine.call(messages.Sample(learner_id))])
+        sample = await self._running_engine.call(messages.Sample(learner_id))
+        hosted.record.samples.append(sample)
         self._touch(hosted)
-        return hosted.record.samples[-1]
+        return sample
 
     def _send(
         self, hosted: _Hosted, producer: Producer, epoch: int, incoming: IncomingBatch, batch: Batch
@@ -304,7 +305,7 @@ class Host:
         hosted.changes += 1
         if report.progress is not None:
             record.progress = report.progress
-        self._add_samples(hosted, report.samples)
+        record.samples.extend(report.samples)
         self._show_producers(hosted)
 
     # -- checkpoints --
@@ -386,18 +387,18 @@ class Host:
 
     async def _load(self, learner_id: str) -> None:
         try:
-            self._host(await self._running_engine.call(messages.Load(learner_id)))
+            loaded = await self._running_engine.call(messages.Load(learner_id))
         except SnapshotError as error:
             self._hosted.pop(learner_id, None)
             self._unreadable[learner_id] = str(error)
             log.error("learner not restored", learner=learner_id, error=str(error))
+        else:
+            self._host(loaded.learner, loaded.samples)
 
-    def _host(self, report: messages.LearnerReport) -> None:
-        """Takes up a learner as the engine reports it; what the front knew before only adds history."""
+    def _host(self, report: messages.LearnerReport, samples: Sequence[SampleRecord] = ()) -> None:
+        """Takes up a learner as the engine reports it."""
         identity, learner_id = report.identity, report.identity.learner_id
         before = self._hosted.get(learner_id)
-        samples = deque(maxlen=self._history_samples) if before is None else before.record.samples
-        kept = deque((s for s in samples if s.sample.step <= report.progress.step), maxlen=self._history_samples)
         record = LearnerRecord(
             learner_id=learner_id,
             uid=identity.uid,
@@ -407,7 +408,7 @@ class Host:
             update_time=datetime.fromisoformat(identity.update_time),
             state=LearnerState.ACTIVE,
             progress=report.progress,
-            samples=kept,
+            samples=deque(samples, maxlen=self._history_samples),
             checkpoint=_checkpoint_record(report),
             version=0 if before is None else before.record.version,
         )
@@ -451,10 +452,6 @@ class Host:
     def _forget_session(self, hosted: _Hosted, session: TrainSession) -> None:
         if hosted.sessions.get(session.producer.name) is session:
             del hosted.sessions[session.producer.name]
-
-    def _add_samples(self, hosted: _Hosted, samples: Sequence[PlasticitySample]) -> None:
-        now = datetime.now(UTC)
-        hosted.record.samples.extend(SampleRecord(sample, now) for sample in samples)
 
     def _show_producers(self, hosted: _Hosted) -> None:
         hosted.record.producers = {name: producer.record for name, producer in hosted.producers.items()}

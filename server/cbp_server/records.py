@@ -17,7 +17,7 @@ class LearnerState(Enum):
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """One plasticity sample and when the front process received it (UTC)."""
+    """One plasticity sample and when it was taken (UTC)."""
 
     sample: PlasticitySample
     time: datetime

@@ -49,7 +49,10 @@ class Settings(BaseSettings):
     )
     stream_credits: int = Field(64, ge=1, le=65536, description="batches that one stream may have in flight")
     history_samples: int = Field(
-        500, ge=1, le=100_000, description="plasticity samples kept in memory per learner for the HTTP and gRPC history"
+        500,
+        ge=1,
+        le=100_000,
+        description="plasticity samples kept in memory per learner for history; the newest 100 are saved",
     )
     metrics_max_learners: int = Field(
         100, ge=0, description="learners with Prometheus series of their own; the others are aggregated as _others"

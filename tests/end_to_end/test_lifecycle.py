@@ -261,3 +261,17 @@ def test_a_diverged_learner_is_still_reported_saved_and_deleted(own_server, conn
     wire = connect(own_server.grpc_target)
     assert wire.get("wild").progress.step == 200
     wire.delete("wild")
+
+
+def test_plasticity_history_survives_a_restart(own_server, connect, examples):
+    wire = connect(own_server.grpc_target)
+    wire.create("clicks", monitoring={"interval": 50})
+    stream = wire.stream("clicks")
+    stream.send_batch(1, *examples(160))
+    stream.results(1)
+    history = f"{own_server.http_url}/v1/learners/clicks/plasticity?max_samples=10"
+    before = httpx.get(history).json()
+    assert [sample["step"] for sample in before["samples"]] == [50, 100, 150]
+    own_server.stop()
+    own_server.start()
+    assert httpx.get(history).json() == before

@@ -6,6 +6,7 @@ import typer
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from cbp_client.cli.session import as_json, number, output, percent, session
 from cbp_client.types import WatchedLearner
@@ -31,48 +32,50 @@ def watch(
         present: dict[str, WatchedLearner] = {}
         console = output()
         if once:
-            console.print(_table({watched.info.id: watched for watched in next(updates).learners}))
+            console.print(_show({watched.info.id: watched for watched in next(updates).learners}))
             return
         with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
             for update in updates:
                 present |= {watched.info.id: watched for watched in update.learners}
                 for learner_id in update.deleted:
                     present.pop(learner_id, None)
-                live.update(Group(_table(present)), refresh=True)
+                live.update(_show(present), refresh=True)
 
 
-def _table(present: dict[str, WatchedLearner]) -> Table:
-    table = Table("learner", "task")
-    for heading in ("step", "examples", "loss", "accuracy"):
-        table.add_column(heading, justify="right")
-    table.add_column("layer")
-    for heading in ("dormant", "mean |w|", "effective rank", "replaced"):
-        table.add_column(heading, justify="right")
-    for _, watched in sorted(present.items()):
-        _add_rows(table, watched)
-    return table
+def _show(present: dict[str, WatchedLearner]) -> Group:
+    """A line for each learner, and below it one for each layer; fits a terminal of 80 columns."""
+    if not present:
+        return Group("no learners")
+    return Group(*(part for _, watched in sorted(present.items()) for part in (_headline(watched), _layers(watched))))
 
 
-def _add_rows(table: Table, watched: WatchedLearner) -> None:
+def _headline(watched: WatchedLearner) -> Text:
     info, progress = watched.info, watched.info.progress
-    own = [
-        info.id if info.state == "active" else f"{info.id} ({info.state})",
-        progress.tasks[-1].task if progress.tasks else "–",
-        str(progress.step),
-        str(progress.examples),
-        number(progress.loss),
-        percent(progress.accuracy),
-    ]
-    layers = watched.plasticity.layers if watched.plasticity is not None else ()
-    if not layers:
-        table.add_row(*own, end_section=True)
-    for index, layer in enumerate(layers):
+    line = Text(info.id, style="bold", no_wrap=True, overflow="ellipsis")
+    if info.state != "active":
+        line.append(f" ({info.state})", style="red")
+    facts = [f"step {progress.step}", f"loss {number(progress.loss)}"]
+    if progress.accuracy is not None:
+        facts.append(f"accuracy {percent(progress.accuracy)}")
+    if progress.tasks:
+        facts.append(f"task {progress.tasks[-1].task}")
+    return line.append("   " + "   ".join(facts), style="not bold")
+
+
+def _layers(watched: WatchedLearner) -> Table | Text:
+    if watched.plasticity is None:
+        return Text("  no plasticity sample yet\n", style="dim")
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table.add_column("layer", no_wrap=True)
+    for heading in ("dormant", "mean |w|", "effective rank", "replaced"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in watched.plasticity.layers:
         table.add_row(
-            *(own if index == 0 else [""] * len(own)),
             layer.layer,
             percent(layer.dormant_fraction),
             number(layer.mean_abs_weight),
             number(layer.effective_rank),
             "–" if layer.replacements is None else str(layer.replacements),
-            end_section=index == len(layers) - 1,
         )
+    table.add_row()
+    return table

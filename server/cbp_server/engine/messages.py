@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cbp import Batch, LearnerProgress, LearnerSpec, PlasticitySample, TrainResult
+from cbp import Batch, LearnerProgress, LearnerSpec, TrainResult
+from cbp_server.records import SampleRecord
 
 AnswerT_co = TypeVar("AnswerT_co", covariant=True)
 
@@ -93,13 +94,21 @@ class LearnerReport:
 
 
 @dataclass(frozen=True)
+class LoadReport:
+    """A learner brought back, with the plasticity samples saved with it, oldest first."""
+
+    learner: LearnerReport
+    samples: tuple[SampleRecord, ...]
+
+
+@dataclass(frozen=True)
 class TrainReport:
     """One batch applied."""
 
     result: TrainResult
     step: int  # the learner's, after the batch
     seconds: float
-    samples: tuple[PlasticitySample, ...]
+    samples: tuple[SampleRecord, ...]
     progress: LearnerProgress | None  # left out while more batches wait and the last report is recent
 
 
@@ -128,7 +137,7 @@ class Create(Request[LearnerReport]):
 
 
 @dataclass(frozen=True)
-class Load(Request[LearnerReport]):
+class Load(Request[LoadReport]):
     """Bring a learner back from its newest readable checkpoint."""
 
 
@@ -152,7 +161,7 @@ class Predict(Request[PredictReport]):
 
 
 @dataclass(frozen=True)
-class Sample(Request[PlasticitySample]):
+class Sample(Request[SampleRecord]):
     """Measure plasticity now."""
 
 

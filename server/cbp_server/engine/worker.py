@@ -12,24 +12,29 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import structlog
 import torch
 
-from cbp import CbpError, Learner, LearnerProgress, LearnerSnapshot, SnapshotError
+from cbp import CbpError, Learner, LearnerProgress, LearnerSnapshot, PlasticitySample, SnapshotError
 from cbp_server.engine import messages
 from cbp_server.engine.inbox import Inbox
 from cbp_server.errors import CheckpointFailed, EngineFault, LearnerExists, LearnerNotFound, SequenceGap
 from cbp_server.logs import configure_logging
+from cbp_server.records import SampleRecord
 from cbp_server.store.checkpoints import CheckpointDirectory
 
 #: Seconds between two full progress reports of a learner that has more batches waiting.
 _PROGRESS_INTERVAL = 0.25
+#: Newest plasticity samples saved with each checkpoint, so that a restart does not blind its watchers.
+_SAMPLES_SAVED = 100
 _SERVICE_KEY = "cbp_server"
 
 log = structlog.get_logger("cbp_server.engine")
@@ -42,7 +47,15 @@ class HostedLearner:
     learner: Learner
     identity: messages.Identity
     positions: dict[str, messages.Position] = field(default_factory=dict)
+    samples: deque[SampleRecord] = field(default_factory=lambda: deque(maxlen=_SAMPLES_SAVED))
     reported_at: float = 0.0  # monotonic seconds
+
+    def stamp(self, samples: Iterable[PlasticitySample]) -> tuple[SampleRecord, ...]:
+        """The samples with the present time, kept for the next checkpoint."""
+        now = datetime.now(UTC)
+        stamped = tuple(SampleRecord(sample, now) for sample in samples)
+        self.samples.extend(stamped)
+        return stamped
 
 
 class EngineWorker:
@@ -79,7 +92,7 @@ class EngineWorker:
             case messages.Train() as request:
                 self._reply(call, partial(self._train_or_end, request))
             case messages.Sample() as request:
-                self._reply(call, lambda: self._get(request.learner_id).learner.sample_plasticity())
+                self._reply(call, partial(self._sample, request))
             case messages.Create() as request:
                 self._reply(call, partial(self._create, request))
             case messages.Load() as request:
@@ -127,7 +140,7 @@ class EngineWorker:
             result=result,
             step=result.first_step + result.steps - 1,
             seconds=seconds,
-            samples=tuple(hosted.learner.take_samples()),
+            samples=hosted.stamp(hosted.learner.take_samples()),
             progress=self._due_progress(hosted),
         )
 
@@ -146,6 +159,10 @@ class EngineWorker:
     def _predict(self, request: messages.Predict) -> messages.PredictReport:
         learner = self._get(request.learner_id).learner
         return messages.PredictReport(learner.predict(request.features), learner.progress.step)
+
+    def _sample(self, request: messages.Sample) -> SampleRecord:
+        hosted = self._get(request.learner_id)
+        return hosted.stamp([hosted.learner.sample_plasticity()])[0]
 
     # -- life and death --
 
@@ -169,7 +186,7 @@ class EngineWorker:
             hosted.identity = before[1]
             raise
 
-    def _load(self, request: messages.Load) -> messages.LearnerReport:
+    def _load(self, request: messages.Load) -> messages.LoadReport:
         failures = []
         for path, data in self._checkpoints.read(request.learner_id):
             try:
@@ -178,12 +195,15 @@ class EngineWorker:
                 service = json.loads(snapshot.extra[_SERVICE_KEY])
                 identity = messages.Identity(**service["identity"])
                 positions = {name: messages.Position(**value) for name, value in service["positions"].items()}
+                samples = [_sample_from_plain(plain) for plain in service["samples"]]
             except (SnapshotError, KeyError, TypeError, ValueError) as error:
                 log.warning("checkpoint unreadable", learner=request.learner_id, file=path.name, error=str(error))
                 failures.append(f"{path.name}: {error}")
                 continue
             hosted = self._hosted[request.learner_id] = HostedLearner(learner, identity, positions)
-            return _describe(hosted, messages.CheckpointReport(len(data), path.stat().st_mtime, 0.0))
+            hosted.samples.extend(samples)
+            written = messages.CheckpointReport(len(data), path.stat().st_mtime, 0.0)
+            return messages.LoadReport(_describe(hosted, written), tuple(samples))
         raise SnapshotError(f"no checkpoint of learner '{request.learner_id}' is readable: {'; '.join(failures)}")
 
     def _delete(self, call: messages.Call, request: messages.Delete) -> None:
@@ -204,25 +224,25 @@ class EngineWorker:
         """Copies the learner's state between two steps; the copy is written while the learner goes on."""
         try:
             hosted = self._get(request.learner_id)
-            snapshot = hosted.learner.snapshot()
-            described = _describe(hosted, messages.CheckpointReport(0, 0.0, 0.0))
+            copy = _Copy(hosted)
         except Exception as error:
             self._answer(messages.Answer(call.number, error=_for_front(error, call)))
             return
-        self._writer.submit(self._reply, call, lambda: self._write(snapshot, described))
+        self._writer.submit(self._reply, call, partial(self._write, copy))
 
     def _write_now(self, hosted: HostedLearner) -> messages.LearnerReport:
         """Writes the learner's state in turn with the other writes, and waits for it."""
-        described = _describe(hosted, messages.CheckpointReport(0, 0.0, 0.0))
-        return self._writer.submit(self._write, hosted.learner.snapshot(), described).result()
+        return self._writer.submit(self._write, _Copy(hosted)).result()
 
-    def _write(self, snapshot: LearnerSnapshot, described: messages.LearnerReport) -> messages.LearnerReport:
+    def _write(self, copy: "_Copy") -> messages.LearnerReport:
         started = time.perf_counter()
+        described = copy.described
         service = {
             "identity": asdict(described.identity),
             "positions": {name: asdict(position) for name, position in described.positions.items()},
+            "samples": [_sample_to_plain(sample) for sample in copy.samples],
         }
-        data = snapshot.to_bytes(extra={_SERVICE_KEY: json.dumps(service)})
+        data = copy.snapshot.to_bytes(extra={_SERVICE_KEY: json.dumps(service)})
         learner_id = described.identity.learner_id
         try:
             self._checkpoints.write(learner_id, data)
@@ -242,6 +262,23 @@ def _describe(hosted: HostedLearner, checkpoint: messages.CheckpointReport) -> m
     return messages.LearnerReport(
         hosted.identity, hosted.learner.spec, hosted.learner.progress, dict(hosted.positions), checkpoint
     )
+
+
+class _Copy:
+    """A learner as it was between two steps, for the writer to write while it goes on."""
+
+    def __init__(self, hosted: HostedLearner) -> None:
+        self.snapshot = hosted.learner.snapshot()
+        self.described = _describe(hosted, messages.CheckpointReport(0, 0.0, 0.0))
+        self.samples = tuple(hosted.samples)
+
+
+def _sample_to_plain(record: SampleRecord) -> dict[str, Any]:
+    return record.sample.to_plain() | {"time": record.time.isoformat()}
+
+
+def _sample_from_plain(plain: Mapping[str, Any]) -> SampleRecord:
+    return SampleRecord(PlasticitySample.from_plain(plain), datetime.fromisoformat(plain["time"]))
 
 
 def _for_front(error: Exception, call: messages.Call) -> Exception:
