@@ -102,19 +102,19 @@ class Wire:
         self.training = training_service_pb2_grpc.TrainingServiceStub(self.channel)
         self._streams: list[Stream] = []
 
-    def create(self, learner_id: str, request_id: str = "", **changes: Any) -> learner_pb2.Learner:
+    def create(self, learner_id: str, request_id: str = "", *, timeout: float = _TIMEOUT, **changes: Any) -> learner_pb2.Learner:
         spec = from_plain(SMALL_SPEC | changes, spec_pb2.LearnerSpec)
         request = learner_service_pb2.CreateLearnerRequest(
             learner_id=learner_id, learner=learner_pb2.Learner(spec=spec), request_id=request_id
         )
-        return self.learners.CreateLearner(request, timeout=_TIMEOUT)
+        return self.learners.CreateLearner(request, timeout=timeout)
 
     def get(self, learner_id: str) -> learner_pb2.Learner:
         return self.learners.GetLearner(learner_service_pb2.GetLearnerRequest(name=f"learners/{learner_id}"))
 
-    def delete(self, learner_id: str, etag: str = "") -> None:
+    def delete(self, learner_id: str, etag: str = "", *, timeout: float = _TIMEOUT) -> None:
         request = learner_service_pb2.DeleteLearnerRequest(name=f"learners/{learner_id}", etag=etag)
-        self.learners.DeleteLearner(request, timeout=_TIMEOUT)
+        self.learners.DeleteLearner(request, timeout=timeout)
 
     def stream(self, learner_id: str, producer: str = "tests") -> Stream:
         stream = Stream(self.training, f"learners/{learner_id}", producer)

@@ -27,6 +27,7 @@ from cbp_server.web.app import create_app
 
 #: Seconds that calls still open after the drain may take to end.
 _STOP_GRACE = 2.0
+_ENDPOINTS = "endpoints.json"
 
 log = structlog.get_logger("cbp_server")
 
@@ -46,7 +47,8 @@ async def serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     with _locked(settings.data_dir):
-        async with _Server(settings).running() as server:
+        (settings.data_dir / _ENDPOINTS).unlink(missing_ok=True)  # of a server that was killed
+        async with _Server(settings).running(stopping) as server:
             await stopping.wait()
             log.info("shutting down")
             unsaved = await server.drain()
@@ -106,8 +108,8 @@ class _Server:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator["_Server"]:
-        """The server from its first answer to its last."""
+    async def running(self, stopping: asyncio.Event) -> AsyncIterator["_Server"]:
+        """The server from its first answer to its last; `stopping` cuts its start short."""
         settings = self._settings
         async with contextlib.AsyncExitStack() as stack:
             # HTTP first: /livez and /readyz answer while learners are being restored.
@@ -118,14 +120,13 @@ class _Server:
                 raise StartError(str(error)) from error
             stack.push_async_callback(self._rpc.stop, _STOP_GRACE)
             stack.push_async_callback(self._engine.stop)
-            try:
-                await self._engine.start()
-            except CbpError as error:
-                raise StartError(str(error)) from error
+            if not await self._started(stopping):
+                yield self
+                return
             checkpoints = asyncio.create_task(self._checkpoint_periodically())
             stack.push_async_callback(_cancel, checkpoints)
             endpoints = {"host": settings.host, "grpc_port": grpc_port, "http_port": http_port, "pid": os.getpid()}
-            stack.enter_context(_published(settings.data_dir / "endpoints.json", endpoints))
+            stack.enter_context(_published(settings.data_dir / _ENDPOINTS, endpoints))
             log.info(
                 "serving",
                 grpc=_address(settings.host, grpc_port),
@@ -135,6 +136,21 @@ class _Server:
             )
             yield self
 
+    async def _started(self, stopping: asyncio.Event) -> bool:
+        """Whether the engine has come up, rather than been told to stop before it had."""
+        starting = asyncio.create_task(self._engine.start())
+        told = asyncio.create_task(stopping.wait())
+        await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        if not starting.done():
+            starting.cancel()
+            return False
+        try:
+            await starting
+        except CbpError as error:
+            raise StartError(str(error)) from error
+        return True
+
     async def drain(self) -> int:
         """Finishes what was accepted and saves it; the number of learners that could not be saved."""
         return await self._host.drain(self._settings.drain_timeout)
@@ -142,11 +158,14 @@ class _Server:
     @contextlib.asynccontextmanager
     async def _serving_http(self) -> AsyncIterator[int]:
         try:
-            listener = socket.create_server((self._settings.host, self._settings.http_port))
+            family, *_, address = socket.getaddrinfo(
+                self._settings.host, self._settings.http_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = socket.create_server(address[:2], family=family)
         except OSError as error:
-            address = _address(self._settings.host, self._settings.http_port)
+            where = _address(self._settings.host, self._settings.http_port)
             taken = "; choose another --http-port" if error.errno == errno.EADDRINUSE else ""
-            raise StartError(f"cannot listen on {address}: {os.strerror(error.errno or 0)}{taken}") from error
+            raise StartError(f"cannot listen on {where}: {error.strerror}{taken}") from error
         serving = asyncio.create_task(self._http.serve([listener]))
         try:
             yield int(listener.getsockname()[1])
@@ -157,7 +176,10 @@ class _Server:
     async def _checkpoint_periodically(self) -> None:
         while True:
             await asyncio.sleep(self._settings.checkpoint_interval)
-            await self._host.checkpoint_changed()
+            try:
+                await self._host.checkpoint_changed()
+            except Exception:  # the next round must come whatever happened in this one
+                log.exception("periodic checkpoint failed")
 
     def _readiness_changed(self, reasons: Sequence[str]) -> None:
         task = asyncio.create_task(self._rpc.set_serving(not reasons))

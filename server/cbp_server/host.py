@@ -7,7 +7,8 @@ import re
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -42,6 +43,9 @@ AnswerT = TypeVar("AnswerT")
 
 _LEARNER_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _LONGEST_PRODUCER = 128
+_MOST_PRODUCERS = 1000  # of one learner: each is in every checkpoint and every view of the learner
+#: Checkpoints under way at a time, each with a copy of its learner's state.
+_CHECKPOINTS_AT_ONCE = 4
 
 log = structlog.get_logger("cbp_server.host")
 
@@ -72,7 +76,7 @@ class _Hosted:
         self.producers: dict[str, Producer] = {}
         self.sessions: dict[str, TrainSession] = {}  # by producer
         self.changing = asyncio.Lock()  # one update or deletion at a time
-        self.changes = 0  # batches and updates so far
+        self.changes = 0  # batches applied and streams opened so far; updates save themselves
         self.changes_saved = 0  # of which a checkpoint holds at least these
 
 
@@ -108,8 +112,10 @@ class Host:
         self._unreadable: dict[str, str] = {}
         self._creation = asyncio.Lock()
         self._changed = Broadcast()
+        self._restored = False  # once
         self._serving = False
         self._draining = False
+        self._operations: set[asyncio.Task[Any]] = set()
 
     def attach(self, engine: Engine) -> None:
         """Names the engine whose learners these are; before anything else."""
@@ -134,6 +140,8 @@ class Host:
 
     def page(self, page_size: int, page_token: str) -> tuple[list[LearnerRecord], str]:
         """One page of learners by id, and the token of the next one, empty on the last."""
+        if not self._restored:
+            raise EngineUnavailable  # a part of the learners must not look like all of them
         return page_of(self.learners(), page_size, page_token)
 
     def samples(self, learner_id: str, count: int) -> list[SampleRecord]:
@@ -177,6 +185,31 @@ class Host:
         """A new learner, saved; or, repeated with the same request_id, the one that was made the first time."""
         _check_learner_id(learner_id)
         _check_request_id(request_id)
+        return await self._complete(self._create(learner_id, spec, request_id))
+
+    async def update(
+        self, learner_id: str, revise: Callable[[LearnerSpec], LearnerSpec], *, etag: str = ""
+    ) -> LearnerRecord:
+        """Gives a live learner the spec that `revise` makes of its present one, behind every batch accepted so far."""
+        return await self._complete(self._update(self._get(learner_id), revise, etag))
+
+    async def delete(self, learner_id: str, *, etag: str = "") -> None:
+        """Removes the learner and its checkpoints, and ends its streams."""
+        await self._complete(self._delete(self._get(learner_id), etag))
+
+    async def _complete(self, operation: Coroutine[Any, Any, AnswerT]) -> AnswerT:
+        """Carries an operation through even if its caller goes away half-way: engine and records must agree."""
+        task = asyncio.create_task(operation)
+        self._operations.add(task)
+        task.add_done_callback(self._forget_operation)
+        return await asyncio.shield(task)
+
+    def _forget_operation(self, task: asyncio.Task[Any]) -> None:
+        self._operations.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; if nobody does any more, it is nobody's
+
+    async def _create(self, learner_id: str, spec: LearnerSpec, request_id: str) -> LearnerRecord:
         digest = _digest({"learner_id": learner_id, "spec": spec.to_plain()})
         async with self._creation:
             self._check_serving()
@@ -195,29 +228,24 @@ class Host:
         log.info("learner created", learner=learner_id, resets=spec.resets.layers)
         return self._hosted[learner_id].record
 
-    async def update(
-        self, learner_id: str, revise: Callable[[LearnerSpec], LearnerSpec], *, etag: str = ""
-    ) -> LearnerRecord:
-        """Gives a live learner the spec that `revise` makes of its present one, behind every batch accepted so far."""
-        hosted = self._get(learner_id)
+    async def _update(self, hosted: _Hosted, revise: Callable[[LearnerSpec], LearnerSpec], etag: str) -> LearnerRecord:
+        record = hosted.record
         async with hosted.changing:
             self._check_serving()
             self._check_current(hosted, etag)
-            spec = revise(hosted.record.spec)
-            hosted.record.spec.check_update(spec)
+            spec = revise(record.spec)
+            record.spec.check_update(spec)
             identity = replace(hosted.identity, update_time=datetime.now(UTC).isoformat())
-            report = await self._running_engine.call(messages.Update(learner_id, identity, spec))
+            report = await self._running_engine.call(messages.Update(record.learner_id, identity, spec))
             hosted.identity = identity
-            record = hosted.record
-            record.spec, record.etag = spec, _etag(identity.uid, spec)
+            record.spec, record.etag = spec, _etag(identity, spec)
             record.update_time = datetime.fromisoformat(identity.update_time)
             self._note_checkpoint(hosted, report, hosted.changes_saved)
-        log.info("learner updated", learner=learner_id)
-        return hosted.record
+        log.info("learner updated", learner=record.learner_id)
+        return record
 
-    async def delete(self, learner_id: str, *, etag: str = "") -> None:
-        """Ends the learner's streams and removes it and its checkpoints."""
-        hosted = self._get(learner_id)
+    async def _delete(self, hosted: _Hosted, etag: str) -> None:
+        learner_id = hosted.record.learner_id
         async with hosted.changing:
             self._check_serving()
             self._check_current(hosted, etag)
@@ -240,6 +268,9 @@ class Host:
             raise ServerDraining
         if hosted.record.state is not LearnerState.ACTIVE:
             raise EngineUnavailable
+        if producer not in hosted.producers and len(hosted.producers) >= _MOST_PRODUCERS:
+            description = f"would be one more than the {_MOST_PRODUCERS} that one learner may have; use the names again"
+            raise InvalidRequest(FieldViolation("open.producer", description))
         state = hosted.producers.setdefault(producer, Producer(producer))
         earlier = hosted.sessions.pop(producer, None)
         session = hosted.sessions[producer] = TrainSession(
@@ -253,12 +284,17 @@ class Host:
         )
         if earlier is not None:
             earlier.end(ProducerFenced(producer, session.epoch))
-        self._show_producers(hosted)
+        opened = self._running_engine.submit(messages.OpenProducer(learner_id, producer, session.epoch))
+        opened.add_done_callback(_ignore_failure)  # if it fails, so does the stream's first batch
+        hosted.changes += 1
+        self._show_producer(hosted, state)
         return session
 
     async def predict(self, learner_id: str, features: NDArray[np.generic]) -> messages.PredictReport:
         """Raw outputs of the live network between two of its steps, for features [N, in_features]."""
         record = self._get(learner_id).record
+        if record.state is not LearnerState.ACTIVE:
+            raise EngineUnavailable
         if features.nbytes > self._max_message_bytes:
             raise MessageTooLarge(features.nbytes, self._max_message_bytes)
         checked = validate_features(record.spec, features)
@@ -306,26 +342,37 @@ class Host:
         if report.progress is not None:
             record.progress = report.progress
         record.samples.extend(report.samples)
-        self._show_producers(hosted)
+        self._show_producer(hosted, producer)
 
     # -- checkpoints --
 
     async def checkpoint_changed(self) -> int:
         """Saves every learner that changed since its last checkpoint; the number of those that could not be saved."""
-        failed = 0
-        for hosted in [hosted for hosted in self._hosted.values() if hosted.changes > hosted.changes_saved]:
-            learner_id, changes = hosted.record.learner_id, hosted.changes
-            try:
-                report = await self._running_engine.call(messages.Checkpoint(learner_id))
-            except LearnerNotFound:
-                continue  # deleted meanwhile
-            except CbpError as error:
-                failed += 1
-                self._observer.checkpoint_failed()
-                log.error("checkpoint failed", learner=learner_id, error=str(error))
-            else:
-                self._note_checkpoint(hosted, report, changes)
-        return failed
+        changed = [hosted for hosted in self._hosted.values() if hosted.changes > hosted.changes_saved]
+        at_once = asyncio.Semaphore(_CHECKPOINTS_AT_ONCE)
+
+        async def save(hosted: _Hosted) -> bool:
+            async with at_once:
+                return await self._checkpoint(hosted)
+
+        return (await asyncio.gather(*(save(hosted) for hosted in changed))).count(False)
+
+    async def _checkpoint(self, hosted: _Hosted) -> bool:
+        """Whether everything of the learner is saved; one that has been deleted has nothing to save."""
+        learner_id, changes = hosted.record.learner_id, hosted.changes
+        if self._hosted.get(learner_id) is not hosted:
+            return True
+        try:
+            report = await self._running_engine.call(messages.Checkpoint(learner_id))
+        except LearnerNotFound:
+            return True
+        except CbpError as error:
+            self._observer.checkpoint_failed()
+            log.error("checkpoint failed", learner=learner_id, error=str(error))
+            return False
+        if report.identity.uid == hosted.identity.uid:  # not that of a new learner of the same name
+            self._note_checkpoint(hosted, report, changes)
+        return True
 
     def _note_checkpoint(self, hosted: _Hosted, report: messages.LearnerReport, changes: int) -> None:
         checkpoint = report.checkpoint
@@ -335,10 +382,13 @@ class Host:
         if report.progress.step >= hosted.record.progress.step:
             hosted.record.progress = report.progress
         for name, position in report.positions.items():
-            hosted.producers[name].durable = position.sequence
-            if name in hosted.sessions:
-                hosted.sessions[name].durable_moved()
-        self._show_producers(hosted)
+            producer = hosted.producers[name]
+            if position.sequence > producer.durable:
+                producer.durable = position.sequence
+                self._show_producer(hosted, producer)
+                if name in hosted.sessions:
+                    hosted.sessions[name].durable_moved()
+        self._touch(hosted)
 
     # -- start, failure and end --
 
@@ -350,7 +400,7 @@ class Host:
         for gone in self._hosted.keys() - set(ready.stored_learners):
             del self._hosted[gone]  # its deletion was under way when the process before ended
         await asyncio.gather(*(self._load(learner_id) for learner_id in ready.stored_learners))
-        self._serving = True
+        self._serving = self._restored = True
         self._announce_readiness()
         seconds = round(time.monotonic() - started, 3)
         log.info("learners restored", learners=len(self._hosted), unreadable=len(self._unreadable), seconds=seconds)
@@ -378,17 +428,25 @@ class Host:
             for session in hosted.sessions.values():
                 session.end(ServerDraining())
             under_way += [future for producer in hosted.producers.values() for future in producer.under_way]
+        under_way += self._operations
         if under_way:
-            log.info("finishing accepted batches", batches=len(under_way))
+            log.info("finishing what was accepted", operations=len(under_way))
             _, unfinished = await asyncio.wait(under_way, timeout=timeout_seconds)
             if unfinished:
-                log.warning("drain timeout: batches dropped unacknowledged", batches=len(unfinished))
+                log.warning(
+                    "drain timeout: giving up what is not finished", operations=len(unfinished)
+                )
+                with suppress(EngineUnavailable):
+                    await self._running_engine.call(messages.AbortTraining())
+                await asyncio.wait(unfinished)
         return await self.checkpoint_changed()
 
     async def _load(self, learner_id: str) -> None:
         try:
             loaded = await self._running_engine.call(messages.Load(learner_id))
-        except SnapshotError as error:
+        except EngineUnavailable:
+            raise
+        except CbpError as error:
             self._hosted.pop(learner_id, None)
             self._unreadable[learner_id] = str(error)
             log.error("learner not restored", learner=learner_id, error=str(error))
@@ -403,7 +461,7 @@ class Host:
             learner_id=learner_id,
             uid=identity.uid,
             spec=report.spec,
-            etag=_etag(identity.uid, report.spec),
+            etag=_etag(identity, report.spec),
             create_time=datetime.fromisoformat(identity.create_time),
             update_time=datetime.fromisoformat(identity.update_time),
             state=LearnerState.ACTIVE,
@@ -414,7 +472,8 @@ class Host:
         )
         hosted = self._hosted[learner_id] = _Hosted(record, identity)
         hosted.producers = {name: Producer(name, position) for name, position in report.positions.items()}
-        self._show_producers(hosted)
+        record.producers = {name: producer.record for name, producer in hosted.producers.items()}
+        self._touch(hosted)
 
     # -- helpers --
 
@@ -453,8 +512,8 @@ class Host:
         if hosted.sessions.get(session.producer.name) is session:
             del hosted.sessions[session.producer.name]
 
-    def _show_producers(self, hosted: _Hosted) -> None:
-        hosted.record.producers = {name: producer.record for name, producer in hosted.producers.items()}
+    def _show_producer(self, hosted: _Hosted, producer: Producer) -> None:
+        hosted.record.producers[producer.name] = producer.record  # in place: there may be many, and this is per batch
         self._touch(hosted)
 
     def _touch(self, hosted: _Hosted) -> None:
@@ -486,8 +545,14 @@ def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _etag(uid: str, spec: LearnerSpec) -> str:
-    return _digest({"uid": uid, "spec": spec.to_plain()})[:16]
+def _etag(identity: messages.Identity, spec: LearnerSpec) -> str:
+    """Differs after each update, also after one that brings an earlier spec back."""
+    return _digest({"uid": identity.uid, "update_time": identity.update_time, "spec": spec.to_plain()})[:16]
+
+
+def _ignore_failure(future: "asyncio.Future[None]") -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 def _checkpoint_record(report: messages.LearnerReport) -> CheckpointRecord:

@@ -44,7 +44,7 @@ class CheckpointRecord:
 
 @dataclass
 class LearnerRecord:
-    """One live learner. Replaced values, not changed ones: a reader may keep what it has read."""
+    """One live learner. Its values are replaced, not changed, but for `samples` and `producers`, which only grow."""
 
     learner_id: str
     uid: str

@@ -140,7 +140,7 @@ class TrainSession:
         self._arrived.set()
 
     def durable_moved(self) -> None:
-        if not self._ended:
+        if not self._ended and not (self._events and isinstance(self._events[-1], DurableMoved)):
             self._push(DurableMoved())
 
     async def next_event(self) -> Event:
@@ -169,6 +169,11 @@ class TrainSession:
         self.answered(len(batches))
         if batches:
             self.acknowledged_sequence = max(self.acknowledged_sequence, batches[-1].sequence)
+
+    @property
+    def durable_sequence(self) -> int:
+        """Of the batches that the client has heard of, the last one that is in a checkpoint."""
+        return min(self.producer.durable, self.acknowledged_sequence)
 
     def close(self) -> None:
         """The stream is over, however that came about."""

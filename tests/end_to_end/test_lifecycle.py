@@ -1,8 +1,12 @@
 """Start, end and failure of a whole server: what was acknowledged is there afterwards, and callers hear the truth."""
 
+import contextlib
 import os
+import shutil
 import signal
+import threading
 import time
+import uuid
 
 import grpc
 import httpx
@@ -29,8 +33,8 @@ def is_ready(server) -> bool:
     return httpx.get(f"{server.http_url}/readyz").status_code == 200
 
 
-def queued_batches(server) -> int:
-    return httpx.get(f"{server.http_url}/v1/learners/clicks").json()["queued_batches"]
+def queued_batches(server, learner="clicks") -> int:
+    return httpx.get(f"{server.http_url}/v1/learners/{learner}").json()["queued_batches"]
 
 
 def is_running(pid: int) -> bool:
@@ -99,21 +103,61 @@ def test_a_draining_server_says_so_everywhere(own_server, connect, examples, ref
     assert own_server.wait() == 0
 
 
-def test_a_drain_that_takes_too_long_gives_up_what_was_not_acknowledged(start_server, connect, examples):
-    server = start_server("--drain-timeout", "0.2")
+def test_a_drain_has_its_time_and_loses_nothing_that_was_acknowledged(start_server, connect, examples):
+    """What has begun when the time is up is saved as it is: the examples left wait in the learner."""
+    server = start_server("--drain-timeout", "0.5")
     wire = connect(server.grpc_target)
-    wire.create("clicks")
-    stream = wire.stream("clicks")
-    stream.send_batch(1, *examples(20))
-    stream.results(1)
-    stream.send_batch(2, *examples(60_000))
-    wait_until(lambda: queued_batches(server) == 1)
-    server.stop()
+    for name in ("long", "short"):
+        wire.create(name)
+    long, short = wire.stream("long"), wire.stream("short")
+    long.send_batch(1, *examples(20))
+    long.results(1)
+    short.send_batch(1, *examples(20))
+    short.results(1)
+    for sequence in (2, 3):
+        long.send_batch(sequence, *examples(100_000))
+    wait_until(lambda: queued_batches(server, "long") == 2)
+
+    started = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - started < 15  # the batches alone would take longer
     assert "drain timeout" in server.log
 
     server.start()
-    again = connect(server.grpc_target).stream("clicks")
-    assert again.opened.applied_sequence in (1, 2)
+    wire = connect(server.grpc_target)
+    restored = wire.get("long")
+    position = restored.producers[0].applied_sequence
+    assert position in (1, 2)
+    assert restored.progress.step + restored.progress.pending_examples == {1: 20, 2: 100_020}[position]
+    assert wire.get("short").progress.step == 20
+    again = wire.stream("long")
+    again.send_batch(position + 1, *examples(1))
+    assert again.results(1)[0].pending_examples == 0
+
+
+def test_a_batch_that_finishes_late_in_the_drain_is_saved(start_server, connect, examples):
+    """Acknowledged at the last moment, while other learners are being saved already."""
+    server = start_server("--drain-timeout", "0.3")
+    wire = connect(server.grpc_target)
+    streams = {}
+    for name in ("a", "b", "c", "d"):
+        wire.create(name)
+        streams[name] = wire.stream(name)
+        streams[name].send_batch(1, *examples(3000))
+    wait_until(lambda: sum(queued_batches(server, name) for name in streams) >= 1)
+    server.begin_stop()
+    heard = {}
+    for name, stream in streams.items():
+        heard[name] = 0
+        with contextlib.suppress(grpc.RpcError):
+            while True:
+                heard[name] = stream.receive().acknowledgement.applied_sequence
+    assert server.wait() == 0
+    server.start()
+    wire = connect(server.grpc_target)
+    for name, sequence in heard.items():
+        positions = wire.get(name).producers
+        assert (positions[0].applied_sequence if positions else 0) >= sequence, name
 
 
 def test_the_engine_process_is_restarted_and_its_learners_restored(
@@ -275,3 +319,166 @@ def test_plasticity_history_survives_a_restart(own_server, connect, examples):
     own_server.stop()
     own_server.start()
     assert httpx.get(history).json() == before
+
+
+def test_a_server_can_be_stopped_while_its_engine_starts_again(own_server):
+    os.kill(engine_pid(own_server), signal.SIGKILL)
+    wait_until(lambda: "starting it again" in own_server.log)
+    own_server.begin_stop()
+    assert own_server.wait() == 0
+
+
+def test_a_supervisor_that_signals_the_whole_group_loses_nothing(own_server, connect, examples):
+    wire = connect(own_server.grpc_target)
+    wire.create("clicks")
+    stream = wire.stream("clicks")
+    stream.send_batch(1, *examples(50))
+    stream.results(1)
+    for pid in (engine_pid(own_server), own_server.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert own_server.wait() == 0
+    own_server.start()
+    assert connect(own_server.grpc_target).get("clicks").progress.step == 50
+
+
+def test_a_call_given_up_by_its_caller_is_still_carried_through(start_server, connect, examples):
+    """Deadlines expire while the engine is busy; front and engine must agree on what happened."""
+    server = start_server()
+    wire = connect(server.grpc_target)
+    wire.create("busy", batch_size=0)
+    wire.create("gone")
+    stream = wire.stream("busy")
+    stream.send_batch(1, *examples(500_000))  # one step, which nothing can interrupt
+    wait_until(lambda: queued_batches(server, "busy") == 1)
+    request_id = str(uuid.uuid4())
+
+    late = grpc.StatusCode.DEADLINE_EXCEEDED
+    assert refused_code(lambda: wire.create("fresh", request_id, timeout=0.05)) is late
+    assert refused_code(lambda: wire.delete("gone", timeout=0.05)) is late
+
+    stream.results(1)
+    wait_until(lambda: refused_code(lambda: wire.get("gone")) is grpc.StatusCode.NOT_FOUND)
+    assert wire.create("fresh", request_id).name == "learners/fresh"
+    wire.create("gone")
+
+
+def refused_code(action):
+    try:
+        action()
+    except grpc.RpcError as error:
+        return error.code()
+    return None
+
+
+def test_learners_become_durable_beside_a_busy_neighbour(start_server, connect, examples):
+    server = start_server("--checkpoint-interval", "0.3")
+    wire = connect(server.grpc_target)
+    for name in ("busy", "idle"):
+        wire.create(name)
+    busy, idle = wire.stream("busy"), wire.stream("idle")
+    for sequence in range(1, 15):
+        busy.send_batch(sequence, *examples(8000))
+    idle.send_batch(1, *examples(5))
+    idle.results(1)
+    while idle.receive().acknowledgement.durable_sequence < 1:
+        pass
+    assert queued_batches(server, "busy") > 5  # long before the neighbour's queue is empty
+
+
+def test_a_long_message_gives_other_learners_their_turns(own_server, connect, examples):
+    wire = connect(own_server.grpc_target)
+    for name in ("long", "short"):
+        wire.create(name)
+    long, short = wire.stream("long"), wire.stream("short")
+    long.send_batch(1, *examples(50_000))
+    wait_until(lambda: queued_batches(own_server, "long") == 1)
+    short.send_batch(1, *examples(1))
+    assert short.results(1)[0].step == 1
+    assert queued_batches(own_server, "long") == 1
+
+
+def test_checkpoints_go_on_after_a_learner_was_deleted_and_made_again(start_server, connect, examples):
+    server = start_server("--checkpoint-interval", "0.1")
+    wire = connect(server.grpc_target)
+    for _ in range(3):
+        wire.create("clicks")
+        stream = wire.stream("clicks")
+        stream.send_batch(1, *examples(2000))
+        stream.results(1)
+        wire.delete("clicks")
+    wire.create("clicks")
+    stream = wire.stream("clicks")
+    stream.send_batch(1, *examples(10))
+    while stream.receive().acknowledgement.durable_sequence < 1:
+        pass
+    assert "periodic checkpoint failed" not in server.log
+
+
+def test_a_file_that_cannot_be_read_or_is_another_learners_stops_nothing(own_server, connect, examples, refused):
+    wire = connect(own_server.grpc_target)
+    for name in ("clicks", "broken"):
+        wire.create(name)
+    stream = wire.stream("clicks")
+    stream.send_batch(1, *examples(50))
+    stream.results(1)
+    own_server.stop()
+    learners = own_server.data_dir / "learners"
+    shutil.copytree(learners / "clicks", learners / "clicks-copy")
+    for path in (learners / "broken").iterdir():
+        path.unlink()
+        path.symlink_to("nowhere")
+
+    own_server.start()
+
+    wire = connect(own_server.grpc_target)
+    assert wire.get("clicks").progress.step == 50
+    for name in ("broken", "clicks-copy"):
+        assert refused(lambda name=name: wire.get(name)).reason == "UNREADABLE_STATE"
+
+
+def test_epochs_only_grow_across_orderly_restarts(own_server, connect):
+    wire = connect(own_server.grpc_target)
+    wire.create("clicks")
+    for epoch in (1, 2, 3):
+        assert wire.stream("clicks").opened.epoch == epoch
+    own_server.stop()
+    own_server.start()
+    assert connect(own_server.grpc_target).stream("clicks").opened.epoch == 4
+
+
+def test_predictions_leave_learning_its_share(own_server, connect, examples):
+    wire = connect(own_server.grpc_target)
+    wire.create("clicks")
+    probe, _ = examples(1)
+    stream = wire.stream("clicks")
+    stream.send_batch(1, *examples(500))
+    stream.results(1)
+    started = time.monotonic()
+    stream.send_batch(2, *examples(4000))
+    stream.results(1)
+    alone = time.monotonic() - started
+
+    done = threading.Event()
+
+    def keep_asking():
+        own = connect(own_server.grpc_target)
+        while not done.is_set():
+            own.predict("clicks", probe)
+
+    askers = [threading.Thread(target=keep_asking) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    started = time.monotonic()
+    stream.send_batch(3, *examples(4000))
+    stream.results(1)
+    asked = time.monotonic() - started
+    done.set()
+    for asker in askers:
+        asker.join()
+    assert asked < 20 * alone + 5  # starved, it would take as long as anybody asks
+
+
+def test_it_listens_on_ipv6_loopback(start_server, connect):
+    server = start_server("--host", "::1")
+    assert httpx.get(f"http://[::1]:{server.http_url.rpartition(':')[2]}/readyz").status_code == 200
+    assert connect(f"[::1]:{server.grpc_target.rpartition(':')[2]}").create("clicks").name == "learners/clicks"

@@ -9,7 +9,7 @@ from cbp_server.store.checkpoints import CheckpointDirectory
 
 
 def contents(directory: CheckpointDirectory, learner_id: str) -> list[bytes]:
-    return [data for _, data in directory.read(learner_id)]
+    return [path.read_bytes() for path in directory.paths(learner_id)]
 
 
 def test_the_newest_comes_first_and_the_oldest_goes(tmp_path):

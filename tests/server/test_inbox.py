@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbp_server.engine.inbox import Inbox
-from cbp_server.engine.messages import Call, Predict, Sample, Train
+from cbp_server.engine.messages import AbortTraining, Call, Checkpoint, Predict, Sample, Train
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=60))
@@ -26,15 +26,64 @@ def test_learners_take_turns_and_keep_their_order(learners):
         served[call.request.learner_id] += 1
 
 
-def test_a_prediction_overtakes_what_waits():
+def train(learner_id, sequence=1):
+    return Train(learner_id, "web", 1, sequence, "hash", batch=None, return_outputs=False)
+
+
+def numbers(inbox, count):
+    return [inbox.take().number for _ in range(count)]
+
+
+def test_predictions_and_learning_alternate():
+    inbox = Inbox()
+    for number in range(3):
+        inbox.put(Call(number, train("a", number)))
+    for number in range(10, 13):
+        inbox.put(Call(number, Predict("a", np.zeros((1, 1)))))
+    assert numbers(inbox, 6) == [10, 0, 11, 1, 12, 2]
+
+
+def test_a_prediction_can_be_taken_between_two_steps():
     inbox = Inbox()
     inbox.put(Call(0, Sample("a")))
     assert inbox.take_prediction() is None
     inbox.put(Call(1, Predict("a", np.zeros((1, 1)))))
     assert inbox.take_prediction().number == 1
     assert inbox.take_prediction() is None
-    inbox.put(Call(2, Predict("a", np.zeros((1, 1)))))
-    assert [inbox.take().number, inbox.take().number] == [2, 0]
+
+
+def test_a_checkpoint_waits_for_no_batch_that_has_not_begun():
+    inbox = Inbox()
+    inbox.put(Call(0, train("a", 1)))
+    inbox.put(Call(1, train("a", 2)))
+    begun = inbox.take()
+    inbox.put_back(begun)
+    inbox.put(Call(2, Checkpoint("a")))
+    assert numbers(inbox, 3) == [0, 2, 1]
+
+
+def test_a_batch_that_has_begun_gives_others_their_turn_and_comes_back_first():
+    inbox = Inbox()
+    inbox.put(Call(0, train("a", 1)))
+    inbox.put(Call(1, train("a", 2)))
+    begun = inbox.take()
+    assert inbox.has_turns()  # its own learner's next batch
+    inbox.put(Call(2, train("b")))
+    inbox.put_back(begun)
+    assert [inbox.take().number for _ in range(3)] in ([0, 2, 1], [2, 0, 1])
+
+
+def test_aborting_drops_the_batches_that_have_not_begun():
+    inbox = Inbox()
+    inbox.put(Call(0, train("a", 1)))
+    inbox.put(Call(1, train("a", 2)))
+    inbox.put(Call(2, Sample("a")))
+    inbox.put(Call(3, train("b")))
+    inbox.put_back(inbox.take())
+    inbox.put(Call(4, AbortTraining()))
+    assert inbox.aborting
+    assert [call.number for call in inbox.take_dropped()] == [1, 3]
+    assert numbers(inbox, 3) == [4, 0, 2]
 
 
 def test_closing_wakes_the_one_who_waits():
@@ -49,9 +98,8 @@ def test_closing_wakes_the_one_who_waits():
 
 def test_it_knows_whether_a_learner_has_more_to_learn():
     inbox = Inbox()
-    train = Train("a", "web", 1, 1, "hash", batch=None, return_outputs=False)
-    inbox.put(Call(0, train))
-    inbox.put(Call(1, train))
+    inbox.put(Call(0, train("a", 1)))
+    inbox.put(Call(1, train("a", 2)))
     inbox.put(Call(2, Sample("a")))
     inbox.take()
     assert inbox.has_training("a")

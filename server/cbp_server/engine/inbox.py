@@ -3,56 +3,72 @@
 from collections import deque
 from threading import Condition
 
-from cbp_server.engine.messages import Call, Predict, Train
+from cbp_server.engine.messages import AbortTraining, Call, Checkpoint, Predict, Train
 
 
 class Inbox:
-    """Requests that wait, fair over learners: predictions first, then one request of each learner in turn.
+    """Requests that wait, fair to all: predictions and learners alternate, and learners take turns.
 
-    Filled by one thread and emptied by another. Requests of one learner keep their order.
+    Filled by one thread and emptied by another. Requests of one learner keep their order, but for checkpoints, which go
+    before batches that have not begun: what is durable must not wait for a long queue.
     """
 
     def __init__(self) -> None:
         self._condition = Condition()
+        self._urgent: deque[Call] = deque()
         self._predictions: deque[Call] = deque()
         self._waiting: dict[str, deque[Call]] = {}  # by learner; never an empty queue
         self._turns: deque[str] = deque()  # learners in _waiting, next one first
+        self._begun: set[str] = set()  # learners whose first request is half done
+        self._predicted_last = False
+        self._dropped: list[Call] = []
         self._closed = False
+        #: Set from the moment that training is to be given up.
+        self.aborting = False
 
     def put(self, call: Call) -> None:
         with self._condition:
-            if isinstance(call.request, Predict):
-                self._predictions.append(call)
-            elif (queue := self._waiting.get(call.request.learner_id)) is not None:
-                queue.append(call)
-            else:
-                self._waiting[call.request.learner_id] = deque([call])
-                self._turns.append(call.request.learner_id)
+            match call.request:
+                case Predict():
+                    self._predictions.append(call)
+                case AbortTraining():
+                    self.aborting = True
+                    self._drop_training()
+                    self._urgent.append(call)
+                case Checkpoint(learner_id=learner_id):
+                    self._queue(learner_id).insert(learner_id in self._begun, call)
+                case request:
+                    self._queue(request.learner_id).append(call)
             self._condition.notify()
+
+    def put_back(self, call: Call) -> None:
+        """Returns a request that is half done: first of its learner's, when the others have had their turns."""
+        with self._condition:
+            learner_id = call.request.learner_id
+            self._begun.add(learner_id)
+            self._queue(learner_id).appendleft(call)
 
     def close(self) -> None:
         """Ends `take` at once; what still waits is dropped."""
         with self._condition:
             self._closed = True
+            self.aborting = True
             self._condition.notify()
 
     def take(self) -> Call | None:
         """The next request, waiting for one; None once closed."""
         with self._condition:
-            while not (self._closed or self._predictions or self._turns):
+            while not (self._closed or self._urgent or self._predictions or self._turns):
                 self._condition.wait()
             if self._closed:
                 return None
-            if self._predictions:
+            if self._urgent:
+                return self._urgent.popleft()
+            if self._predictions and not (self._predicted_last and self._turns):
+                self._predicted_last = True
                 return self._predictions.popleft()
-            learner_id = self._turns.popleft()
-            queue = self._waiting[learner_id]
-            call = queue.popleft()
-            if queue:
-                self._turns.append(learner_id)
-            else:
-                del self._waiting[learner_id]
-            return call
+            self._predicted_last = False
+            return self._take_turn()
 
     def take_prediction(self) -> Call | None:
         """A waiting prediction, if there is one; cheap enough to ask between any two steps."""
@@ -61,7 +77,51 @@ class Inbox:
         with self._condition:
             return self._predictions.popleft() if self._predictions else None
 
+    def take_dropped(self) -> list[Call]:
+        """The batches that an abort has kept from beginning."""
+        with self._condition:
+            dropped, self._dropped = self._dropped, []
+            return dropped
+
+    def has_turns(self) -> bool:
+        """Whether anybody waits for a turn, or the training under way is to be given up."""
+        return bool(self._turns) or self.aborting
+
     def has_training(self, learner_id: str) -> bool:
         """Whether another batch of the learner waits."""
         with self._condition:
             return any(isinstance(call.request, Train) for call in self._waiting.get(learner_id, ()))
+
+    def _queue(self, learner_id: str) -> deque[Call]:
+        queue = self._waiting.get(learner_id)
+        if queue is None:
+            queue = self._waiting[learner_id] = deque()
+            self._turns.append(learner_id)
+        return queue
+
+    def _take_turn(self) -> Call:
+        learner_id = self._turns.popleft()
+        queue = self._waiting[learner_id]
+        call = queue.popleft()
+        self._begun.discard(learner_id)
+        if queue:
+            self._turns.append(learner_id)
+        else:
+            del self._waiting[learner_id]
+        return call
+
+    def _drop_training(self) -> None:
+        """Takes out every batch that has not begun; those that have are given up by whoever began them."""
+        for learner_id, queue in list(self._waiting.items()):
+            kept = deque[Call]()
+            for index, call in enumerate(queue):
+                begun = index == 0 and learner_id in self._begun
+                if isinstance(call.request, Train) and not begun:
+                    self._dropped.append(call)
+                else:
+                    kept.append(call)
+            if kept:
+                self._waiting[learner_id] = kept
+            else:
+                del self._waiting[learner_id]
+                self._turns.remove(learner_id)

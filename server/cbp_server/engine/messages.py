@@ -154,6 +154,24 @@ class Train(Request[TrainReport]):
 
 
 @dataclass(frozen=True)
+class OpenProducer(Request[None]):
+    """Note a producer's new epoch, so that it is in the next checkpoint."""
+
+    producer: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class AbortTraining(Request[None]):
+    """Give up every batch that is not finished, of all learners, because the server ends.
+
+    A batch that has begun counts as applied: the examples it has left wait in its learner, as a remainder does.
+    """
+
+    learner_id: str = ""
+
+
+@dataclass(frozen=True)
 class Predict(Request[PredictReport]):
     """Predict between two steps, ahead of whatever waits."""
 

@@ -43,7 +43,8 @@ class EngineProcess:
         self._on_up = on_up
         self._on_down = on_down
         self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._connection: asyncio.StreamWriter | None = None  # from the start of the process
+        self._writer: asyncio.StreamWriter | None = None  # the same, while the process takes requests
         self._waiting: dict[int, asyncio.Future[object]] = {}
         self._next_number = 0
         self._device = options.device
@@ -83,8 +84,8 @@ class EngineProcess:
     async def stop(self) -> None:
         """Ends the process: it finishes what it is writing, and drops what still waits."""
         self._stopping.set()
-        if self._writer is not None:
-            self._writer.close()
+        if self._connection is not None:
+            self._connection.close()
         if self._supervisor is not None:
             await self._supervisor
 
@@ -139,6 +140,9 @@ class EngineProcess:
                 pass_fds=[theirs.fileno()], start_new_session=True,
             )  # fmt: skip
         reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
+        self._connection = writer
+        if self._stopping.is_set():  # stop() came before there was a connection to close
+            writer.close()
         up: asyncio.Task[None] | None = None
         try:
             writer.write(messages.encode_frame(self._options))
@@ -152,7 +156,7 @@ class EngineProcess:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the process has ended, or this side closed to end it
         finally:
-            self._writer = None
+            self._writer = self._connection = None
             self._fail_waiting()
             writer.close()
             await self._process.wait()

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
@@ -26,7 +27,8 @@ import torch
 from cbp import CbpError, Learner, LearnerProgress, LearnerSnapshot, PlasticitySample, SnapshotError
 from cbp_server.engine import messages
 from cbp_server.engine.inbox import Inbox
-from cbp_server.errors import CheckpointFailed, EngineFault, LearnerExists, LearnerNotFound, SequenceGap
+from cbp_server.engine.training import StopTrainingError, TrainingJob
+from cbp_server.errors import CheckpointFailed, EngineFault, LearnerExists, LearnerNotFound, SequenceGap, ServerDraining
 from cbp_server.logs import configure_logging
 from cbp_server.records import SampleRecord
 from cbp_server.store.checkpoints import CheckpointDirectory
@@ -73,6 +75,8 @@ class EngineWorker:
         self._inbox = inbox
         self._answer = answer
         self._hosted: dict[str, HostedLearner] = {}
+        self._begun: dict[str, TrainingJob] = {}  # by learner: batches between two slices
+        self._learn_until = 0.0  # monotonic; predictions have had their share up to then
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
 
     @property
@@ -90,7 +94,11 @@ class EngineWorker:
             case messages.Predict() as request:
                 self._reply(call, partial(self._predict, request))
             case messages.Train() as request:
-                self._reply(call, partial(self._train_or_end, request))
+                self._train(call, request)
+            case messages.OpenProducer() as request:
+                self._reply(call, partial(self._open_producer, request))
+            case messages.AbortTraining():
+                self._reply(call, self._abort_training)
             case messages.Sample() as request:
                 self._reply(call, partial(self._sample, request))
             case messages.Create() as request:
@@ -102,7 +110,7 @@ class EngineWorker:
             case messages.Checkpoint() as request:
                 self._checkpoint(call, request)
             case messages.Delete() as request:
-                self._delete(call, request)
+                self._reply(call, partial(self._delete, request))
             case request:
                 raise TypeError(f"the engine knows no request {type(request).__name__}")
 
@@ -114,35 +122,85 @@ class EngineWorker:
 
     # -- learning and predicting --
 
-    def _train_or_end(self, request: messages.Train) -> messages.TrainReport:
+    def _train(self, call: messages.Call, request: messages.Train) -> None:
+        """Learns a batch, or the next part of one that has begun, and answers when it is finished."""
+        job = self._begun.pop(request.learner_id, None)
         try:
-            return self._train(request)
-        except CbpError:
-            raise  # raised before anything changed
+            if job is None:
+                job = self._begin(request)
+        except CbpError as error:  # nothing has changed
+            self._answer(messages.Answer(call.number, error=error))
+            return
+        started = time.perf_counter()
+        try:
+            self._run(job)
+        except StopTrainingError:
+            self._give_up(call, request, job)
+            return
         except Exception:
             # Some of the batch's steps may have been made. The only whole state left is the checkpoint, so this
             # process ends, and the one that the front starts next restores it.
             log.exception("training failed half-way; ending the engine process", learner=request.learner_id)
             os._exit(70)  # EX_SOFTWARE; exiting by exception would let the writer save the half-trained state
+        job.seconds += time.perf_counter() - started
+        if job.finished:
+            self._reply(call, partial(self._finish, request, job))
+        else:
+            self._begun[request.learner_id] = job
+            self._inbox.put_back(call)
 
-    def _train(self, request: messages.Train) -> messages.TrainReport:
+    def _begin(self, request: messages.Train) -> TrainingJob:
         hosted = self._get(request.learner_id)
         position = hosted.positions.get(request.producer, messages.Position())
         if request.sequence != position.sequence + 1:  # one before it was refused here: nothing may overtake that
             raise SequenceGap(request.sequence, position.sequence + 1)
-        started = time.perf_counter()
-        result = hosted.learner.train(
-            request.batch, return_outputs=request.return_outputs, between_steps=self._answer_predictions
+        return TrainingJob(
+            hosted.learner,
+            request.batch,
+            return_outputs=request.return_outputs,
+            between_steps=self._between_steps,
         )
-        seconds = time.perf_counter() - started
-        hosted.positions[request.producer] = position.advance(request.epoch, request.sequence, request.payload_hash)
+
+    def _run(self, job: TrainingJob) -> None:
+        """Goes on with the batch until it is finished or somebody else wants a turn."""
+        while not job.finished:
+            job.run_slice()
+            if self._inbox.aborting and not job.finished:
+                raise StopTrainingError
+            if self._inbox.has_turns():
+                return
+            self._answer_predictions()
+
+    def _finish(self, request: messages.Train, job: TrainingJob) -> messages.TrainReport:
+        hosted = self._get(request.learner_id)
+        self._advance(hosted, request)
+        result = job.result()
         return messages.TrainReport(
             result=result,
             step=result.first_step + result.steps - 1,
-            seconds=seconds,
+            seconds=job.seconds,
             samples=hosted.stamp(hosted.learner.take_samples()),
             progress=self._due_progress(hosted),
         )
+
+    def _give_up(self, call: messages.Call, request: messages.Train, job: TrainingJob) -> None:
+        """The batch counts as applied: what is left of it waits in the learner, and is in its last checkpoint."""
+        job.give_up()
+        self._advance(self._hosted[request.learner_id], request)
+        self._answer(messages.Answer(call.number, error=ServerDraining()))
+
+    def _advance(self, hosted: HostedLearner, request: messages.Train) -> None:
+        position = hosted.positions.get(request.producer, messages.Position())
+        hosted.positions[request.producer] = position.advance(request.epoch, request.sequence, request.payload_hash)
+
+    def _open_producer(self, request: messages.OpenProducer) -> None:
+        positions = self._get(request.learner_id).positions
+        positions[request.producer] = replace(positions.get(request.producer, messages.Position()), epoch=request.epoch)
+
+    def _abort_training(self) -> None:
+        for call in self._inbox.take_dropped():
+            self._answer(messages.Answer(call.number, error=ServerDraining()))
+        # Batches between two slices come up again by themselves, and are given up at the end of one more slice.
 
     def _due_progress(self, hosted: HostedLearner) -> LearnerProgress | None:
         now = time.monotonic()
@@ -152,9 +210,19 @@ class EngineWorker:
         hosted.reported_at = now
         return hosted.learner.progress
 
+    def _between_steps(self) -> None:
+        if self._inbox.aborting:
+            raise StopTrainingError
+        self._answer_predictions()
+
     def _answer_predictions(self) -> None:
-        while (call := self._inbox.take_prediction()) is not None:
-            self._carry_out(call)
+        """Answers one waiting prediction, unless predictions have just had as much time as is now learning's due."""
+        started = time.monotonic()
+        if started < self._learn_until or (call := self._inbox.take_prediction()) is None:
+            return
+        self._carry_out(call)
+        ended = time.monotonic()
+        self._learn_until = ended + (ended - started)
 
     def _predict(self, request: messages.Predict) -> messages.PredictReport:
         learner = self._get(request.learner_id).learner
@@ -176,27 +244,32 @@ class EngineWorker:
 
     def _update(self, request: messages.Update) -> messages.LearnerReport:
         hosted = self._get(request.learner_id)
-        before = hosted.learner.spec, hosted.identity
+        before = hosted.learner.snapshot(), hosted.identity
         hosted.learner.update(request.spec)
         hosted.identity = request.identity
         try:
             return self._write_now(hosted)
         except CheckpointFailed:
-            hosted.learner.update(before[0])
+            hosted.learner = Learner.restore(before[0], device=self._device)
             hosted.identity = before[1]
             raise
 
     def _load(self, request: messages.Load) -> messages.LoadReport:
         failures = []
-        for path, data in self._checkpoints.read(request.learner_id):
+        for path in self._checkpoints.paths(request.learner_id):
             try:
+                data = path.read_bytes()
                 snapshot = LearnerSnapshot.from_bytes(data)
                 learner = Learner.restore(snapshot, device=self._device)
                 service = json.loads(snapshot.extra[_SERVICE_KEY])
                 identity = messages.Identity(**service["identity"])
                 positions = {name: messages.Position(**value) for name, value in service["positions"].items()}
                 samples = [_sample_from_plain(plain) for plain in service["samples"]]
-            except (SnapshotError, KeyError, TypeError, ValueError) as error:
+                if identity.learner_id != request.learner_id:
+                    raise SnapshotError(
+                        f"it is a checkpoint of learner '{identity.learner_id}', in the wrong directory"
+                    )
+            except (SnapshotError, OSError, KeyError, TypeError, ValueError) as error:
                 log.warning("checkpoint unreadable", learner=request.learner_id, file=path.name, error=str(error))
                 failures.append(f"{path.name}: {error}")
                 continue
@@ -206,17 +279,15 @@ class EngineWorker:
             return messages.LoadReport(_describe(hosted, written), tuple(samples))
         raise SnapshotError(f"no checkpoint of learner '{request.learner_id}' is readable: {'; '.join(failures)}")
 
-    def _delete(self, call: messages.Call, request: messages.Delete) -> None:
+    def _delete(self, request: messages.Delete) -> None:
+        hosted = self._get(request.learner_id)
+        delete = partial(self._checkpoints.delete, request.learner_id, hosted.identity.uid)
         try:
-            hosted = self._get(request.learner_id)
-        except LearnerNotFound as error:
-            self._answer(messages.Answer(call.number, error=error))
-            return
+            # Behind the checkpoints under way, so that none of them brings the directory back.
+            self._writer.submit(delete).result()
+        except OSError as error:
+            raise CheckpointFailed(f"learner '{request.learner_id}' could not be removed: {error}") from error
         del self._hosted[request.learner_id]
-        # Behind the checkpoints under way, so that none of them brings the directory back.
-        self._writer.submit(
-            self._reply, call, lambda: self._checkpoints.delete(request.learner_id, hosted.identity.uid)
-        )
 
     # -- checkpoints --
 
@@ -320,6 +391,9 @@ def main() -> None:
         with sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody is left to tell
             connection.sendall(messages.encode_frame(message))
 
+    # A supervisor may signal the whole group; this process ends when the front has saved everything and closes.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     options = cast(messages.EngineOptions, _receive(connection))
     configure_logging(options.log_level, options.log_format)
     torch.set_num_threads(options.threads)

@@ -100,5 +100,5 @@ async def _answer(
         batches.append(behind)
     session.acknowledge(batches)
     return convert.acknowledgement(
-        session.epoch, session.acknowledged_sequence, session.producer.record.durable_sequence, batches
+        session.epoch, session.acknowledged_sequence, session.durable_sequence, batches
     )

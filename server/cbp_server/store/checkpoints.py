@@ -9,7 +9,6 @@ directory fsynced.
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 _FILE = re.compile(r"checkpoint-(\d{12})\.safetensors")
@@ -63,11 +62,9 @@ class CheckpointDirectory:
         for old in generations[self._keep - 1 :]:
             self._path(learner_id, old).unlink(missing_ok=True)
 
-    def read(self, learner_id: str) -> Iterator[tuple[Path, bytes]]:
+    def paths(self, learner_id: str) -> list[Path]:
         """The learner's checkpoints, newest first, so that a reader can fall back from one that is corrupt."""
-        for generation in self._generations(learner_id):
-            path = self._path(learner_id, generation)
-            yield path, path.read_bytes()
+        return [self._path(learner_id, generation) for generation in self._generations(learner_id)]
 
     def delete(self, learner_id: str, uid: str) -> None:
         """Removes the learner's checkpoints; after a crash in between they are gone as well."""
