@@ -19,6 +19,8 @@ _DTYPES: dict[int, np.dtype[np.generic]] = {
     tensor_pb2.DATA_TYPE_FLOAT64: np.dtype("<f8"),
 }
 _DATA_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
+#: Far more than any message of examples needs, and few enough for every product of extents to be cheap.
+_MOST_DIMENSIONS = 8
 
 
 class TensorError(ValueError):
@@ -44,12 +46,14 @@ def decode_tensor(tensor: tensor_pb2.Tensor) -> NDArray[np.generic]:
     """The array that `tensor` describes: read-only, a view of the message's bytes.
 
     Raises:
-        TensorError: unknown dtype, a shape that numpy has no array for, data of another length than the shape asks
-            for, or a boolean that is neither 0 nor 1.
+        TensorError: unknown dtype, more than 8 dimensions, an extent that no data can have, data of another length than
+            the shape asks for, or a boolean that is neither 0 nor 1.
     """
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
         raise TensorError(f"dtype {tensor.dtype} is not a known DataType")
+    if len(tensor.shape) > _MOST_DIMENSIONS:  # before anything looks at them: there may be millions
+        raise TensorError(f"shape has {len(tensor.shape)} dimensions, at most {_MOST_DIMENSIONS} are known")
     shape = tuple(tensor.shape)
     if any(extent < 0 for extent in shape):
         raise TensorError(f"shape {list(shape)} has a negative extent")
@@ -61,5 +65,5 @@ def decode_tensor(tensor: tensor_pb2.Tensor) -> NDArray[np.generic]:
         raise TensorError("a bool must be stored as 0 or 1")
     try:
         return np.frombuffer(data, dtype=dtype).reshape(shape)
-    except ValueError as error:  # too many dimensions, or an extent beyond the address space beside an extent of 0
-        raise TensorError(f"shape of {len(shape)} dimensions: {error}") from error
+    except ValueError as error:  # an extent beyond the address space beside an extent of 0
+        raise TensorError(f"shape {list(shape)}: {error}") from error
