@@ -55,9 +55,10 @@ _OPTIMIZER_SLOTS: Mapping[type[Optimizer], tuple[str, ...]] = {
 class ContinualBackprop:
     """Resets low-utility units of an `nn.Sequential` of linear and activation layers.
 
-    Gathers the hidden activations of every forward pass in training mode with gradients enabled, from one `step` to
-    the next; passes in evaluation mode or without gradients leave no trace. Several passes before a `step` count as
-    one larger batch.
+    A step looks at the hidden activations of the forward passes, in training mode, that the last `optimizer.step()`
+    learned from. A pass counts from its backward pass on, so one whose loss is never differentiated leaves no trace
+    and takes no memory. Several passes before one optimizer step, as in gradient accumulation, count as one larger
+    batch. Where `optimizer.step()` is called several times for one `step`, the passes of the last one count.
 
     Adam keeps one step count for a whole tensor, which would give fresh weights a step up to √((1 − β₂)⁻¹)·(1 − β₁)
     times too large. This object keeps a count for every weight and, inside `optimizer.step()`, puts the difference
@@ -116,13 +117,15 @@ class ContinualBackprop:
         self._step = 0
         self._replacements = [0] * len(hidden)
         self._gathered: list[list[Tensor]] = [[] for _ in hidden]
+        self._learned = False  # whether the optimizer has taken its step on what is gathered
         self._adam_steps: dict[Tensor, Tensor] = {}
         self._settle_on(self._linears[0].weight.device)
         self._units: UnitState = UnitState.fresh(1, self._layout.total, self._device)
         self._schedule: ReplacementSchedule = self._schedule_from_ages([0.0] * len(hidden))
         self._hooks = [
-            reader.register_forward_pre_hook(self._gatherer(layer)) for layer, reader in enumerate(self._linears[1:])
+            reader.register_forward_hook(self._gatherer(layer)) for layer, reader in enumerate(self._linears[1:])
         ]
+        self._hooks.append(optimizer.register_step_post_hook(self._finish_gathering))
         if isinstance(optimizer, Adam | AdamW):
             self._hooks.append(optimizer.register_step_post_hook(self._correct_fresh_weights))
 
@@ -140,13 +143,12 @@ class ContinualBackprop:
     def step(self) -> None:
         """One generate-and-test step; call it after `optimizer.step()`.
 
-        Raises `CbpError` if no forward pass in training mode has happened since the last one.
+        Raises `CbpError` if no forward and backward pass in training mode has happened since the last one.
         """
         if not all(self._gathered):
-            raise CbpError("step() needs a forward pass in training mode, with gradients enabled, since the last step")
+            raise CbpError("step() needs a forward pass in training mode, and its backward pass, since the last step")
         activations = [passes[0] if len(passes) == 1 else torch.cat(passes, dim=1) for passes in self._gathered]
-        for passes in self._gathered:
-            passes.clear()
+        self._forget_gathered()
         if self._linears[0].weight.device != self._device:
             self._settle_on(self._linears[0].weight.device)
             self._units = self._units.to(self._device)
@@ -233,18 +235,39 @@ class ContinualBackprop:
             [ages[columns] for columns in self._layout.slices],
         )
 
-    def _gatherer(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _gatherer(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         """A hook for the linear layer that reads a hidden layer: its input is that layer's activations.
 
-        Not a hook on the activation module, since one module may serve several layers.
+        Not a hook on the activation module, since one module may serve several layers. Until the backward pass
+        comes, the activations hang on the graph that holds them anyway, and go with it.
         """
 
-        def gather(reader: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if reader.training and torch.is_grad_enabled():
-                activations: Tensor = inputs[0].detach()
-                self._gathered[layer].append(activations.reshape(1, -1, activations.shape[-1]))
+        def gather(reader: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not (reader.training and output.requires_grad):
+                return
+            waiting = [inputs[0].detach()]
+
+            def differentiated(_gradient: Tensor) -> None:
+                if waiting:  # a graph may be walked more than once
+                    activations = waiting.pop()
+                    self._gather(layer, activations.reshape(1, -1, activations.shape[-1]))
+
+            output.register_hook(differentiated)
 
         return gather
+
+    def _gather(self, layer: int, activations: Tensor) -> None:
+        if self._learned:
+            self._forget_gathered()
+        self._gathered[layer].append(activations)
+
+    def _finish_gathering(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        self._learned = True
+
+    def _forget_gathered(self) -> None:
+        self._learned = False
+        for passes in self._gathered:
+            passes.clear()
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         return {

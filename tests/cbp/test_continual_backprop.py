@@ -168,8 +168,50 @@ def test_evaluation_leaves_no_trace() -> None:
     module.train()
     with torch.no_grad():
         module(next(inputs()))
+    module(next(inputs()))  # in training mode, but nothing is learned from it
     with pytest.raises(CbpError, match="forward pass in training mode"):
         resets.step()
+
+
+def test_passes_that_are_not_learned_from_take_no_memory() -> None:
+    """Acting in training mode, or a loop that skips `step`, must not pile activations up."""
+    module = network()
+    optimizer = OPTIMIZERS["sgd"](module.parameters())
+    resets = ContinualBackprop(module, optimizer)
+    example = next(inputs())
+    for _ in range(50):
+        module(example)
+    assert [len(passes) for passes in resets._gathered] == [0, 0]
+    for _ in range(50):
+        module(example).sum().backward()
+        optimizer.step()
+    assert [len(passes) for passes in resets._gathered] == [1, 1]
+
+
+def test_a_step_looks_at_what_the_last_optimizer_step_learned_from() -> None:
+    states = []
+    first, second = (torch.full((3, 4), value) for value in (5.0, 1.0))
+    for skipped in ([first], []):
+        module = network()
+        optimizer = SGD(module.parameters(), lr=0.0)
+        resets = ContinualBackprop(module, optimizer)
+        for example in (*skipped, second):
+            module(example).sum().backward()
+            module(example * 7)
+            optimizer.step()
+        resets.step()
+        states.append(resets.state_dict())
+    assert torch.equal(states[0]["mean_activation"], states[1]["mean_activation"])
+    assert torch.equal(states[0]["utility"], states[1]["utility"])
+
+
+def test_a_graph_walked_twice_counts_once() -> None:
+    module = network()
+    resets = ContinualBackprop(module, OPTIMIZERS["sgd"](module.parameters()))
+    loss = module(next(inputs())).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert [len(passes) for passes in resets._gathered] == [1, 1]
 
 
 def test_passes_before_a_step_count_as_one_batch() -> None:
@@ -179,7 +221,7 @@ def test_passes_before_a_step_count_as_one_batch() -> None:
         module = network()
         resets = ContinualBackprop(module, OPTIMIZERS["sgd"](module.parameters()))
         for part in parts:
-            module(part)
+            module(part).sum().backward()
         resets.step()
         states.append(resets.state_dict())
     torch.testing.assert_close(states[0]["mean_activation"], states[1]["mean_activation"])
