@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cbp.batches import Batch
 
+RowT = TypeVar("RowT", bound=np.generic)
 TaskRun = tuple[str, int]
 """A task label and how many examples in a row carry it."""
 
@@ -80,26 +82,65 @@ def _split_runs(runs: Sequence[TaskRun], position: int) -> tuple[tuple[TaskRun, 
     return tuple(first), tuple(rest)
 
 
+class _Window(Generic[RowT]):
+    """The last `size` rows of an ever longer array.
+
+    They lie one after another in a buffer of up to twice their number and move to its front when they reach its end,
+    so that a row is copied about twice, however few rows come at a time.
+    """
+
+    def __init__(self, size: int, rows: NDArray[RowT]) -> None:
+        self._size = size
+        self._buffer = rows[-size:].copy()
+        self._start, self._end = 0, len(self._buffer)
+
+    @property
+    def rows(self) -> NDArray[RowT]:
+        """Oldest first; valid until more come."""
+        return self._buffer[self._start : self._end]
+
+    def extend(self, rows: NDArray[RowT]) -> None:
+        rows = rows[-self._size :]
+        kept = self.rows[max(len(self.rows) + len(rows) - self._size, 0) :]
+        if self._end + len(rows) > len(self._buffer):
+            self._move_to_front(kept, len(kept) + len(rows))
+        self._buffer[self._end : self._end + len(rows)] = rows
+        self._end += len(rows)
+        self._start = self._end - len(kept) - len(rows)
+
+    def _move_to_front(self, kept: NDArray[RowT], needed: int) -> None:
+        buffer, room = self._buffer, min(2 * needed, 2 * self._size)
+        if room > len(buffer):
+            buffer = np.empty((room, *buffer.shape[1:]), buffer.dtype)
+        buffer[: len(kept)] = kept
+        self._buffer, self._end = buffer, len(kept)
+
+
 class Probe:
     """The most recent examples, on which a plasticity sample is measured."""
 
     def __init__(
         self, size: int, features: NDArray[np.float32], targets: NDArray[np.int64] | NDArray[np.float32]
     ) -> None:
-        self._size = size
-        self.features = features[-size:].copy()
-        """[n, I], oldest first"""
-        self.targets = targets[-size:].copy()
-        """[n] or [n, C]"""
+        self._features: _Window[np.float32] = _Window(size, features)
+        self._targets: _Window[Any] = _Window(size, targets)
 
     def __len__(self) -> int:
         return len(self.features)
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """[n, I], oldest first; valid until `extend`."""
+        return self._features.rows
+
+    @property
+    def targets(self) -> NDArray[np.int64] | NDArray[np.float32]:
+        """[n] or [n, C], oldest first; valid until `extend`."""
+        return self._targets.rows
 
     def resized(self, size: int) -> "Probe":
         return Probe(size, self.features, self.targets)
 
     def extend(self, features: NDArray[np.float32], targets: NDArray[np.int64] | NDArray[np.float32]) -> None:
-        kept = max(self._size - len(features), 0)
-        start = max(len(self.features) - kept, 0)
-        self.features = np.concatenate([self.features[start:], features[-self._size :]])
-        self.targets = np.concatenate([self.targets[start:], targets[-self._size :]])
+        self._features.extend(features)
+        self._targets.extend(targets)
