@@ -25,6 +25,10 @@ from cbp.spec import LearnerSpec
 SAMPLE_LIMIT = 1024
 """Plasticity samples kept for `Learner.take_samples`; the oldest go first."""
 
+PREDICTION_VALUES = 2**23
+"""Hidden activations that one forward pass of `Learner.predict` makes at most, so that its memory stays bounded: many
+examples are predicted in several passes."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainResult:
@@ -114,8 +118,9 @@ class Learner:
         waiting = self._pending.followed_by(Examples.of(batch))
         step_size = self._spec.batch_size or len(waiting)
         first_step = self._state.steps[0] + 1
-        due, self._pending = waiting.split_at(len(waiting) // step_size * step_size)
-        message = self._encode(due, step_size)
+        due, later = waiting.split_at(len(waiting) // step_size * step_size)
+        message = self._encode(due, step_size)  # may run out of memory: before anything changes
+        self._pending = later
         self._training = True
         try:
             self._take_steps(due, message, step_size, between_steps)
@@ -218,8 +223,13 @@ class Learner:
 
         Raises `BatchError` if the features do not fit.
         """
-        inputs = torch.tensor(validate_features(self._spec, features), device=self._device)
-        outputs: NDArray[np.float32] = self._engine.predict(inputs.unsqueeze(0))[0].cpu().numpy()
+        checked = validate_features(self._spec, features)
+        outputs = np.empty((len(checked), self._spec.network.out_features), np.float32)
+        at_once = max(PREDICTION_VALUES // sum(self._spec.network.hidden), 1)
+        for start in range(0, len(checked), at_once):
+            part = slice(start, start + at_once)
+            inputs = torch.tensor(checked[part], device=self._device).unsqueeze(0)
+            outputs[part] = self._engine.predict(inputs)[0].cpu().numpy()
         return outputs
 
     def update(self, spec: LearnerSpec) -> None:

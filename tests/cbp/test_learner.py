@@ -222,6 +222,41 @@ def test_predict_refuses_features_that_do_not_fit(make_spec: MakeSpec) -> None:
     assert learner.predict(np.zeros((2, 6), dtype=np.int8)).dtype == np.float32
 
 
+def test_many_examples_are_predicted_in_several_passes(
+    make_spec: MakeSpec, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec()
+    learner = Learner(spec)
+    features = make_batch(spec, 23).features
+    expected = learner.predict(features)
+    monkeypatch.setattr("cbp.learner.PREDICTION_VALUES", 15 * 4 + 3)
+    passes: list[int] = []
+    predict = learner._engine.predict
+    monkeypatch.setattr(learner._engine, "predict", lambda inputs: passes.append(inputs.shape[1]) or predict(inputs))
+    np.testing.assert_allclose(learner.predict(features), expected, rtol=1e-4, atol=1e-6)
+    assert passes == [4, 4, 4, 4, 4, 3]
+    monkeypatch.setattr("cbp.learner.PREDICTION_VALUES", 1)
+    np.testing.assert_allclose(learner.predict(features), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_running_out_of_memory_before_the_first_step_changes_nothing(
+    make_spec: MakeSpec, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(batch_size=4)
+    learner, untroubled = Learner(spec), Learner(spec)
+    first, second = make_batch(spec, 3), make_batch(spec, 7, seed=1)
+    learner.train(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "_encode", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            learner.train(second)
+    assert (learner.progress.step, learner.progress.pending) == (0, 3)
+    for batch in (first, second):
+        untroubled.train(batch)
+    learner.train(second)
+    assert torch.equal(learner._state.parameters.flat, untroubled._state.parameters.flat)
+
+
 def test_resets_can_be_switched_on_and_moved(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
     spec = make_spec(resets__layers="none")
     learner = Learner(spec)
