@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cbp.errors import BatchError, FieldViolation
+from cbp.errors import BatchError, FieldViolation, shown
 from cbp.spec import LearnerSpec
 
 LONGEST_TASK_LABEL = 128
@@ -30,7 +30,8 @@ class Batch:
     weights: NDArray[np.float32] | None
     """[N], each example's factor in the loss; None is 1 for all."""
     task: str
-    """A label under which progress is reported; it has no influence on learning. Empty for none."""
+    """A label under which progress is reported, of printable characters; it has no influence on learning. Empty for
+    none."""
 
     def __len__(self) -> int:
         return len(self.features)
@@ -67,10 +68,10 @@ class Batch:
                 checked["weights"] = _check_weights(weights, count)
             except _UnfitError as problem:
                 violations.append(FieldViolation("weights", str(problem)))
-        if not isinstance(task, str) or len(task) > LONGEST_TASK_LABEL:
-            received = f"{len(task)} characters" if isinstance(task, str) else type(task).__name__
-            description = f"Expected text of at most {LONGEST_TASK_LABEL} characters, got {received}"
-            violations.append(FieldViolation("task", description))
+        try:
+            _check_task(task)
+        except _UnfitError as problem:
+            violations.append(FieldViolation("task", str(problem)))
 
         if violations:
             raise BatchError(violations)
@@ -130,6 +131,15 @@ def _check_weights(weights: ArrayLike, count: int | None) -> NDArray[np.float32]
     values = _as_float32(array)
     _refuse_first(values < 0, array, "Expected weights of at least 0")
     return values
+
+
+def _check_task(task: object) -> None:
+    if not isinstance(task, str):
+        raise _UnfitError(f"Expected text, got {type(task).__name__}")
+    if len(task) > LONGEST_TASK_LABEL:
+        raise _UnfitError(f"Expected text of at most {LONGEST_TASK_LABEL} characters, got {len(task)}")
+    if not task.isprintable():  # it appears in pages, tables and logs
+        raise _UnfitError(f"Expected printable characters only, got {shown(task)}")
 
 
 def _as_array(value: ArrayLike) -> NDArray[Any]:

@@ -21,6 +21,16 @@ class FieldViolation:
         return f"{self.field}: {self.description}"
 
 
+def shown(value: object, longest: int = 60) -> str:
+    """`value` as an error's text may repeat it: printable, on one line, and clipped."""
+    # A text of millions of characters is clipped before its representation is made, not after.
+    try:
+        text = repr(value[: longest + 1] if isinstance(value, str | bytes) else value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
 class CbpError(Exception):
     """Base of every error that this package raises on purpose."""
 

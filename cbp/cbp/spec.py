@@ -4,14 +4,16 @@ Frozen, keyword-only records. Construction validates; what is wrong is raised as
 with the dotted path of its field.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from cbp.errors import FieldViolation, SpecError
+from cbp.errors import FieldViolation, SpecError, shown
 
 Activation = Literal["relu", "leaky_relu", "elu", "selu", "gelu", "silu", "tanh", "sigmoid", "identity"]
 Initializer = Literal["kaiming", "xavier", "lecun", "default"]
@@ -29,6 +31,8 @@ Utility = Literal[
 OUTPUT_LAYER = "output"
 _HIDDEN_PREFIX = "hidden_"
 _LARGEST_SEED = 2**63 - 1
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+_LEAST_FLOAT32 = 2.0**-149
 
 
 def hidden_layer_name(index: int) -> str:
@@ -42,8 +46,28 @@ def _refuse_text_and_bool(value: object) -> object:
     return value
 
 
+def _refuse_float32_overflow(value: object) -> object:
+    """Settings are float32 in a step; one that becomes infinite there would make every parameter NaN."""
+    if isinstance(value, int | float) and _LARGEST_FLOAT32 < abs(value) < math.inf:
+        raise PydanticCustomError("float32_overflow", "Input should be finite in float32")
+    return value
+
+
+def _refuse_float32_underflow(value: float) -> float:
+    """What must not be 0 must not become 0 in a step, either."""
+    if value < _LEAST_FLOAT32:
+        raise PydanticCustomError("float32_underflow", "Input should be greater than 0 in float32")
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_refuse_text_and_bool)]
-Real = Annotated[float, BeforeValidator(_refuse_text_and_bool), Field(allow_inf_nan=False)]
+Real = Annotated[
+    float,
+    BeforeValidator(_refuse_float32_overflow),
+    BeforeValidator(_refuse_text_and_bool),
+    Field(allow_inf_nan=False),
+]
+Positive = Annotated[Real, Field(gt=0), AfterValidator(_refuse_float32_underflow)]
 Width = Annotated[Whole, Field(ge=1)]
 Rate = Annotated[Real, Field(ge=0, le=1)]
 Decay = Annotated[Real, Field(ge=0, lt=1)]
@@ -53,12 +77,12 @@ def _layer_name(value: object) -> str:
     """The name of the hidden layer that an index (0), a decimal index ("0") or a name ("hidden_0") means."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9:
         return hidden_layer_name(value)
     if isinstance(value, str):
-        if re.fullmatch(r"\d+", value, re.ASCII):
+        if re.fullmatch(r"\d{1,9}", value, re.ASCII):
             return hidden_layer_name(int(value))
-        if re.fullmatch(rf"{_HIDDEN_PREFIX}(0|[1-9]\d*)", value, re.ASCII):
+        if re.fullmatch(rf"{_HIDDEN_PREFIX}(0|[1-9]\d{{0,8}})", value, re.ASCII):
             return value
         if value == OUTPUT_LAYER:
             raise PydanticCustomError("output_layer", "The output layer has no hidden units to reset")
@@ -123,8 +147,7 @@ def _description(details: ErrorDetails) -> str:
         return "Unknown field; remove it or correct its spelling"
     if details["type"] in _TAG_ERRORS:
         return f"Expected one of {', '.join(_UNION_TAGS)}"
-    received = repr(details["input"])
-    return f"{details['msg']}; got {received if len(received) <= 60 else received[:57] + '...'}"
+    return f"{details['msg']}; got {shown(details['input'])}"
 
 
 _FIELD_VIOLATION = "field_violation"
@@ -176,7 +199,7 @@ class LossSpec(_Spec):
     kind: LossKind
     """cross_entropy: logits against one label. mse, huber: mean over the outputs. binary_cross_entropy: mean
     over the outputs, logits against targets from 0 to 1."""
-    delta: Annotated[Real, Field(gt=0)] = 1.0
+    delta: Positive = 1.0
     """Huber only: error, in units of the target, at which the loss turns from quadratic to linear. 1 by default,
     as in PyTorch."""
 
@@ -196,7 +219,7 @@ class SgdSpec(_Spec):
     """Stochastic gradient descent."""
 
     kind: Literal["sgd"] = "sgd"
-    lr: Annotated[Real, Field(gt=0)]
+    lr: Positive
     """Learning rate, above 0. No default: it depends on the data."""
     momentum: Decay = 0.0
     """Share of the last update that carries over, from 0 up to but not including 1. 0 by default, as published."""
@@ -205,13 +228,13 @@ class SgdSpec(_Spec):
 
 
 class _AdamSpec(_Spec):
-    lr: Annotated[Real, Field(gt=0)]
+    lr: Positive
     """Learning rate, above 0. No default: it depends on the data."""
     beta1: Decay = 0.9
     """Decay of the mean gradient, from 0 up to but not including 1; the usual value."""
     beta2: Decay = 0.999
     """Decay of the mean squared gradient, from 0 up to but not including 1; the usual value."""
-    epsilon: Annotated[Real, Field(gt=0)] = 1e-8
+    epsilon: Positive = 1e-8
     """Added to the denominator, above 0; the usual value."""
 
 
@@ -268,21 +291,20 @@ class ResetSpec(_Spec):
         violation = self.misnamed_layer(hidden_layers)
         if violation is not None:
             raise SpecError([violation])
-        selected = self._selected(hidden_layers)
+        selected = frozenset(self._selected(hidden_layers))
         rates = self.layer_replacement_rates
         return tuple(rates.get(name, self.replacement_rate) if name in selected else 0.0 for name in hidden_layers)
 
     def misnamed_layer(self, hidden_layers: Sequence[str]) -> FieldViolation | None:
         """The first layer named here that the network does not have, or that has a rate but is not reset."""
-        selected = self._selected(hidden_layers)
-        known = ", ".join(hidden_layers)
-        for name in selected:
-            if name not in hidden_layers:
-                return FieldViolation("layers", f"No hidden layer {name!r}; there are {known}")
+        known, selected = frozenset(hidden_layers), frozenset(self._selected(hidden_layers))
+        for name in self._selected(hidden_layers):
+            if name not in known:
+                return FieldViolation("layers", f"No hidden layer {name!r}; there are {_enumerated(hidden_layers)}")
         for name in self.layer_replacement_rates:
             field = f"layer_replacement_rates.{name}"
-            if name not in hidden_layers:
-                return FieldViolation(field, f"No hidden layer {name!r}; there are {known}")
+            if name not in known:
+                return FieldViolation(field, f"No hidden layer {name!r}; there are {_enumerated(hidden_layers)}")
             if name not in selected:
                 return FieldViolation(field, f"{name} is not reset; add it to layers or remove its rate")
         return None
@@ -297,6 +319,10 @@ class ResetSpec(_Spec):
                 return ()
             case names:
                 return names
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:3])}, …, {names[-1]}"
 
 
 class MonitoringSpec(_Spec):
@@ -351,6 +377,12 @@ class LearnerSpec(_Spec):
         return (*(hidden_layer_name(i) for i in range(len(self.network.hidden))), OUTPUT_LAYER)
 
     @property
+    def parameter_count(self) -> int:
+        """Weights and biases of the network."""
+        widths = (self.network.in_features, *self.network.hidden, self.network.out_features)
+        return sum((into + 1) * out for into, out in pairwise(widths))
+
+    @property
     def replacement_rates(self) -> tuple[float, ...]:
         """The rate in force in each hidden layer; 0 where units are not reset."""
         return self.resets.rates(self.layer_names[:-1])
@@ -362,7 +394,7 @@ class LearnerSpec(_Spec):
             raise SpecError([FieldViolation("spec", f"Expected an object, got {type(plain).__name__}")])
         strangers = [key for key in plain if not isinstance(key, str)]
         if strangers:
-            raise SpecError([FieldViolation("spec", f"Field names are strings; got {strangers[0]!r}")])
+            raise SpecError([FieldViolation("spec", f"Field names are strings; got {shown(strangers[0])}")])
         return cls(**plain)
 
     def to_plain(self) -> dict[str, Any]:

@@ -80,6 +80,8 @@ def test_features_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         ("weights", [np.inf, 1.0], "finite"),
         ("task", "x" * 129, "at most 128 characters, got 129"),
         ("task", 7, "got int"),
+        ("task", "a\0b", r"printable characters only, got 'a\x00b'"),
+        ("task", "two\nlines", r"got 'two\nlines'"),
     ],
 )
 def test_what_does_not_fit_is_named(name: str, value: Any, says: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cbp import BatchError, FieldViolation, LearnerSpec, LossSpec, MlpSpec, ResetSpec, SgdSpec, SpecError
+from cbp import BatchError, FieldViolation, Learner, LearnerSpec, LossSpec, MlpSpec, ResetSpec, SgdSpec, SpecError
 
 PLAIN: dict[str, Any] = {
     "network": {"kind": "mlp", "in_features": 4, "hidden": [5, 6, 7], "out_features": 3},
@@ -82,6 +82,16 @@ def test_layers_may_be_named_or_numbered(resets: dict[str, Any], rates: tuple[fl
         ({"optimizer": {"kind": "sgd", "lr": float("nan")}}, "optimizer.lr", "finite"),
         ({"optimizer": {"kind": "sgd", "lr": 1, "beta1": 0.9}}, "optimizer.beta1", "Unknown field"),
         ({"optimizer": {"kind": "sgd", "lr": 1, "sgd": 0.9}}, "optimizer.sgd", "Unknown field"),
+        ({"optimizer": {"kind": "sgd", "lr": 1e300}}, "optimizer.lr", "finite in float32; got 1e+300"),
+        (
+            {"optimizer": {"kind": "sgd", "lr": 1 << 20000}},
+            "optimizer.lr",
+            "finite in float32; got a value of type int",
+        ),
+        ({"optimizer": {"kind": "sgd", "lr": 1e-60}}, "optimizer.lr", "greater than 0 in float32; got 1e-60"),
+        ({"optimizer": {"kind": "adam", "lr": 1, "epsilon": 1e-60}}, "optimizer.epsilon", "float32"),
+        ({"optimizer": {"kind": "sgd", "lr": 1, "weight_decay": 1e39}}, "optimizer.weight_decay", "float32"),
+        ({"loss": {"kind": "huber", "delta": 1e39}}, "loss.delta", "float32"),
         ({"batch_size": -1}, "batch_size", "got -1"),
         ({"batch_size": True}, "batch_size", "number"),
         ({"seed": 2**63}, "seed", "less than or equal"),
@@ -89,6 +99,8 @@ def test_layers_may_be_named_or_numbered(resets: dict[str, Any], rates: tuple[fl
         ({"resets": {"layers": []}}, "resets.layers", "'none'"),
         ({"resets": {"layers": [3]}}, "resets.layers", "No hidden layer 'hidden_3'"),
         ({"resets": {"layers": [-1]}}, "resets.layers", "index or name"),
+        ({"resets": {"layers": ["9" * 5000]}}, "resets.layers", "index or name"),
+        ({"resets": {"layers": ["hidden_" + "9" * 5000]}}, "resets.layers", "index or name"),
         ({"resets": {"layers": ["output"]}}, "resets.layers", "no hidden units"),
         ({"resets": {"layers": [0, "hidden_0"]}}, "resets.layers", "once"),
         ({"resets": {"replacement_rate": 1.5}}, "resets.replacement_rate", "less than or equal to 1"),
@@ -120,6 +132,37 @@ def test_every_mistake_is_reported_at_once() -> None:
         "optimizer.lr",
         "optimizer.beta2",
     }
+
+
+@pytest.mark.parametrize("value", ["x" * 10**6, "\0" * 100, ["x" * 100] * 9, 10**5000], ids=range(4))
+def test_a_mistake_is_repeated_briefly_and_printably(value: Any) -> None:
+    with pytest.raises(SpecError) as caught:
+        LearnerSpec.parse(PLAIN | {"loss": {"kind": value}})
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+
+
+def test_many_layers_are_checked_in_no_time() -> None:
+    """Looking every layer up in a list of all layers takes minutes here."""
+    spec = LearnerSpec.parse(PLAIN | {"network": PLAIN["network"] | {"hidden": [1] * 60_000}})
+    assert len(spec.replacement_rates) == 60_000
+    with pytest.raises(SpecError, match=r"there are hidden_0, hidden_1, hidden_2, …, hidden_59999$"):
+        spec.resets.model_copy(update={"layers": ("hidden_70000",)}).rates(spec.layer_names[:-1])
+
+
+@pytest.mark.parametrize(
+    ("widths", "parameters"),
+    [((4, [5, 6, 7], 3), 25 + 36 + 49 + 24), ((2**31 - 1, [2**31 - 1], 2), (2**31) * (2**31 - 1) + 2 * 2**31)],
+)
+def test_parameters_are_counted_exactly(widths: tuple[int, list[int], int], parameters: int) -> None:
+    network = dict(zip(("in_features", "hidden", "out_features"), widths, strict=True)) | {"kind": "mlp"}
+    assert LearnerSpec.parse(PLAIN | {"network": network}).parameter_count == parameters
+
+
+def test_the_parameters_counted_are_those_there_are(make_spec: Callable[..., LearnerSpec]) -> None:
+    tensors = Learner(make_spec()).snapshot().tensors
+    there = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("parameters."))
+    assert make_spec().parameter_count == there
 
 
 @pytest.mark.parametrize("plain", [None, [], "mlp", {1: 2}])
