@@ -252,7 +252,7 @@ class ContinualBackprop:
                     activations = waiting.pop()
                     self._gather(layer, activations.reshape(1, -1, activations.shape[-1]))
 
-            output.register_hook(differentiated)
+            output.register_hook(differentiated)  # type: ignore[no-untyped-call]
 
         return gather
 
