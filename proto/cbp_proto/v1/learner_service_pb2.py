@@ -28,7 +28,7 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cbp_proto/v1/learner_service.proto\x12\x06\x63\x62p.v1\x1a\x1a\x63\x62p_proto/v1/learner.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\"`\n\x14\x43reateLearnerRequest\x12\x12\n\nlearner_id\x18\x01 \x01(\t\x12 \n\x07learner\x18\x02 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"!\n\x11GetLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x13ListLearnersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x14ListLearnersResponse\x12!\n\x08learners\x18\x01 \x03(\x0b\x32\x0f.cbp.v1.Learner\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"i\n\x14UpdateLearnerRequest\x12 \n\x07learner\x18\x01 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"2\n\x14\x44\x65leteLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"R\n\x14WatchLearnersRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12+\n\x08interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"R\n\x15WatchLearnersResponse\x12(\n\x08learners\x18\x01 \x03(\x0b\x32\x16.cbp.v1.WatchedLearner\x12\x0f\n\x07\x64\x65leted\x18\x02 \x03(\t\"`\n\x0eWatchedLearner\x12 \n\x07learner\x18\x01 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12,\n\nplasticity\x18\x02 \x01(\x0b\x32\x18.cbp.v1.PlasticitySample\"H\n\x14GetPlasticityRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bmax_samples\x18\x02 \x01(\x05\x12\r\n\x05\x66resh\x18\x03 \x01(\x08\"B\n\x15GetPlasticityResponse\x12)\n\x07samples\x18\x01 \x03(\x0b\x32\x18.cbp.v1.PlasticitySample2\xfa\x03\n\x0eLearnerService\x12>\n\rCreateLearner\x12\x1c.cbp.v1.CreateLearnerRequest\x1a\x0f.cbp.v1.Learner\x12\x38\n\nGetLearner\x12\x19.cbp.v1.GetLearnerRequest\x1a\x0f.cbp.v1.Learner\x12I\n\x0cListLearners\x12\x1b.cbp.v1.ListLearnersRequest\x1a\x1c.cbp.v1.ListLearnersResponse\x12>\n\rUpdateLearner\x12\x1c.cbp.v1.UpdateLearnerRequest\x1a\x0f.cbp.v1.Learner\x12\x45\n\rDeleteLearner\x12\x1c.cbp.v1.DeleteLearnerRequest\x1a\x16.google.protobuf.Empty\x12N\n\rWatchLearners\x12\x1c.cbp.v1.WatchLearnersRequest\x1a\x1d.cbp.v1.WatchLearnersResponse0\x01\x12L\n\rGetPlasticity\x12\x1c.cbp.v1.GetPlasticityRequest\x1a\x1d.cbp.v1.GetPlasticityResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cbp_proto/v1/learner_service.proto\x12\x06\x63\x62p.v1\x1a\x1a\x63\x62p_proto/v1/learner.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\"`\n\x14\x43reateLearnerRequest\x12\x12\n\nlearner_id\x18\x01 \x01(\t\x12 \n\x07learner\x18\x02 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"!\n\x11GetLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x13ListLearnersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x14ListLearnersResponse\x12!\n\x08learners\x18\x01 \x03(\x0b\x32\x0f.cbp.v1.Learner\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"i\n\x14UpdateLearnerRequest\x12 \n\x07learner\x18\x01 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"2\n\x14\x44\x65leteLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"R\n\x14WatchLearnersRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12+\n\x08interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"g\n\x15WatchLearnersResponse\x12(\n\x08learners\x18\x01 \x03(\x0b\x32\x16.cbp.v1.WatchedLearner\x12\x0f\n\x07\x64\x65leted\x18\x02 \x03(\t\x12\x13\n\x0bmore_follow\x18\x03 \x01(\x08\"`\n\x0eWatchedLearner\x12 \n\x07learner\x18\x01 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12,\n\nplasticity\x18\x02 \x01(\x0b\x32\x18.cbp.v1.PlasticitySample\"H\n\x14GetPlasticityRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bmax_samples\x18\x02 \x01(\x05\x12\r\n\x05\x66resh\x18\x03 \x01(\x08\"B\n\x15GetPlasticityResponse\x12)\n\x07samples\x18\x01 \x03(\x0b\x32\x18.cbp.v1.PlasticitySample2\xfa\x03\n\x0eLearnerService\x12>\n\rCreateLearner\x12\x1c.cbp.v1.CreateLearnerRequest\x1a\x0f.cbp.v1.Learner\x12\x38\n\nGetLearner\x12\x19.cbp.v1.GetLearnerRequest\x1a\x0f.cbp.v1.Learner\x12I\n\x0cListLearners\x12\x1b.cbp.v1.ListLearnersRequest\x1a\x1c.cbp.v1.ListLearnersResponse\x12>\n\rUpdateLearner\x12\x1c.cbp.v1.UpdateLearnerRequest\x1a\x0f.cbp.v1.Learner\x12\x45\n\rDeleteLearner\x12\x1c.cbp.v1.DeleteLearnerRequest\x1a\x16.google.protobuf.Empty\x12N\n\rWatchLearners\x12\x1c.cbp.v1.WatchLearnersRequest\x1a\x1d.cbp.v1.WatchLearnersResponse0\x01\x12L\n\rGetPlasticity\x12\x1c.cbp.v1.GetPlasticityRequest\x1a\x1d.cbp.v1.GetPlasticityResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,13 +50,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHLEARNERSREQUEST']._serialized_start=607
   _globals['_WATCHLEARNERSREQUEST']._serialized_end=689
   _globals['_WATCHLEARNERSRESPONSE']._serialized_start=691
-  _globals['_WATCHLEARNERSRESPONSE']._serialized_end=773
-  _globals['_WATCHEDLEARNER']._serialized_start=775
-  _globals['_WATCHEDLEARNER']._serialized_end=871
-  _globals['_GETPLASTICITYREQUEST']._serialized_start=873
-  _globals['_GETPLASTICITYREQUEST']._serialized_end=945
-  _globals['_GETPLASTICITYRESPONSE']._serialized_start=947
-  _globals['_GETPLASTICITYRESPONSE']._serialized_end=1013
-  _globals['_LEARNERSERVICE']._serialized_start=1016
-  _globals['_LEARNERSERVICE']._serialized_end=1522
+  _globals['_WATCHLEARNERSRESPONSE']._serialized_end=794
+  _globals['_WATCHEDLEARNER']._serialized_start=796
+  _globals['_WATCHEDLEARNER']._serialized_end=892
+  _globals['_GETPLASTICITYREQUEST']._serialized_start=894
+  _globals['_GETPLASTICITYREQUEST']._serialized_end=966
+  _globals['_GETPLASTICITYRESPONSE']._serialized_start=968
+  _globals['_GETPLASTICITYRESPONSE']._serialized_end=1034
+  _globals['_LEARNERSERVICE']._serialized_start=1037
+  _globals['_LEARNERSERVICE']._serialized_end=1543
 # @@protoc_insertion_point(module_scope)

@@ -131,7 +131,10 @@ class UpdateLearnerRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Paths such as spec.resets.layers, spec.resets, spec.optimizer.lr. Empty: every field that is set in `spec`."""
+        """Paths such as spec.resets.layers, spec.resets, spec.optimizer.lr; a field that is named here but not set in `spec`
+        goes back to its default. Empty: every field that is set in `spec`. `*` or spec: every field of the spec, where those
+        that cannot be updated must be as they are, or not set.
+        """
 
     def __init__(
         self,
@@ -205,9 +208,12 @@ class WatchLearnersResponse(_message.Message):
 
     LEARNERS_FIELD_NUMBER: _builtins.int
     DELETED_FIELD_NUMBER: _builtins.int
+    MORE_FOLLOW_FIELD_NUMBER: _builtins.int
+    more_follow: _builtins.bool
+    """The rest of the learners that changed follows at once, in messages of their own."""
     @_builtins.property
     def learners(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchedLearner]:
-        """Learners that changed since the message before, with their newest plasticity samples."""
+        """Learners that changed since the message before, with their newest plasticity samples; at most 50."""
 
     @_builtins.property
     def deleted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -218,10 +224,11 @@ class WatchLearnersResponse(_message.Message):
         *,
         learners: _abc.Iterable[Global___WatchedLearner] | None = ...,
         deleted: _abc.Iterable[_builtins.str] | None = ...,
+        more_follow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "learners", b"learners"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "learners", b"learners", "more_follow", b"more_follow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -115,7 +115,8 @@ class LearnerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchLearners(self, request, context):
-        """Sends the watched learners at once, then again whenever they have changed.
+        """Sends the watched learners at once, then again whenever they have changed. Ends with UNAVAILABLE when the server
+        shuts down.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

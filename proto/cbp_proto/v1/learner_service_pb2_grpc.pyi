@@ -48,7 +48,9 @@ class LearnerServiceStub:
     DeleteLearner: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteLearnerRequest, _empty_pb2.Empty]
     """Deletes a learner and its checkpoints."""
     WatchLearners: _grpc.UnaryStreamMultiCallable[_learner_service_pb2.WatchLearnersRequest, _learner_service_pb2.WatchLearnersResponse]
-    """Sends the watched learners at once, then again whenever they have changed."""
+    """Sends the watched learners at once, then again whenever they have changed. Ends with UNAVAILABLE when the server
+    shuts down.
+    """
     GetPlasticity: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.GetPlasticityRequest, _learner_service_pb2.GetPlasticityResponse]
     """The newest plasticity sample of a learner, and earlier ones on request."""
 
@@ -70,7 +72,9 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     DeleteLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteLearnerRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a learner and its checkpoints."""
     WatchLearners: _aio.UnaryStreamMultiCallable[_learner_service_pb2.WatchLearnersRequest, _learner_service_pb2.WatchLearnersResponse]  # type: ignore[assignment]
-    """Sends the watched learners at once, then again whenever they have changed."""
+    """Sends the watched learners at once, then again whenever they have changed. Ends with UNAVAILABLE when the server
+    shuts down.
+    """
     GetPlasticity: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.GetPlasticityRequest, _learner_service_pb2.GetPlasticityResponse]  # type: ignore[assignment]
     """The newest plasticity sample of a learner, and earlier ones on request."""
 
@@ -125,7 +129,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.WatchLearnersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_learner_service_pb2.WatchLearnersResponse], _abc.AsyncIterator[_learner_service_pb2.WatchLearnersResponse]]:
-        """Sends the watched learners at once, then again whenever they have changed."""
+        """Sends the watched learners at once, then again whenever they have changed. Ends with UNAVAILABLE when the server
+        shuts down.
+        """
 
     @_abc_1.abstractmethod
     def GetPlasticity(

@@ -69,7 +69,7 @@ class Tensor(_message.Message):
     """product(shape) elements of `dtype`, little-endian, without padding."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Extent of every dimension, outermost first. The first dimension is the example."""
+        """Extent of every dimension, outermost first; at most 8. The first dimension is the example."""
 
     def __init__(
         self,

@@ -84,7 +84,7 @@ class TrainBatch(_message.Message):
     sequence: _builtins.int
     """1 for a producer's first batch ever, then always one more."""
     task: _builtins.str
-    """A label for reports; it does not change how the learner learns. At most 128 characters."""
+    """A label for reports; it does not change how the learner learns. At most 128 printable characters."""
     return_outputs: _builtins.bool
     """Whether the result shall hold the predictions made before each update."""
     @_builtins.property
@@ -307,7 +307,9 @@ class Rejection(_message.Message):
     expected_sequence: _builtins.int
     """The sequence that the next batch must have."""
     @_builtins.property
-    def field_violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___FieldViolation]: ...
+    def field_violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___FieldViolation]:
+        """The first ones, if there are very many."""
+
     def __init__(
         self,
         *,

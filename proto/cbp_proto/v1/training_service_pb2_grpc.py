@@ -27,6 +27,10 @@ if _version_not_supported:
 
 class TrainingServiceStub:
     """Feeds learners and asks them for predictions.
+
+    A request of more than max_message_bytes is refused by name (MESSAGE_TOO_LARGE): a batch is rejected, and its stream
+    goes on. One of more than about twice that does not get so far: gRPC itself ends the call with RESOURCE_EXHAUSTED,
+    without details.
     """
 
     def __init__(self, channel):
@@ -49,6 +53,10 @@ class TrainingServiceStub:
 
 class TrainingServiceServicer:
     """Feeds learners and asks them for predictions.
+
+    A request of more than max_message_bytes is refused by name (MESSAGE_TOO_LARGE): a batch is rejected, and its stream
+    goes on. One of more than about twice that does not get so far: gRPC itself ends the call with RESOURCE_EXHAUSTED,
+    without details.
     """
 
     def Train(self, request_iterator, context):
@@ -92,6 +100,10 @@ def add_TrainingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class TrainingService:
     """Feeds learners and asks them for predictions.
+
+    A request of more than max_message_bytes is refused by name (MESSAGE_TOO_LARGE): a batch is rejected, and its stream
+    goes on. One of more than about twice that does not get so far: gRPC itself ends the call with RESOURCE_EXHAUSTED,
+    without details.
     """
 
     @staticmethod

@@ -27,7 +27,12 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TrainingServiceStub:
-    """Feeds learners and asks them for predictions."""
+    """Feeds learners and asks them for predictions.
+
+    A request of more than max_message_bytes is refused by name (MESSAGE_TOO_LARGE): a batch is rejected, and its stream
+    goes on. One of more than about twice that does not get so far: gRPC itself ends the call with RESOURCE_EXHAUSTED,
+    without details.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -45,7 +50,12 @@ class TrainingServiceStub:
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
-    """Feeds learners and asks them for predictions."""
+    """Feeds learners and asks them for predictions.
+
+    A request of more than max_message_bytes is refused by name (MESSAGE_TOO_LARGE): a batch is rejected, and its stream
+    goes on. One of more than about twice that does not get so far: gRPC itself ends the call with RESOURCE_EXHAUSTED,
+    without details.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Train: _aio.StreamStreamMultiCallable[_training_service_pb2.TrainRequest, _training_service_pb2.TrainResponse]  # type: ignore[assignment]
@@ -59,7 +69,12 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """Predicts with the state between two steps; never changes the learner."""
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Feeds learners and asks them for predictions."""
+    """Feeds learners and asks them for predictions.
+
+    A request of more than max_message_bytes is refused by name (MESSAGE_TOO_LARGE): a batch is rejected, and its stream
+    goes on. One of more than about twice that does not get so far: gRPC itself ends the call with RESOURCE_EXHAUSTED,
+    without details.
+    """
 
     @_abc_1.abstractmethod
     def Train(
