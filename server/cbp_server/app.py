@@ -95,7 +95,9 @@ class _Server:
         )
         self._host.attach(self._engine)
         register_server_metrics(registry, self._host, max_learners=settings.metrics_max_learners)
-        self._rpc = RpcServer(self._host, rpc_metrics, max_message_bytes=settings.max_message_bytes)
+        self._rpc = RpcServer(
+            self._host, rpc_metrics, max_message_bytes=settings.max_message_bytes, limits=settings.limits
+        )
         self._http = _HttpServer(
             uvicorn.Config(
                 create_app(self._host, registry),

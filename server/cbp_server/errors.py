@@ -6,12 +6,13 @@ CbpError                       (cbp) root of all
 ├── SnapshotError              (cbp) stored state that cannot be read
 └── ServiceError
     ├── InvalidRequest         a request field other than spec and batch
+    ├── MalformedRequest       bytes that are no message of the method
     ├── LearnerNotFound
     ├── LearnerExists
     ├── RequestIdReused        one request_id, two different requests
     ├── EtagMismatch           the learner changed since the caller read it
     ├── LimitReached           as many learners as the settings allow
-    ├── MessageTooLarge
+    ├── MessageTooLarge        below that size which the transport refuses by itself
     ├── StreamProtocolError    messages in an order that Train does not know
     ├── CreditsExceeded        more batches in flight than the server granted
     ├── SequenceGap
@@ -34,6 +35,7 @@ from typing import Any
 import grpc
 
 from cbp import BatchError, CbpError, FieldViolation, SnapshotError, SpecError
+from cbp.errors import shown
 
 
 class ServiceError(CbpError):
@@ -61,9 +63,16 @@ class InvalidRequest(ServiceError):
         self.violations = violations
 
 
+class MalformedRequest(ServiceError):
+    def __init__(self, message_name: str) -> None:
+        super().__init__(
+            f"the request is not a {message_name} message; its bytes are cut off, damaged, or of another message"
+        )
+
+
 class LearnerNotFound(ServiceError):
     def __init__(self, learner_id: str) -> None:
-        super().__init__(f"there is no learner '{learner_id}'; create it, or list the learners there are")
+        super().__init__(f"there is no learner {shown(learner_id, 70)}; create it, or list the learners there are")
         self.metadata = {"learner": learner_id}
 
 
@@ -75,7 +84,7 @@ class LearnerExists(ServiceError):
 
 class RequestIdReused(ServiceError):
     def __init__(self, request_id: str) -> None:
-        super().__init__(f"request_id {request_id} was used for a different request; send a new UUID")
+        super().__init__(f"request_id {shown(request_id)} was used for a different request; send a new UUID")
         self.violations = (FieldViolation("request_id", "was used for a different request"),)
 
 
@@ -93,9 +102,11 @@ class LimitReached(ServiceError):
 
 
 class MessageTooLarge(ServiceError):
-    def __init__(self, size: int, limit: int) -> None:
+    """`field` is the part of the request that is too large: a stream's batch, a prediction's features."""
+
+    def __init__(self, size: int, limit: int, field: str = "batch") -> None:
         super().__init__(f"the message has {size} bytes, at most {limit} are allowed; send fewer examples at once")
-        self.violations = (FieldViolation("batch", f"has {size} bytes, at most {limit} are allowed"),)
+        self.violations = (FieldViolation(field, f"has {size} bytes, at most {limit} are allowed"),)
         self.metadata = {"max_message_bytes": str(limit)}
 
 
@@ -166,6 +177,9 @@ CATALOG: Mapping[type[CbpError], CatalogEntry] = {
     ),
     InvalidRequest: CatalogEntry(
         grpc.StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST, "INVALID_ARGUMENT", "Invalid request"
+    ),
+    MalformedRequest: CatalogEntry(
+        grpc.StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST, "MALFORMED_REQUEST", "Malformed request"
     ),
     LearnerNotFound: CatalogEntry(
         grpc.StatusCode.NOT_FOUND, HTTPStatus.NOT_FOUND, "LEARNER_NOT_FOUND", "Learner not found"

@@ -9,6 +9,8 @@ from cbp_server.errors import InvalidRequest
 from cbp_server.records import LearnerRecord
 
 _DEFAULT_SIZE, _LARGEST_SIZE = 50, 1000
+#: Tells a token of ours, in this form, from other text that happens to be base64.
+_MARK = "after:"
 
 
 def page_of(learners: Sequence[LearnerRecord], page_size: int, page_token: str) -> tuple[list[LearnerRecord], str]:
@@ -29,11 +31,16 @@ def page_of(learners: Sequence[LearnerRecord], page_size: int, page_token: str) 
 
 
 def _encode(learner_id: str) -> str:
-    return base64.urlsafe_b64encode(learner_id.encode()).decode().rstrip("=")
+    return base64.urlsafe_b64encode(f"{_MARK}{learner_id}".encode()).decode().rstrip("=")
 
 
 def _decode(token: str) -> str:
+    if not token:
+        return ""
     try:
-        return base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode()
+        decoded = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
-        raise InvalidRequest(FieldViolation("page_token", "must be the next_page_token of the page before")) from None
+        decoded = ""
+    if not decoded.startswith(_MARK):
+        raise InvalidRequest(FieldViolation("page_token", "must be the next_page_token of the page before"))
+    return decoded.removeprefix(_MARK)

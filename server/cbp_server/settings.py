@@ -8,6 +8,8 @@ from typing import Annotated, Literal, NoReturn, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from cbp_server.limits import Limits
+
 _PREFIX = "CBP_"
 #: Read by the client, not by the server; both may stand in one environment.
 _CLIENT_VARIABLES = {"CBP_SERVER"}
@@ -47,6 +49,16 @@ class Settings(BaseSettings):
     max_message_bytes: int = Field(
         16 * 2**20, ge=2**10, le=2**30, description="largest batch or prediction request, in bytes"
     )
+    max_parameters: int = Field(
+        100_000_000, ge=1, description="weights and biases of one learner; it holds them three to six times over"
+    )
+    max_layers: int = Field(64, ge=1, description="hidden layers of one learner")
+    max_pending_bytes: int = Field(
+        64 * 2**20, ge=2**10, description="examples that may wait in one learner for a step of batch_size, in bytes"
+    )
+    max_activation_bytes: int = Field(
+        2**30, ge=2**10, description="memory for the examples of one message or step while they are in the network"
+    )
     stream_credits: int = Field(64, ge=1, le=65536, description="batches that one stream may have in flight")
     history_samples: int = Field(
         500,
@@ -61,6 +73,16 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto: console on a terminal, otherwise JSON lines"
     )
+
+    @property
+    def limits(self) -> Limits:
+        """What one learner and one message may claim."""
+        return Limits(
+            max_parameters=self.max_parameters,
+            max_layers=self.max_layers,
+            max_pending_bytes=self.max_pending_bytes,
+            max_activation_bytes=self.max_activation_bytes,
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,14 +1,16 @@
 """The catalog covers the whole error tree and says each error as both protocols need it."""
 
+import base64
 import pickle
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import grpc
 import pytest
 
 from cbp import BatchError, CbpError, FieldViolation, SnapshotError, SpecError
 from cbp_server import errors
-from cbp_server.rpc.errors import rich_status
+from cbp_server.rpc.errors import brief_description, rich_status
 
 
 def tree(root: type[CbpError]) -> Iterator[type[CbpError]]:
@@ -22,6 +24,7 @@ INSTANCES = [
     BatchError([FieldViolation("features", "wrong shape")]),
     SnapshotError("torn"),
     errors.InvalidRequest(FieldViolation("name", "wrong form")),
+    errors.MalformedRequest("cbp.v1.GetLearnerRequest"),
     errors.LearnerNotFound("clicks"),
     errors.LearnerExists("clicks"),
     errors.RequestIdReused("a-b"),
@@ -67,6 +70,41 @@ def test_every_error_says_something_in_both_protocols(error):
     status = rich_status(error)
     assert status.details == str(error)
     assert status.code is description.code
+
+
+HUGE = "é\0" * 10**6
+HUGE_ERRORS = [
+    SpecError([FieldViolation(HUGE, HUGE)] * 1000),
+    errors.InvalidRequest(FieldViolation(HUGE, HUGE)),
+    SnapshotError(HUGE),
+    errors.LearnerNotFound(HUGE),
+    errors.ProducerFenced("🙂" * 128, 2),
+    errors.EngineFault(HUGE),
+]
+
+
+@pytest.mark.parametrize("error", HUGE_ERRORS, ids=lambda error: type(error).__name__)
+def test_no_error_is_too_long_for_a_status(error):
+    """Trailers over 8 KiB may not arrive, and the message in them is sent with three bytes for one beyond ASCII."""
+    status = rich_status(error)
+    size = len(quote(status.details)) + sum(len(base64.b64encode(value)) for _, value in status.trailing_metadata)
+    assert size < 7900
+
+
+def test_the_first_of_many_violations_are_told_and_the_others_counted():
+    description = brief_description(SpecError(FieldViolation(f"hidden[{n}]", "is 0") for n in range(1000)))
+    assert description.violations[0] == FieldViolation("hidden[0]", "is 0")
+    assert description.violations[-1] == FieldViolation("…", "and 980 more")
+    assert len(description.violations) == 21
+    whole = SpecError(FieldViolation(f"hidden[{n}]", "is 0") for n in range(20))
+    assert brief_description(whole).violations == whole.violations
+
+
+def test_a_clipped_text_is_whole_characters():
+    for length in range(590, 605):
+        message = brief_description(errors.EngineFault("x" * (length - 590) + "é" * 400)).message
+        assert len(message.encode()) <= 600
+        assert message.endswith("é…")
 
 
 def test_only_failures_that_pass_ask_for_a_retry():

@@ -10,17 +10,25 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from numpy.typing import NDArray
 
-from cbp import Batch, BatchError, FieldViolation, LayerPlasticity, LearnerSpec
+from cbp import Batch, BatchError, FieldViolation, LayerPlasticity, LearnerSpec, SpecError
+from cbp.errors import shown
 from cbp.plasticity import QUANTILES
 from cbp_proto import TensorError, decode_tensor, encode_tensor, from_plain, to_plain
 from cbp_proto.v1 import learner_pb2, spec_pb2, tensor_pb2, training_service_pb2
 from cbp_server.engine.messages import TrainReport
-from cbp_server.errors import InvalidRequest, describe
+from cbp_server.errors import InvalidRequest
+from cbp_server.limits import Limits, check_prediction, check_spec, check_training
 from cbp_server.records import LearnerRecord, LearnerState, SampleRecord
+from cbp_server.rpc.errors import brief_description
 from cbp_server.sessions import Accepted, IncomingBatch, Rejected
 
 _COLLECTION = "learners/"
 _PRESETS = ("all", "first", "none")
+_WHOLE_SPEC = ("*", "spec")
+_UPDATABLE = {"optimizer", "resets", "monitoring"}
+#: In bytes; one of 64 layers with a rate for each has about 2000.
+_LARGEST_SPEC = 2**16
+_DIMENSIONS_HASHED = 9
 _STATES = {
     LearnerState.ACTIVE: learner_pb2.Learner.STATE_ACTIVE,
     LearnerState.UNAVAILABLE: learner_pb2.Learner.STATE_UNAVAILABLE,
@@ -31,7 +39,7 @@ def learner_id_of(name: str, field: str) -> str:
     """The id in a resource name; `field` is where the name stood in the request."""
     learner_id = name.removeprefix(_COLLECTION)
     if not name.startswith(_COLLECTION) or not learner_id:
-        raise InvalidRequest(FieldViolation(field, f"must have the form learners/{{learner_id}}, not '{name}'"))
+        raise InvalidRequest(FieldViolation(field, f"must have the form learners/{{learner_id}}, not {shown(name)}"))
     return learner_id
 
 
@@ -42,41 +50,54 @@ def learner_name(learner_id: str) -> str:
 # -- specs --
 
 
-def spec_from_message(message: spec_pb2.LearnerSpec) -> LearnerSpec:
-    """Raises `SpecError` with the violations."""
-    return LearnerSpec.parse(_plain_spec(message))
+def spec_from_message(message: spec_pb2.LearnerSpec, limits: Limits) -> LearnerSpec:
+    """Raises `SpecError` with the violations, also if it claims more than the limits allow."""
+    spec = LearnerSpec.parse(_plain_spec(message))
+    check_spec(spec, limits)
+    return spec
 
 
 def spec_to_message(spec: LearnerSpec) -> spec_pb2.LearnerSpec:
     return from_plain(spec.to_plain(), spec_pb2.LearnerSpec)
 
 
-def revised_spec(present: LearnerSpec, changes: spec_pb2.LearnerSpec, mask: FieldMask) -> LearnerSpec:
+def revised_spec(present: LearnerSpec, changes: spec_pb2.LearnerSpec, mask: FieldMask, limits: Limits) -> LearnerSpec:
     """`present` with the fields that `mask` names taken from `changes`; named but not set there means the default.
 
-    Without a mask, every field set in `changes` is taken.
+    Without a mask, every field set in `changes` is taken. `*` and `spec` name every field: those that can be updated
+    are replaced altogether, the others must be as they are, or not set.
 
     Raises:
         InvalidRequest: a path that is no field of a learner's spec.
         SpecError: the spec that comes out is wrong.
     """
     plain, given = present.to_plain(), _plain_spec(changes)
-    if not mask.paths:
-        return LearnerSpec.parse(_merged(plain, given))
-    for path in mask.paths:
-        parts = path.split(".")
-        if parts[0] != "spec" or not FieldMask(paths=[path.removeprefix("spec.")]).IsValidForDescriptor(
-            spec_pb2.LearnerSpec.DESCRIPTOR
-        ):
-            violation = FieldViolation(
-                "update_mask", f"'{path}' is not a field of a learner's spec, like spec.resets.layers"
-            )
-            raise InvalidRequest(violation)
-        _copy_field(plain, given, [part for part in parts[1:] if part != "mlp"])
-    return LearnerSpec.parse(plain)
+    paths = set(mask.paths)
+    for path in sorted(paths - set(_WHOLE_SPEC)):
+        if not _is_spec_path(path):
+            description = f"{shown(path)} is not a field of a learner's spec, like spec.resets.layers, nor '*'"
+            raise InvalidRequest(FieldViolation("update_mask", description))
+    if not paths:
+        plain = _merged(plain, given)
+    elif not paths.isdisjoint(_WHOLE_SPEC):
+        plain = _merged({key: plain[key] for key in plain.keys() - _UPDATABLE}, given)
+        plain["optimizer"] = {"kind": present.optimizer.kind} | given.get("optimizer", {})
+    else:
+        for path in sorted(paths):  # what contains another comes before it
+            _copy_field(plain, given, [part for part in path.split(".")[1:] if part != "mlp"])
+    spec = LearnerSpec.parse(plain)
+    check_spec(spec, limits)
+    return spec
+
+
+def _is_spec_path(path: str) -> bool:
+    descriptor = spec_pb2.LearnerSpec.DESCRIPTOR
+    return path.startswith("spec.") and FieldMask(paths=[path.removeprefix("spec.")]).IsValidForDescriptor(descriptor)
 
 
 def _plain_spec(message: spec_pb2.LearnerSpec) -> dict[str, Any]:
+    if (size := message.ByteSize()) > _LARGEST_SPEC:  # before millions of layers or names are looked at
+        raise SpecError([FieldViolation("spec", f"has {size} bytes, at most {_LARGEST_SPEC} are allowed")])
     plain = to_plain(message)
     layers = plain.get("resets", {}).get("layers")
     if layers is not None and len(layers) == 1 and layers[0] in _PRESETS:
@@ -108,7 +129,7 @@ def _copy_field(target: dict[str, Any], source: Mapping[str, Any], path: list[st
 # -- batches --
 
 
-def incoming_batch(message: training_service_pb2.TrainBatch) -> IncomingBatch:
+def incoming_batch(message: training_service_pb2.TrainBatch, limits: Limits) -> IncomingBatch:
     def validate(spec: LearnerSpec) -> Batch:
         violations: list[FieldViolation] = []
         features = _array(message.features, "features", violations)
@@ -116,6 +137,7 @@ def incoming_batch(message: training_service_pb2.TrainBatch) -> IncomingBatch:
         weights = _array(message.weights, "weights", violations) if message.HasField("weights") else None
         if violations:
             raise BatchError(violations)
+        check_training(spec, len(features) if features.ndim else 0, limits)
         return Batch.validate(spec, features, targets, weights, message.task)
 
     return IncomingBatch(
@@ -127,12 +149,13 @@ def incoming_batch(message: training_service_pb2.TrainBatch) -> IncomingBatch:
     )
 
 
-def features_of(tensor: tensor_pb2.Tensor) -> NDArray[np.generic]:
-    """Raises `BatchError` if the message describes no tensor."""
+def features_of(tensor: tensor_pb2.Tensor, spec: LearnerSpec, limits: Limits) -> NDArray[np.generic]:
+    """Raises `BatchError` if the message describes no tensor, or more examples than one prediction may have."""
     violations: list[FieldViolation] = []
     features = _array(tensor, "features", violations)
     if violations:
         raise BatchError(violations)
+    check_prediction(spec, len(features) if features.ndim else 0, limits)
     return features
 
 
@@ -148,7 +171,8 @@ def _payload_hash(message: training_service_pb2.TrainBatch) -> str:
     """Equal for equal examples, whatever the sequence and the wish for outputs."""
     digest = hashlib.blake2b(message.task.encode(), digest_size=16)
     for tensor in (message.features, message.targets, message.weights):
-        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        # Shapes of more dimensions are refused, however many millions they name.
+        digest.update(repr((tensor.dtype, tuple(tensor.shape[:_DIMENSIONS_HASHED]))).encode())
         digest.update(tensor.data)
     return digest.hexdigest()
 
@@ -185,7 +209,7 @@ def _batch_result(batch: Accepted) -> training_service_pb2.BatchResult:
 
 
 def rejection(rejected: Rejected) -> training_service_pb2.TrainResponse:
-    description = describe(rejected.error)
+    description = brief_description(rejected.error)
     return training_service_pb2.TrainResponse(
         rejection=training_service_pb2.Rejection(
             sequence=rejected.sequence,

@@ -1,15 +1,20 @@
-"""Around every call: errors become rich statuses, and each call is counted, timed and, if it failed on us, logged."""
+"""Around every call: errors become rich statuses, and each call is counted, timed and, if it failed on us, logged.
+
+Requests are decoded here, too: bytes that are no message of the method are an error like any other.
+"""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
-from cbp_server.errors import describe
+from cbp_server.errors import MalformedRequest, describe
 from cbp_server.rpc.errors import rich_status
 
 log = structlog.get_logger("cbp_server.rpc")
@@ -23,6 +28,13 @@ class RpcObserver(Protocol):
     """Counts calls, for the metrics."""
 
     def observe(self, method: str, code: str, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Malformed:
+    """Takes the place of a request that could not be decoded, up to where its error can be told."""
+
+    message_name: str
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -41,7 +53,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler
         method = str(handler_call_details.method).lstrip("/")
         coding = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": _decoding(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if handler.unary_unary:
@@ -55,14 +67,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _around_unary(self, method: str, behaviour: Any) -> Any:
         async def unary(request: Any, context: "Context") -> Any:
             async with self._call(method, context):
-                return await behaviour(request, context)
+                return await behaviour(_decoded(request), context)
 
         return unary
 
     def _around_stream(self, method: str, behaviour: Any) -> Any:
         async def stream(request: Any, context: "Context") -> AsyncIterator[Any]:
             async with self._call(method, context):
-                responses = behaviour(request, context)
+                requests = _all_decoded(request) if hasattr(request, "__aiter__") else _decoded(request)
+                responses = behaviour(requests, context)
                 if not hasattr(responses, "__aiter__"):  # reads and writes through the context, as health does
                     await responses
                     return
@@ -90,3 +103,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await context.abort_with_status(rich_status(error))
         finally:
             self._observer.observe(method, code.name, time.perf_counter() - started)
+
+
+def _decoding(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """`decode`, but what it fails at comes out as `_Malformed`: gRPC would end the call without saying why."""
+
+    if decode is None:
+        return None
+
+    def decode_or_mark(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError:
+            message_type = getattr(decode, "__self__", None)
+            return _Malformed(message_type.DESCRIPTOR.full_name if message_type else "protobuf")
+
+    return decode_or_mark
+
+
+def _decoded(request: Any) -> Any:
+    if isinstance(request, _Malformed):
+        raise MalformedRequest(request.message_name)
+    return request
+
+
+async def _all_decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(request)

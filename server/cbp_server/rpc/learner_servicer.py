@@ -11,10 +11,13 @@ from cbp import FieldViolation
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, learner_service_pb2_grpc
 from cbp_server.errors import InvalidRequest, ServerDraining
 from cbp_server.host import Host
+from cbp_server.limits import Limits
 from cbp_server.records import LearnerRecord
 from cbp_server.rpc import convert
 
-_DEFAULT_WATCH_SECONDS, _LEAST_WATCH_SECONDS = 1.0, 0.05
+_DEFAULT_WATCH_SECONDS, _LEAST_WATCH_SECONDS, _LONGEST_NAP_SECONDS = 1.0, 0.05, 0.2
+#: Learners in one message of a watch: with all their tasks they stay well below the 4 MiB that clients take.
+_MOST_WATCHED = 50
 
 if TYPE_CHECKING:  # generic in the type stubs only
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -23,13 +26,14 @@ if TYPE_CHECKING:  # generic in the type stubs only
 class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     """Translates between messages and the host."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, limits: Limits) -> None:
         self._host = host
+        self._limits = limits
 
     async def CreateLearner(
         self, request: learner_service_pb2.CreateLearnerRequest, context: "Context"
     ) -> learner_pb2.Learner:
-        spec = convert.spec_from_message(request.learner.spec)
+        spec = convert.spec_from_message(request.learner.spec, self._limits)
         record = await self._host.create(request.learner_id, spec, request_id=request.request_id)
         return convert.learner_to_message(record)
 
@@ -50,7 +54,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     ) -> learner_pb2.Learner:
         record = await self._host.update(
             convert.learner_id_of(request.learner.name, "learner.name"),
-            lambda present: convert.revised_spec(present, request.learner.spec, request.update_mask),
+            lambda present: convert.revised_spec(present, request.learner.spec, request.update_mask, self._limits),
             etag=request.learner.etag,
         )
         return convert.learner_to_message(record)
@@ -84,17 +88,31 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         while not self._host.draining:
             present = {record.learner_id: record for record in self._host.learners() if _wanted(record, names)}
             changed = [r for r in present.values() if seen.get(r.learner_id) != (r.uid, r.version)]
-            deleted = [convert.learner_name(learner_id) for learner_id in seen if learner_id not in present]
-            if changed or deleted or first:
-                yield learner_service_pb2.WatchLearnersResponse(
-                    learners=[_watched(record) for record in changed], deleted=deleted
-                )
-                seen = {learner_id: (record.uid, record.version) for learner_id, record in present.items()}
-                first = False
-                await asyncio.sleep(interval)
-            else:
+            deleted = [learner_id for learner_id in seen if learner_id not in present]
+            if not (changed or deleted or first):
                 await self._host.wait_for_change()
+                continue
+            for learner_id in deleted:
+                del seen[learner_id]
+            for start in range(0, max(len(changed), 1), _MOST_WATCHED):
+                records = changed[start : start + _MOST_WATCHED]
+                # Noted before the message goes out: what changes meanwhile has not been seen.
+                seen |= {record.learner_id: (record.uid, record.version) for record in records}
+                yield learner_service_pb2.WatchLearnersResponse(
+                    learners=[_watched(record) for record in records],
+                    deleted=[convert.learner_name(learner_id) for learner_id in deleted] if not start else (),
+                    more_follow=start + _MOST_WATCHED < len(changed),
+                )
+            first = False
+            await self._pause(interval)
         raise ServerDraining
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleeps, in short naps: learners change too often to be woken by each change, but a drain must not wait."""
+        while seconds > 0 and not self._host.draining:
+            nap = min(seconds, _LONGEST_NAP_SECONDS)
+            await asyncio.sleep(nap)
+            seconds -= nap
 
 
 def _wanted(record: LearnerRecord, names: set[str]) -> bool:

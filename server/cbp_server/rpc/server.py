@@ -11,6 +11,7 @@ from cbp_proto.v1 import (
     training_service_pb2_grpc,
 )
 from cbp_server.host import Host
+from cbp_server.limits import Limits
 from cbp_server.rpc.interceptor import CallInterceptor, RpcObserver
 from cbp_server.rpc.learner_servicer import LearnerServicer
 from cbp_server.rpc.training_servicer import TrainingServicer
@@ -24,9 +25,14 @@ _TRANSPORT_HEADROOM = 2
 
 
 class RpcServer:
-    """The gRPC side of the front process."""
+    """The gRPC side of the front process.
 
-    def __init__(self, host: Host, observer: RpcObserver, *, max_message_bytes: int) -> None:
+    Args:
+        max_message_bytes: largest batch or prediction request.
+        limits: what a new spec, or the examples of one message, may claim.
+    """
+
+    def __init__(self, host: Host, observer: RpcObserver, *, max_message_bytes: int, limits: Limits) -> None:
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(observer)],
             options=[
@@ -39,14 +45,14 @@ class RpcServer:
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(LearnerServicer(host), self._server)
+        learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(LearnerServicer(host, limits), self._server)
         training_service_pb2_grpc.add_TrainingServiceServicer_to_server(
-            TrainingServicer(host, max_message_bytes=max_message_bytes), self._server
+            TrainingServicer(host, max_message_bytes=max_message_bytes, limits=limits), self._server
         )
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self, address: str) -> int:
-        """Listens on host:port; the port that was bound.
+        """Listens on host:port; the port that was bound. Health is NOT_SERVING until `set_serving` says otherwise.
 
         Raises:
             OSError: the address cannot be bound.
@@ -55,6 +61,7 @@ class RpcServer:
             port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: is another server running there?") from error
+        await self.set_serving(False)
         await self._server.start()
         return int(port)
 

@@ -8,8 +8,9 @@ import grpc
 
 from cbp_proto import encode_tensor
 from cbp_proto.v1 import training_service_pb2, training_service_pb2_grpc
-from cbp_server.errors import StreamProtocolError
+from cbp_server.errors import MessageTooLarge, StreamProtocolError
 from cbp_server.host import Host
+from cbp_server.limits import Limits
 from cbp_server.rpc import convert
 from cbp_server.sessions import Accepted, DurableMoved, Ended, Rejected, TrainSession
 
@@ -23,22 +24,27 @@ if TYPE_CHECKING:  # generic in the type stubs only
 class TrainingServicer(training_service_pb2_grpc.TrainingServiceServicer):
     """Translates between messages and the host's sessions."""
 
-    def __init__(self, host: Host, *, max_message_bytes: int) -> None:
+    def __init__(self, host: Host, *, max_message_bytes: int, limits: Limits) -> None:
         self._host = host
         self._max_message_bytes = max_message_bytes
+        self._limits = limits
 
     async def Predict(
         self, request: training_service_pb2.PredictRequest, context: "Context"
     ) -> training_service_pb2.PredictResponse:
         learner_id = convert.learner_id_of(request.learner, "learner")
-        report = await self._host.predict(learner_id, convert.features_of(request.features))
+        record = self._host.learner(learner_id)
+        if (size := request.ByteSize()) > self._max_message_bytes:
+            raise MessageTooLarge(size, self._max_message_bytes, "features")
+        features = convert.features_of(request.features, record.spec, self._limits)
+        report = await self._host.predict(learner_id, features)
         return training_service_pb2.PredictResponse(outputs=encode_tensor(report.outputs), step=report.step)
 
     async def Train(
         self, request_iterator: AsyncIterator[training_service_pb2.TrainRequest], context: "Context"
     ) -> AsyncIterator[training_service_pb2.TrainResponse]:
         session = self._open(await anext(request_iterator, None))
-        reading = asyncio.create_task(_read(request_iterator, session))
+        reading = asyncio.create_task(_read(request_iterator, session, self._limits))
         try:
             yield self._opened(session)
             while not isinstance(event := await session.next_event(), Ended):
@@ -70,14 +76,16 @@ class TrainingServicer(training_service_pb2_grpc.TrainingServiceServicer):
         )
 
 
-async def _read(requests: AsyncIterator[training_service_pb2.TrainRequest], session: TrainSession) -> None:
+async def _read(
+    requests: AsyncIterator[training_service_pb2.TrainRequest], session: TrainSession, limits: Limits
+) -> None:
     """Offers the client's batches to the session until the client has finished."""
     try:
         async for request in requests:
             if not request.HasField("batch"):
                 session.end(StreamProtocolError("after `open`, every message of a Train stream must be `batch`"))
                 return
-            session.offer(convert.incoming_batch(request.batch))
+            session.offer(convert.incoming_batch(request.batch, limits))
     except Exception as error:
         session.end(error)
     else:
@@ -99,6 +107,4 @@ async def _answer(
     while len(batches) < _LARGEST_ACKNOWLEDGEMENT and (behind := session.take_applied()) is not None:
         batches.append(behind)
     session.acknowledge(batches)
-    return convert.acknowledgement(
-        session.epoch, session.acknowledged_sequence, session.durable_sequence, batches
-    )
+    return convert.acknowledgement(session.epoch, session.acknowledged_sequence, session.durable_sequence, batches)

@@ -3,8 +3,10 @@
 import grpc
 import numpy as np
 import pytest
+from server_process import ServerProcess
+from wire import Wire
 
-from cbp_proto import encode_tensor
+from cbp_proto import encode_tensor, from_plain
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2, tensor_pb2, training_service_pb2
 
 FEATURES = np.zeros((2, 4), dtype=np.float32)
@@ -29,6 +31,11 @@ BAD_BATCHES = {
     "negative weight": ({"weights": tensor(np.array([1.0, -1.0]))}, {"weights": "at least 0"}),
     "weights of another length": ({"weights": tensor(np.ones(3))}, {"weights": "[2]"}),
     "long task": ({"task": "x" * 129}, {"task": "128"}),
+    "unprintable task": ({"task": "a\0b"}, {"task": "printable"}),
+    "very many dimensions": (
+        {"features": tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2**62] * 200_000)},
+        {"features": "200000 dimensions"},
+    ),
     "no features": ({"features": None}, {"features": "dtype"}),
     "data too short": (
         {"features": tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2, 4], data=b"123")},
@@ -77,6 +84,146 @@ def test_an_oversize_message_is_rejected_by_name(start_server, connect, learner_
     assert "4096" in rejection.field_violations[0].description
     stream.send_batch(1, FEATURES, LABELS)
     assert stream.results(1)[0].step == 2
+
+
+def test_an_oversize_prediction_is_refused_by_name(start_server, connect, learner_id, refused):
+    wire = connect(start_server("--max-message-bytes", "4096").grpc_target)
+    wire.create(learner_id)
+    error = refused(lambda: wire.predict(learner_id, np.zeros((300, 4), np.float32)))
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE")
+    assert "4096" in error.fields["features"]
+
+
+@pytest.fixture(scope="module")
+def strict_wire(tmp_path_factory):
+    """A server with narrow limits."""
+    flags = {"parameters": 5000, "layers": 3, "pending-bytes": 4096, "activation-bytes": 40_000}
+    arguments = [part for name, value in flags.items() for part in (f"--max-{name}", str(value))]
+    process = ServerProcess(tmp_path_factory.mktemp("strict") / "data", *arguments)
+    process.start()
+    wire = Wire(process.grpc_target)
+    yield wire
+    wire.close()
+    process.close()
+
+
+NETWORK = {"kind": "mlp", "in_features": 4, "hidden": [8, 6], "out_features": 3}
+EXCESSIVE_SPECS = {
+    "layers": ({"network": NETWORK | {"hidden": [1] * 4}}, "network.hidden", "--max-layers"),
+    "width": ({"network": NETWORK | {"hidden": [2**31 - 1] * 2}}, "network.hidden", "--max-parameters"),
+    "outputs": ({"network": NETWORK | {"out_features": 10**9}}, "network.out_features", "--max-parameters"),
+    "batch": ({"batch_size": 147}, "batch_size", "--max-pending-bytes"),
+    "probe": ({"monitoring": {"probe_size": 60_000}}, "monitoring.probe_size", "--max-activation-bytes"),
+}
+
+
+@pytest.mark.parametrize(("changes", "field", "setting"), EXCESSIVE_SPECS.values(), ids=EXCESSIVE_SPECS)
+def test_a_learner_that_would_exhaust_memory_is_refused(strict_wire, refused, changes, field, setting):
+    error = refused(lambda: strict_wire.create("large", **{"monitoring": {"probe_size": 100}} | changes))
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SPEC")
+    assert setting in error.fields[field]
+
+
+def test_an_update_may_not_exhaust_memory_either(strict_wire, refused):
+    strict_wire.create("growing", monitoring={"probe_size": 100})
+    learner = learner_pb2.Learner(name="learners/growing")
+    learner.spec.monitoring.probe_size = 60_000
+    request = learner_service_pb2.UpdateLearnerRequest(learner=learner)
+    error = refused(lambda: strict_wire.learners.UpdateLearner(request))
+    assert "--max-activation-bytes" in error.fields["monitoring.probe_size"]
+    assert strict_wire.get("growing").spec.monitoring.probe_size == 100
+
+
+def test_a_message_that_would_exhaust_memory_says_how_many_examples_fit(strict_wire, refused):
+    """One byte each on the wire; in the learner every feature, activation and output takes four."""
+    strict_wire.create("expanding", batch_size=0, monitoring={"probe_size": 100})
+    stream = strict_wire.stream("expanding")
+    stream.send_batch(1, np.zeros((477, 4), np.uint8), np.zeros(477, np.uint8))
+    rejection = stream.rejection()
+    assert rejection.reason == "INVALID_BATCH"
+    assert rejection.field_violations[0].field == "features"
+    assert "at most 476 at once" in rejection.field_violations[0].description
+    stream.send_batch(1, np.zeros((476, 4), np.uint8), np.zeros(476, np.uint8))
+    assert stream.results(1)[0].step == 1
+
+    error = refused(lambda: strict_wire.predict("expanding", np.zeros((1429, 4), np.uint8)))
+    assert "at most 1428 at once" in error.fields["features"]
+    assert list(strict_wire.predict("expanding", np.zeros((1428, 4), np.uint8)).outputs.shape) == [1428, 3]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden": [1] * 200_000},
+        {"layers": ["hidden_0"] * 20_000},
+        {"layers": ["9" * 5000]},
+        {"layers": ["\0" * 60_000]},
+    ],
+    ids=["layers", "resets", "digits", "control characters"],
+)
+def test_an_endless_spec_is_refused_at_once_and_briefly(wire, refused, learner_id, small_spec, fields):
+    spec = from_plain(small_spec, spec_pb2.LearnerSpec)
+    spec.network.mlp.hidden.extend(fields.get("hidden", []))
+    if "layers" in fields:
+        spec.resets.layers[:] = fields["layers"]
+    request = learner_service_pb2.CreateLearnerRequest(learner_id=learner_id, learner=learner_pb2.Learner(spec=spec))
+    error = refused(lambda: wire.learners.CreateLearner(request, timeout=10))
+    assert error.reason == "INVALID_SPEC"
+    assert len(error.message) < 700
+    assert error.message.isprintable()
+
+
+def test_an_error_with_very_many_violations_arrives(wire, refused, learner_id):
+    error = refused(lambda: wire.create(learner_id, network=NETWORK | {"hidden": [0] * 2000}))
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SPEC")
+    assert "network.hidden[0]" in error.fields
+    assert "more" in error.fields["…"]
+
+
+@pytest.mark.parametrize("name", ["x" * 10**6, "learners/" + "é" * 10**6, "learners/\0\n", "\r\n" * 1000])
+def test_a_name_is_repeated_briefly_and_printably(wire, refused, name):
+    error = refused(lambda: wire.learners.GetLearner(learner_service_pb2.GetLearnerRequest(name=name)))
+    assert error.code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+    assert error.reason
+    assert len(error.message) < 300
+    assert error.message.isprintable()
+
+
+def test_a_rejection_is_brief(wire, learner_id):
+    wire.create(learner_id)
+    stream = wire.stream(learner_id)
+    stream.send_batch(1, FEATURES, LABELS, task="\0" * 100)
+    rejection = stream.rejection()
+    assert len(rejection.field_violations[0].description) < 300
+    assert rejection.message.isprintable()
+
+
+JUNK = b"\xff\xff\xff"
+
+
+def test_a_malformed_request_is_named(wire, refused):
+    call = wire.channel.unary_unary("/cbp.v1.LearnerService/GetLearner")
+    error = refused(lambda: call(JUNK))
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
+    assert "not a cbp.v1.GetLearnerRequest message" in error.message
+
+
+def test_a_malformed_watch_is_named(wire, refused):
+    call = wire.channel.unary_stream("/cbp.v1.LearnerService/WatchLearners")
+    error = refused(lambda: list(call(JUNK)))
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
+    assert "cbp.v1.WatchLearnersRequest" in error.message
+
+
+@pytest.mark.parametrize("messages_before", [0, 1])
+def test_a_malformed_stream_message_is_named(wire, learner_id, refused, messages_before):
+    wire.create(learner_id)
+    opening = training_service_pb2.OpenStream(learner=f"learners/{learner_id}", producer="tests")
+    open_stream = training_service_pb2.TrainRequest(open=opening).SerializeToString()
+    call = wire.channel.stream_stream("/cbp.v1.TrainingService/Train")
+    error = refused(lambda: list(call(iter([*[open_stream] * messages_before, JUNK]))))
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
+    assert "cbp.v1.TrainRequest" in error.message
 
 
 def test_a_gap_names_the_expected_sequence(wire, learner_id):
@@ -183,6 +330,7 @@ BAD_SPECS = {
         "network.hidden[1]",
     ),
     "negative rate": ({"optimizer": {"kind": "sgd", "lr": -1.0}}, "optimizer.lr"),
+    "rate beyond float32": ({"optimizer": {"kind": "sgd", "lr": 1e300}}, "optimizer.lr"),
     "momentum for adam": ({"optimizer": {"kind": "adam", "lr": 0.1, "momentum": 0.9}}, "optimizer.momentum"),
     "no such layer": ({"resets": {"layers": [7]}}, "resets.layers"),
     "rate above one": ({"resets": {"replacement_rate": 1.5}}, "resets.replacement_rate"),

@@ -60,7 +60,9 @@ def test_lists_come_in_pages_ordered_by_name(start_server, connect):
     assert pages == [["alpha", "bravo"], ["charlie", "delta"], ["echo"]]
 
 
-@pytest.mark.parametrize(("field", "value"), [("page_token", "%%%"), ("page_size", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("page_token", "%%%"), ("page_token", "YQ"), ("page_token", "YWZ0ZXI"), ("page_size", -1)]
+)
 def test_a_wrong_page_is_named(wire, refused, field, value):
     request = learner_service_pb2.ListLearnersRequest(**{field: value})
     error = refused(lambda: wire.learners.ListLearners(request))
@@ -100,6 +102,41 @@ def test_a_masked_field_that_is_not_set_goes_back_to_its_default(wire, learner_i
     assert to_plain(update(wire, learner_id, {}, "spec.resets").spec)["resets"]["replacement_rate"] == 1e-4
 
 
+@pytest.mark.parametrize("path", ["*", "spec"])
+def test_a_mask_of_everything_replaces_all_that_can_be_updated(wire, learner_id, path):
+    created = wire.create(learner_id, optimizer={"kind": "sgd", "lr": 0.05, "momentum": 0.9}, batch_size=2)
+
+    changed = update(wire, learner_id, {"optimizer": {"lr": 0.1}, "resets": {"decay_rate": 0.5}}, path)
+
+    before, after = to_plain(created.spec), to_plain(changed.spec)
+    assert (after["optimizer"]["kind"], after["optimizer"]["lr"]) == ("sgd", 0.1)
+    assert after["optimizer"]["momentum"] == 0
+    assert after["resets"]["decay_rate"] == 0.5
+    assert (after["resets"]["maturity_threshold"], after["resets"]["replacement_rate"]) == (100, 1e-4)
+    for immutable in ("network", "loss", "batch_size", "seed"):
+        assert after[immutable] == before[immutable]
+    again = update(wire, learner_id, to_plain(created.spec), path)  # what was read may be sent back as it is
+    assert again.spec == created.spec
+
+
+@pytest.mark.parametrize("path", ["*", "spec"])
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"optimizer": {"lr": 0.1}, "batch_size": 4}, "batch_size"),
+        ({"optimizer": {"lr": 0.1}, "seed": 4}, "seed"),
+        ({"optimizer": {"lr": 0.1}, "loss": "mse"}, "loss"),
+        ({"optimizer": {"lr": 0.1}, "network": {"kind": "mlp", "hidden": [9]}}, "network"),
+        ({"optimizer": {"kind": "adam", "lr": 0.1}}, "optimizer.kind"),
+        ({"resets": {"decay_rate": 0.5}}, "optimizer.lr"),  # it has no default to go back to
+    ],
+)
+def test_a_mask_of_everything_leaves_alone_what_cannot_change(wire, learner_id, refused, path, changes, field):
+    created = wire.create(learner_id)
+    assert refused(lambda: update(wire, learner_id, changes, path)).fields.keys() == {field}
+    assert wire.get(learner_id) == created
+
+
 @pytest.mark.parametrize(
     ("changes", "path", "field"),
     [
@@ -110,6 +147,9 @@ def test_a_masked_field_that_is_not_set_goes_back_to_its_default(wire, learner_i
         ({"resets": {"layers": ["9"]}}, "spec.resets.layers", "resets.layers"),
         ({}, "spec.nonsense", "update_mask"),
         ({}, "name", "update_mask"),
+        ({}, "spec.*", "update_mask"),
+        ({}, "spec.", "update_mask"),
+        ({}, "spec." + "x" * 10**6, "update_mask"),
     ],
 )
 def test_a_wrong_update_names_its_field_and_changes_nothing(wire, learner_id, refused, changes, path, field):
@@ -133,6 +173,15 @@ def test_an_outdated_etag_stops_update_and_delete(wire, learner_id, refused):
         assert error.metadata["etag"] == changed.etag
     wire.delete(learner_id, etag=changed.etag)
     assert refused(lambda: wire.get(learner_id)).code is grpc.StatusCode.NOT_FOUND
+
+
+def test_an_etag_does_not_come_back_with_an_earlier_spec(wire, learner_id, refused):
+    created = wire.create(learner_id)
+    changed = update(wire, learner_id, {"resets": {"layers": "none"}})
+    restored = update(wire, learner_id, {"resets": {"layers": "all"}})
+    assert restored.spec == created.spec
+    assert len({created.etag, changed.etag, restored.etag}) == 3
+    assert refused(lambda: wire.delete(learner_id, etag=created.etag)).reason == "ETAG_MISMATCH"
 
 
 def test_a_new_learner_of_an_old_name_is_another_one(wire, learner_id):
@@ -196,3 +245,36 @@ def test_a_watch_of_named_learners_leaves_the_others_out(wire, learner_id):
     watch = wire.learners.WatchLearners(request, timeout=60)
     assert [item.learner.name for item in next(watch).learners] == [f"learners/{learner_id}"]
     watch.cancel()
+
+
+def test_a_watch_of_very_many_learners_comes_in_several_messages(start_server, connect):
+    wire = connect(start_server().grpc_target)
+    tiny = {"network": {"kind": "mlp", "in_features": 1, "hidden": [1], "out_features": 2}}
+    ids = [f"learner-{number:03}" for number in range(120)]
+    for learner_id in ids:
+        wire.create(learner_id, **tiny)
+
+    watch = wire.learners.WatchLearners(learner_service_pb2.WatchLearnersRequest(), timeout=60)
+
+    messages = [next(watch) for _ in range(3)]
+    assert [len(message.learners) for message in messages] == [50, 50, 20]
+    assert [message.more_follow for message in messages] == [True, True, False]
+    assert [item.learner.name for message in messages for item in message.learners] == [f"learners/{i}" for i in ids]
+    wire.delete(ids[7])
+    last = next(watch)
+    assert (list(last.deleted), list(last.learners), last.more_follow) == ([f"learners/{ids[7]}"], [], False)
+    watch.cancel()
+
+
+def test_a_watch_that_sleeps_ends_when_the_server_drains(own_server, connect, explain):
+    wire = connect(own_server.grpc_target)
+    wire.create("clicks")
+    request = learner_service_pb2.WatchLearnersRequest(interval=Duration(seconds=3600))
+    watch = wire.learners.WatchLearners(request, timeout=60)
+    next(watch)
+    own_server.begin_stop()
+    with pytest.raises(grpc.RpcError) as caught:
+        next(watch)
+    error = explain(caught.value)
+    assert (error.code, error.reason, error.retryable) == (grpc.StatusCode.UNAVAILABLE, "SERVER_DRAINING", True)
+    assert own_server.wait() == 0

@@ -4,6 +4,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from prometheus_client import CollectorRegistry
+
+from cbp_server.host import Host
+from cbp_server.metrics import HostMetrics, RpcMetrics
+from cbp_server.rpc.server import RpcServer
+from cbp_server.settings import Settings
 
 
 @pytest.mark.parametrize("service", ["", "cbp.v1.LearnerService", "cbp.v1.TrainingService"])
@@ -11,6 +17,30 @@ def test_every_service_is_healthy(wire, service):
     health = health_pb2_grpc.HealthStub(wire.channel)
     answer = health.Check(health_pb2.HealthCheckRequest(service=service))
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("service", ["", "cbp.v1.LearnerService", "cbp.v1.TrainingService"])
+async def test_no_service_is_healthy_before_the_server_is_ready(service):
+    host = Host(
+        max_learners=1,
+        max_message_bytes=1024,
+        stream_credits=1,
+        history_samples=1,
+        observer=HostMetrics(CollectorRegistry()),
+        on_readiness=lambda _: None,
+    )
+    settings = Settings()
+    server = RpcServer(host, RpcMetrics(CollectorRegistry()), max_message_bytes=1024, limits=settings.limits)
+    port = await server.start("127.0.0.1:0")
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest(service=service)
+            assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            await server.set_serving(True)
+            assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+    finally:
+        await server.stop(0)
 
 
 def test_health_of_an_unknown_service_is_not_found(wire):
