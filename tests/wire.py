@@ -102,7 +102,9 @@ class Wire:
         self.training = training_service_pb2_grpc.TrainingServiceStub(self.channel)
         self._streams: list[Stream] = []
 
-    def create(self, learner_id: str, request_id: str = "", *, timeout: float = _TIMEOUT, **changes: Any) -> learner_pb2.Learner:
+    def create(
+        self, learner_id: str, request_id: str = "", *, timeout: float = _TIMEOUT, **changes: Any
+    ) -> learner_pb2.Learner:
         spec = from_plain(SMALL_SPEC | changes, spec_pb2.LearnerSpec)
         request = learner_service_pb2.CreateLearnerRequest(
             learner_id=learner_id, learner=learner_pb2.Learner(spec=spec), request_id=request_id

@@ -1,0 +1,147 @@
+"""A real server in a process of its own, as tests start, stop and kill it."""
+
+import json
+import os
+import pkgutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cbp
+import cbp_proto
+import cbp_server
+
+_START_SECONDS = 60.0
+_STOP_SECONDS = 60.0
+#: What Python writes of itself about exceptions that nobody took.
+_COMPLAINTS = (
+    "Traceback (most recent call last)",
+    "Exception ignored in",
+    "was never retrieved",
+    "was never awaited",
+    "was destroyed but it is pending",
+)
+
+
+class ServerProcess:
+    """A `cbp-server` process with a data directory of its own, on ports of its own choosing.
+
+    Attributes:
+        data_dir: keeps the learners from one start to the next.
+        grpc_target: host:port, while it runs.
+        http_url: http://host:port, while it runs.
+    """
+
+    def __init__(self, data_dir: Path, *flags: str) -> None:
+        self.data_dir = data_dir
+        self.log_path = data_dir.with_name(data_dir.name + ".log")
+        self._flags = flags
+        self._process: subprocess.Popen[bytes] | None = None
+        self._tolerated: set[str] = set()
+        self.grpc_target = ""
+        self.http_url = ""
+
+    def start(self, *flags: str) -> None:
+        """Returns when the server is ready. After the first start it keeps its ports."""
+        ports = [self.grpc_target.rpartition(":")[2] or "0", self.http_url.rpartition(":")[2] or "0"]
+        (self.data_dir / "endpoints.json").unlink(missing_ok=True)  # left behind by a killed server
+        with self.log_path.open("ab") as log_file:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "cbp_server", "--data-dir", str(self.data_dir), "--log-format", "json",
+                    "--grpc-port", ports[0], "--http-port", ports[1], *self._flags, *flags,
+                ],
+                stderr=log_file, stdout=log_file, env=_environment(),
+            )  # fmt: skip
+        endpoints = self._wait_for_endpoints()
+        self.grpc_target = f"{endpoints['host']}:{endpoints['grpc_port']}"
+        self.http_url = f"http://{endpoints['host']}:{endpoints['http_port']}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def log_events(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
+
+    def tolerate(self, event: str) -> None:
+        """The test provokes the log event `event`: the exception that is logged with it is no failure."""
+        self._tolerated.add(event)
+
+    def log_problems(self) -> list[str]:
+        """Lines of the log that a healthy server does not write: exceptions, and complaints of Python itself."""
+        return [line for line in self.log.splitlines() if self._is_problem(line)]
+
+    def _is_problem(self, line: str) -> bool:
+        if not line.startswith("{"):
+            return any(complaint in line for complaint in _COMPLAINTS)
+        record = json.loads(line)
+        if record["event"] in self._tolerated:
+            return False
+        return "exception" in record or any(complaint in record["event"] for complaint in _COMPLAINTS)
+
+    def begin_stop(self) -> None:
+        """Sends SIGTERM and returns at once."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """The exit status, once it has ended."""
+        assert self._process is not None
+        return self._process.wait(_STOP_SECONDS)
+
+    def stop(self) -> int:
+        """Ends the server in order; its exit status."""
+        self.begin_stop()
+        return self.wait()
+
+    def kill(self) -> None:
+        """kill -9."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(_STOP_SECONDS)
+
+    def close(self) -> None:
+        """Whatever state it is in: afterwards it does not run. Fails if its log tells of a failure."""
+        if self._process is not None and self._process.poll() is None:
+            self.stop()
+        problems = self.log_problems()
+        assert not problems, "the server's log tells of failures:\n" + "\n".join(problems)
+
+    def _wait_for_endpoints(self) -> dict[str, object]:
+        assert self._process is not None
+        path = self.data_dir / "endpoints.json"
+        deadline = time.monotonic() + _START_SECONDS
+        while not path.exists():
+            if self._process.poll() is not None:
+                raise AssertionError(f"cbp-server ended with status {self._process.returncode}:\n{self.log}")
+            if time.monotonic() > deadline:
+                self._process.kill()
+                raise AssertionError(f"cbp-server did not start:\n{self.log}")
+            time.sleep(0.02)
+        endpoints: dict[str, object] = json.loads(path.read_text())
+        return endpoints
+
+
+def _environment() -> dict[str, str]:
+    """Without settings of the person who runs the tests; the server's own warnings are errors in the server as well."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CBP_")}
+    filters = ["error::ResourceWarning", *(f"error:::{module}" for module in ("__main__", *_own_modules()))]
+    filters += ["ignore:unclosed <socket.socket:ResourceWarning"]  # the engine's, open until its process ends
+    return environment | {"PYTHONWARNINGS": ",".join(filters)}
+
+
+def _own_modules() -> Iterator[str]:
+    """A filter in PYTHONWARNINGS holds for one module, not for what is in a package."""
+    for package in (cbp, cbp_proto, cbp_server):
+        yield package.__name__
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            yield module.name
