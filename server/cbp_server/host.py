@@ -433,9 +433,7 @@ class Host:
             log.info("finishing what was accepted", operations=len(under_way))
             _, unfinished = await asyncio.wait(under_way, timeout=timeout_seconds)
             if unfinished:
-                log.warning(
-                    "drain timeout: giving up what is not finished", operations=len(unfinished)
-                )
+                log.warning("drain timeout: giving up what is not finished", operations=len(unfinished))
                 with suppress(EngineUnavailable):
                     await self._running_engine.call(messages.AbortTraining())
                 await asyncio.wait(unfinished)
