@@ -15,14 +15,20 @@ from pathlib import Path
 import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from cbp import CbpError
 from cbp_server.engine.messages import EngineOptions
 from cbp_server.engine.process import EngineProcess
 from cbp_server.host import Host
 from cbp_server.metrics import HostMetrics, RpcMetrics, register_server_metrics
+from cbp_server.rpc.convert import journaled_batch
 from cbp_server.rpc.server import RpcServer
 from cbp_server.settings import Settings
+from cbp_server.store.database import open_database
+from cbp_server.store.group_commit import GroupCommit
+from cbp_server.store.journal import Journal
 from cbp_server.web.app import create_app
 
 #: Seconds that calls still open after the drain may take to end.
@@ -73,12 +79,15 @@ class _Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         registry = CollectorRegistry()
+        journal = Journal(_open_database(settings))
         rpc_metrics = RpcMetrics(registry)
         self._host = Host(
             max_learners=settings.max_learners,
             max_message_bytes=settings.max_message_bytes,
             stream_credits=settings.stream_credits,
             history_samples=settings.history_samples,
+            journal=journal,
+            decode_batch=journaled_batch,
             observer=HostMetrics(registry),
             on_readiness=self._readiness_changed,
         )
@@ -93,7 +102,8 @@ class _Server:
             on_up=self._host.engine_up,
             on_down=self._host.engine_down,
         )
-        self._host.attach(self._engine)
+        self._log = GroupCommit(journal.append)
+        self._host.attach(self._engine, self._log)
         register_server_metrics(registry, self._host, max_learners=settings.metrics_max_learners)
         self._rpc = RpcServer(
             self._host, rpc_metrics, max_message_bytes=settings.max_message_bytes, limits=settings.limits
@@ -122,6 +132,7 @@ class _Server:
                 raise StartError(str(error)) from error
             stack.push_async_callback(self._rpc.stop, _STOP_GRACE)
             stack.push_async_callback(self._engine.stop)
+            stack.push_async_callback(self._log.close)
             if not await self._started(stopping):
                 yield self
                 return
@@ -215,6 +226,16 @@ def _published(path: Path, endpoints: dict[str, object]) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _open_database(settings: Settings) -> Engine:
+    try:
+        return open_database(settings.store_url, settings.data_dir)
+    except SQLAlchemyError as error:
+        reason = getattr(error, "orig", None) or error
+        raise StartError(
+            f"the journal's database cannot be used: {reason}; check --store-url and --data-dir"
+        ) from error
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -21,6 +21,8 @@ CbpError                       (cbp) root of all
     ├── EngineUnavailable      the engine process is down or starting
     ├── EngineFault            the engine failed at one request and lives on
     ├── CheckpointFailed       state could not be written
+    ├── JournalUnavailable     a change could not be written to the journal
+    ├── JournalDamaged         the journal is not what was written to it
     └── ServerDraining
 
 The catalog below is total over this tree; a test proves it. Raisers know no transport.
@@ -149,6 +151,16 @@ class CheckpointFailed(ServiceError):
     pass
 
 
+class JournalUnavailable(ServiceError):
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the journal cannot be written, so nothing is accepted: {reason}")
+
+
+class JournalDamaged(ServiceError):
+    def __init__(self, learner_uid: str, position: int) -> None:
+        super().__init__(f"the journal of learner {learner_uid} is damaged or incomplete at position {position}")
+
+
 class ServerDraining(ServiceError):
     def __init__(self) -> None:
         super().__init__("the server is shutting down; connect again, the stream resumes where it was acknowledged")
@@ -220,6 +232,12 @@ CATALOG: Mapping[type[CbpError], CatalogEntry] = {
     ),
     CheckpointFailed: CatalogEntry(
         grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "CHECKPOINT_FAILED", "State not saved", 5.0
+    ),
+    JournalUnavailable: CatalogEntry(
+        grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "JOURNAL_UNAVAILABLE", "Journal not written", 1.0
+    ),
+    JournalDamaged: CatalogEntry(
+        grpc.StatusCode.DATA_LOSS, HTTPStatus.INTERNAL_SERVER_ERROR, "JOURNAL_DAMAGED", "Journal is damaged"
     ),
     ServerDraining: CatalogEntry(
         grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "SERVER_DRAINING", "Server is shutting down", 1.0

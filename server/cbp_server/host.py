@@ -12,11 +12,13 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
+from sqlalchemy.exc import SQLAlchemyError
 
 from cbp import Batch, CbpError, FieldViolation, LearnerSpec, SnapshotError
 from cbp.batches import validate_features
@@ -38,6 +40,9 @@ from cbp_server.paging import page_of
 from cbp_server.producers import Producer
 from cbp_server.records import CheckpointRecord, EngineStatus, LearnerRecord, LearnerState, SampleRecord
 from cbp_server.sessions import IncomingBatch, TrainSession
+from cbp_server.store.checkpoints import CHECKPOINTS_KEPT
+from cbp_server.store.group_commit import GroupCommit
+from cbp_server.store.journal import Entry, EntryKind, Journal
 
 AnswerT = TypeVar("AnswerT")
 
@@ -46,6 +51,8 @@ _LONGEST_PRODUCER = 128
 _MOST_PRODUCERS = 1000  # of one learner: each is in every checkpoint and every view of the learner
 #: Checkpoints under way at a time, each with a copy of its learner's state.
 _CHECKPOINTS_AT_ONCE = 4
+#: Journal entries decoded and under way at a time while a learner is restored.
+_REPLAYED_AT_ONCE = 64
 
 log = structlog.get_logger("cbp_server.host")
 
@@ -78,6 +85,8 @@ class _Hosted:
         self.changing = asyncio.Lock()  # one update or deletion at a time
         self.changes = 0  # batches applied and streams opened so far; updates save themselves
         self.changes_saved = 0  # of which a checkpoint holds at least these
+        self.journal_position = 0  # of the last entry given to the journal
+        self.checkpoint_positions: deque[int] = deque(maxlen=CHECKPOINTS_KEPT)  # journal positions of those on disk
 
 
 class Host:
@@ -88,6 +97,8 @@ class Host:
         max_message_bytes: largest batch or prediction request.
         stream_credits: batches that one stream may have unanswered.
         history_samples: plasticity samples kept of each learner.
+        journal: where every change is written before it is applied; `log` writes to it.
+        decode_batch: the batch in a journal entry's payload.
         on_readiness: called with the reasons why the host is not ready, whenever they change; none means ready.
     """
 
@@ -98,6 +109,8 @@ class Host:
         max_message_bytes: int,
         stream_credits: int,
         history_samples: int,
+        journal: Journal,
+        decode_batch: Callable[[bytes, LearnerSpec], Batch],
         observer: HostObserver,
         on_readiness: Callable[[Sequence[str]], None],
     ) -> None:
@@ -105,6 +118,9 @@ class Host:
         self._max_message_bytes = max_message_bytes
         self._stream_credits = stream_credits
         self._history_samples = history_samples
+        self._journal = journal
+        self._decode_batch = decode_batch
+        self._log: GroupCommit | None = None
         self._observer = observer
         self._on_readiness = on_readiness
         self._engine: Engine | None = None
@@ -117,9 +133,10 @@ class Host:
         self._draining = False
         self._operations: set[asyncio.Task[Any]] = set()
 
-    def attach(self, engine: Engine) -> None:
-        """Names the engine whose learners these are; before anything else."""
+    def attach(self, engine: Engine, log: GroupCommit) -> None:
+        """Names the engine whose learners these are, and the writer of the journal; before anything else."""
         self._engine = engine
+        self._log = log
 
     # -- reading --
 
@@ -235,12 +252,18 @@ class Host:
             self._check_current(hosted, etag)
             spec = revise(record.spec)
             record.spec.check_update(spec)
-            identity = replace(hosted.identity, update_time=datetime.now(UTC).isoformat())
-            report = await self._running_engine.call(messages.Update(record.learner_id, identity, spec))
-            hosted.identity = identity
-            record.spec, record.etag = spec, _etag(identity, spec)
-            record.update_time = datetime.fromisoformat(identity.update_time)
-            self._note_checkpoint(hosted, report, hosted.changes_saved)
+            update_time = datetime.now(UTC).isoformat()
+            payload = json.dumps({"update_time": update_time, "spec": spec.to_plain()}).encode()
+
+            def request(position: int) -> messages.Update:
+                return messages.Update(record.learner_id, position, update_time, spec)
+
+            await self._record(hosted, request, kind=EntryKind.UPDATE, payload=payload)
+            hosted.identity = replace(hosted.identity, update_time=update_time)
+            record.spec, record.etag = spec, _etag(hosted.identity, spec)
+            record.update_time = datetime.fromisoformat(update_time)
+            hosted.changes += 1
+            self._touch(hosted)
         log.info("learner updated", learner=record.learner_id)
         return record
 
@@ -250,6 +273,7 @@ class Host:
             self._check_serving()
             self._check_current(hosted, etag)
             await self._running_engine.call(messages.Delete(learner_id))
+            await asyncio.to_thread(self._journal.forget, hosted.record.uid)
             del self._hosted[learner_id]
             for session in hosted.sessions.values():
                 session.end(LearnerNotFound(learner_id))
@@ -284,7 +308,14 @@ class Host:
         )
         if earlier is not None:
             earlier.end(ProducerFenced(producer, session.epoch))
-        opened = self._running_engine.submit(messages.OpenProducer(learner_id, producer, session.epoch))
+        opened = self._record(
+            hosted,
+            lambda position: messages.OpenProducer(learner_id, position, producer, session.epoch),
+            kind=EntryKind.OPEN,
+            payload=b"",
+            producer=producer,
+            epoch=session.epoch,
+        )
         opened.add_done_callback(_ignore_failure)  # if it fails, so does the stream's first batch
         hosted.changes += 1
         self._show_producer(hosted, state)
@@ -313,20 +344,63 @@ class Host:
     ) -> asyncio.Future[messages.TrainReport]:
         if hosted.record.state is not LearnerState.ACTIVE:
             raise EngineUnavailable
-        request = messages.Train(
-            hosted.record.learner_id,
-            producer.name,
-            epoch,
-            incoming.sequence,
-            incoming.payload_hash,
-            batch,
-            incoming.return_outputs,
+
+        def request(position: int) -> messages.Train:
+            producer.make_durable(incoming.sequence)
+            return messages.Train(
+                hosted.record.learner_id,
+                position,
+                producer.name,
+                epoch,
+                incoming.sequence,
+                incoming.payload_hash,
+                batch,
+                incoming.return_outputs,
+            )
+
+        applied = self._record(
+            hosted,
+            request,
+            kind=EntryKind.BATCH,
+            payload=incoming.payload,
+            payload_hash=incoming.payload_hash,
+            producer=producer.name,
+            epoch=epoch,
+            sequence=incoming.sequence,
         )
-        applied = self._running_engine.submit(request)
         hosted.record.queued_batches += 1
         # Registered first, so whoever awaits the future finds the record and the positions up to date.
         applied.add_done_callback(partial(self._applied, hosted, producer, incoming.sequence))
         return applied
+
+    def _record(
+        self, hosted: _Hosted, request: Callable[[int], messages.Change[AnswerT]], **entry: Any
+    ) -> "asyncio.Future[AnswerT]":
+        """Writes a change to the journal, and once it is on disk hands it to the engine.
+
+        The order of these calls is the order in the journal, and that in which the engine applies the changes.
+        """
+        position = hosted.journal_position = hosted.journal_position + 1
+        applied: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
+        written = self._running_log.add(Entry(learner_uid=hosted.record.uid, position=position, **entry))
+        written.add_done_callback(partial(self._written, hosted, position, request, applied))
+        return applied
+
+    def _written(
+        self,
+        hosted: _Hosted,
+        position: int,
+        request: Callable[[int], messages.Change[AnswerT]],
+        applied: "asyncio.Future[AnswerT]",
+        written: "asyncio.Future[None]",
+    ) -> None:
+        error = written.exception()
+        if error is not None:
+            # The log goes on with the first position that failed; everything behind it fails as well.
+            hosted.journal_position = min(hosted.journal_position, position - 1)
+            applied.set_exception(error)
+        else:
+            _pass_on(self._running_engine.submit(request(position)), applied)
 
     def _applied(
         self, hosted: _Hosted, producer: Producer, sequence: int, applied: asyncio.Future[messages.TrainReport]
@@ -372,7 +446,17 @@ class Host:
             return False
         if report.identity.uid == hosted.identity.uid:  # not that of a new learner of the same name
             self._note_checkpoint(hosted, report, changes)
+            await self._truncate(hosted)
         return True
+
+    async def _truncate(self, hosted: _Hosted) -> None:
+        """Removes what every checkpoint on disk contains; a failure only leaves more behind."""
+        if len(hosted.checkpoint_positions) < CHECKPOINTS_KEPT:
+            return
+        try:
+            await asyncio.to_thread(self._journal.truncate, hosted.record.uid, hosted.checkpoint_positions[0])
+        except SQLAlchemyError as error:
+            log.warning("journal not truncated", learner=hosted.record.learner_id, error=str(error))
 
     def _note_checkpoint(self, hosted: _Hosted, report: messages.LearnerReport, changes: int) -> None:
         checkpoint = report.checkpoint
@@ -381,13 +465,7 @@ class Host:
         hosted.record.checkpoint = _checkpoint_record(report)
         if report.progress.step >= hosted.record.progress.step:
             hosted.record.progress = report.progress
-        for name, position in report.positions.items():
-            producer = hosted.producers[name]
-            if position.sequence > producer.durable:
-                producer.durable = position.sequence
-                self._show_producer(hosted, producer)
-                if name in hosted.sessions:
-                    hosted.sessions[name].durable_moved()
+        hosted.checkpoint_positions.append(report.journal_position)
         self._touch(hosted)
 
     # -- start, failure and end --
@@ -442,6 +520,7 @@ class Host:
     async def _load(self, learner_id: str) -> None:
         try:
             loaded = await self._running_engine.call(messages.Load(learner_id))
+            report = await self._replay(loaded.learner)
         except EngineUnavailable:
             raise
         except CbpError as error:
@@ -449,7 +528,43 @@ class Host:
             self._unreadable[learner_id] = str(error)
             log.error("learner not restored", learner=learner_id, error=str(error))
         else:
-            self._host(loaded.learner, loaded.samples)
+            self._host(report, loaded.samples)
+
+    async def _replay(self, loaded: messages.LearnerReport) -> messages.LearnerReport:
+        """Applies what the journal has behind the checkpoint; the learner is then the one that never stopped."""
+        learner_id, started = loaded.identity.learner_id, time.monotonic()
+        entries = self._journal.read(loaded.identity.uid, loaded.journal_position)
+        replayed = 0
+        while chunk := await asyncio.to_thread(lambda: list(islice(entries, _REPLAYED_AT_ONCE))):
+            changes = [self._change(learner_id, entry, loaded.spec) for entry in chunk]
+            await asyncio.gather(*(self._running_engine.submit(change) for change in changes))
+            replayed += len(chunk)
+        if not replayed:
+            return loaded
+        seconds = round(time.monotonic() - started, 3)
+        log.info("journal replayed", learner=learner_id, entries=replayed, seconds=seconds)
+        return await self._running_engine.call(messages.Checkpoint(learner_id))
+
+    def _change(self, learner_id: str, entry: Entry, spec: LearnerSpec) -> messages.Change[Any]:
+        match entry.kind:
+            case EntryKind.BATCH:
+                return messages.Train(
+                    learner_id,
+                    entry.position,
+                    entry.producer or "",
+                    entry.epoch or 0,
+                    entry.sequence or 0,
+                    entry.payload_hash,
+                    self._decode_batch(entry.payload, spec),
+                    False,
+                )
+            case EntryKind.UPDATE:
+                plain = json.loads(entry.payload)
+                return messages.Update(
+                    learner_id, entry.position, plain["update_time"], LearnerSpec.parse(plain["spec"])
+                )
+            case EntryKind.OPEN:
+                return messages.OpenProducer(learner_id, entry.position, entry.producer or "", entry.epoch or 0)
 
     def _host(self, report: messages.LearnerReport, samples: Sequence[SampleRecord] = ()) -> None:
         """Takes up a learner as the engine reports it."""
@@ -471,9 +586,17 @@ class Host:
         hosted = self._hosted[learner_id] = _Hosted(record, identity)
         hosted.producers = {name: Producer(name, position) for name, position in report.positions.items()}
         record.producers = {name: producer.record for name, producer in hosted.producers.items()}
+        hosted.journal_position = report.journal_position
+        hosted.checkpoint_positions.append(report.journal_position)
         self._touch(hosted)
 
     # -- helpers --
+
+    @property
+    def _running_log(self) -> GroupCommit:
+        if self._log is None:
+            raise EngineUnavailable
+        return self._log
 
     @property
     def _running_engine(self) -> Engine:
@@ -546,6 +669,21 @@ def _digest(plain: Mapping[str, Any]) -> str:
 def _etag(identity: messages.Identity, spec: LearnerSpec) -> str:
     """Differs after each update, also after one that brings an earlier spec back."""
     return _digest({"uid": identity.uid, "update_time": identity.update_time, "spec": spec.to_plain()})[:16]
+
+
+def _pass_on(source: "asyncio.Future[AnswerT]", target: "asyncio.Future[AnswerT]") -> None:
+    """Completes `target` as `source` completes."""
+
+    def copy(done: "asyncio.Future[AnswerT]") -> None:
+        if target.done():
+            return
+        error = done.exception()
+        if error is not None:
+            target.set_exception(error)
+        else:
+            target.set_result(done.result())
+
+    source.add_done_callback(copy)
 
 
 def _ignore_failure(future: "asyncio.Future[None]") -> None:

@@ -13,7 +13,7 @@ class Producer:
     """One producer's position with one learner.
 
     Sequences run 1, 2, 3, …: `accepted` is the last one handed to the engine, `applied` the last one that changed the
-    learner, `durable` the last one in a checkpoint; durable ≤ applied ≤ accepted.
+    learner, `durable` the last one in the journal; applied ≤ durable ≤ accepted.
     """
 
     def __init__(self, name: str, position: Position | None = None) -> None:
@@ -64,6 +64,10 @@ class Producer:
         while len(self._hashes) > HASHES_KEPT:
             self._hashes.popitem(last=False)
         self._under_way[sequence] = applied
+
+    def make_durable(self, sequence: int) -> None:
+        """The batch is in the journal."""
+        self.durable = max(self.durable, sequence)
 
     def settle(self, sequence: int) -> None:
         """The batch has been applied."""

@@ -35,18 +35,13 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class DurableMoved:
-    """A checkpoint has made more batches durable."""
-
-
-@dataclass(frozen=True)
 class Ended:
     """The stream is over; what was accepted before comes before it. No error: the client has finished."""
 
     error: Exception | None
 
 
-Event = Accepted | Rejected | DurableMoved | Ended
+Event = Accepted | Rejected | Ended
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class IncomingBatch:
 
     sequence: int
     payload_hash: str
-    size_bytes: int
+    payload: bytes  # the message as it goes into the journal
     return_outputs: bool
     validate: Callable[[LearnerSpec], Batch]  # raises BatchError
 
@@ -122,8 +117,8 @@ class TrainSession:
         self.producer.check_epoch(self.epoch)
         if self.producer.is_repeat(incoming.sequence, incoming.payload_hash):
             return Accepted(incoming.sequence, self.producer.applied_future(incoming.sequence), duplicate=True)
-        if incoming.size_bytes > self._max_message_bytes:
-            raise MessageTooLarge(incoming.size_bytes, self._max_message_bytes)
+        if len(incoming.payload) > self._max_message_bytes:
+            raise MessageTooLarge(len(incoming.payload), self._max_message_bytes)
         batch = incoming.validate(self.record.spec)
         applied = self._sink(self.producer, self.epoch, incoming, batch)
         self.producer.accept(incoming.sequence, incoming.payload_hash, applied)
@@ -138,10 +133,6 @@ class TrainSession:
     def _push(self, event: Event) -> None:
         self._events.append(event)
         self._arrived.set()
-
-    def durable_moved(self) -> None:
-        if not self._ended and not (self._events and isinstance(self._events[-1], DurableMoved)):
-            self._push(DurableMoved())
 
     async def next_event(self) -> Event:
         """The next event, in the order of the client's batches."""
@@ -172,8 +163,8 @@ class TrainSession:
 
     @property
     def durable_sequence(self) -> int:
-        """Of the batches that the client has heard of, the last one that is in a checkpoint."""
-        return min(self.producer.durable, self.acknowledged_sequence)
+        """The last batch that is in the journal; it may not be applied yet."""
+        return self.producer.durable
 
     def close(self) -> None:
         """The stream is over, however that came about."""

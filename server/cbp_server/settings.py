@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     grpc_port: Port = Field(50051, description="port of the gRPC services; 0 picks a free one")
     http_port: Port = Field(8080, description="port of status page, HTTP API and metrics; 0 picks a free one")
     data_dir: Path = Field(Path("data"), description="directory that keeps the learners; made if missing")
+    store_url: str = Field(
+        "", description="database of the journal, such as postgresql+psycopg://…; empty: SQLite in the data directory"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where learners train; auto takes a GPU if there is one"
     )

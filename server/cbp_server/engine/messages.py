@@ -90,6 +90,7 @@ class LearnerReport:
     spec: LearnerSpec
     progress: LearnerProgress
     positions: dict[str, Position]
+    journal_position: int  # of the last entry that the learner contains
     checkpoint: CheckpointReport
 
 
@@ -142,7 +143,14 @@ class Load(Request[LoadReport]):
 
 
 @dataclass(frozen=True)
-class Train(Request[TrainReport]):
+class Change(Request[AnswerT_co]):
+    """A request that stands in the journal, and is applied in its order."""
+
+    journal_position: int
+
+
+@dataclass(frozen=True)
+class Train(Change[TrainReport]):
     """Apply one batch and move the producer's position with it."""
 
     producer: str
@@ -154,7 +162,7 @@ class Train(Request[TrainReport]):
 
 
 @dataclass(frozen=True)
-class OpenProducer(Request[None]):
+class OpenProducer(Change[None]):
     """Note a producer's new epoch, so that it is in the next checkpoint."""
 
     producer: str
@@ -184,10 +192,10 @@ class Sample(Request[SampleRecord]):
 
 
 @dataclass(frozen=True)
-class Update(Request[LearnerReport]):
-    """Change a live learner's spec and write a checkpoint of it."""
+class Update(Change[None]):
+    """Change a live learner's spec."""
 
-    identity: Identity
+    update_time: str
     spec: LearnerSpec
 
 

@@ -49,8 +49,13 @@ class HostedLearner:
     learner: Learner
     identity: messages.Identity
     positions: dict[str, messages.Position] = field(default_factory=dict)
+    journal_position: int = 0
     samples: deque[SampleRecord] = field(default_factory=lambda: deque(maxlen=_SAMPLES_SAVED))
     reported_at: float = 0.0  # monotonic seconds
+
+    def applied(self, change: messages.Change[object]) -> None:
+        """The learner contains this entry of the journal now."""
+        self.journal_position = change.journal_position
 
     def stamp(self, samples: Iterable[PlasticitySample]) -> tuple[SampleRecord, ...]:
         """The samples with the present time, kept for the next checkpoint."""
@@ -150,7 +155,7 @@ class EngineWorker:
             self._inbox.put_back(call)
 
     def _begin(self, request: messages.Train) -> TrainingJob:
-        hosted = self._get(request.learner_id)
+        hosted = self._get_for(request)
         position = hosted.positions.get(request.producer, messages.Position())
         if request.sequence != position.sequence + 1:  # one before it was refused here: nothing may overtake that
             raise SequenceGap(request.sequence, position.sequence + 1)
@@ -192,10 +197,13 @@ class EngineWorker:
     def _advance(self, hosted: HostedLearner, request: messages.Train) -> None:
         position = hosted.positions.get(request.producer, messages.Position())
         hosted.positions[request.producer] = position.advance(request.epoch, request.sequence, request.payload_hash)
+        hosted.applied(request)
 
     def _open_producer(self, request: messages.OpenProducer) -> None:
-        positions = self._get(request.learner_id).positions
-        positions[request.producer] = replace(positions.get(request.producer, messages.Position()), epoch=request.epoch)
+        hosted = self._get_for(request)
+        position = hosted.positions.get(request.producer, messages.Position())
+        hosted.positions[request.producer] = replace(position, epoch=request.epoch)
+        hosted.applied(request)
 
     def _abort_training(self) -> None:
         for call in self._inbox.take_dropped():
@@ -242,17 +250,11 @@ class EngineWorker:
         self._hosted[request.learner_id] = hosted
         return report
 
-    def _update(self, request: messages.Update) -> messages.LearnerReport:
-        hosted = self._get(request.learner_id)
-        before = hosted.learner.snapshot(), hosted.identity
+    def _update(self, request: messages.Update) -> None:
+        hosted = self._get_for(request)
         hosted.learner.update(request.spec)
-        hosted.identity = request.identity
-        try:
-            return self._write_now(hosted)
-        except CheckpointFailed:
-            hosted.learner = Learner.restore(before[0], device=self._device)
-            hosted.identity = before[1]
-            raise
+        hosted.identity = replace(hosted.identity, update_time=request.update_time)
+        hosted.applied(request)
 
     def _load(self, request: messages.Load) -> messages.LoadReport:
         failures = []
@@ -264,6 +266,7 @@ class EngineWorker:
                 service = json.loads(snapshot.extra[_SERVICE_KEY])
                 identity = messages.Identity(**service["identity"])
                 positions = {name: messages.Position(**value) for name, value in service["positions"].items()}
+                journal_position = int(service["journal_position"])
                 samples = [_sample_from_plain(plain) for plain in service["samples"]]
                 if identity.learner_id != request.learner_id:
                     raise SnapshotError(
@@ -273,7 +276,7 @@ class EngineWorker:
                 log.warning("checkpoint unreadable", learner=request.learner_id, file=path.name, error=str(error))
                 failures.append(f"{path.name}: {error}")
                 continue
-            hosted = self._hosted[request.learner_id] = HostedLearner(learner, identity, positions)
+            hosted = self._hosted[request.learner_id] = HostedLearner(learner, identity, positions, journal_position)
             hosted.samples.extend(samples)
             written = messages.CheckpointReport(len(data), path.stat().st_mtime, 0.0)
             return messages.LoadReport(_describe(hosted, written), tuple(samples))
@@ -311,6 +314,7 @@ class EngineWorker:
         service = {
             "identity": asdict(described.identity),
             "positions": {name: asdict(position) for name, position in described.positions.items()},
+            "journal_position": described.journal_position,
             "samples": [_sample_to_plain(sample) for sample in copy.samples],
         }
         data = copy.snapshot.to_bytes(extra={_SERVICE_KEY: json.dumps(service)})
@@ -322,6 +326,13 @@ class EngineWorker:
         written = messages.CheckpointReport(len(data), time.time(), time.perf_counter() - started)
         return replace(described, checkpoint=written)
 
+    def _get_for(self, change: messages.Change[Any]) -> HostedLearner:
+        """The learner that `change` is the next change of."""
+        hosted = self._get(change.learner_id)
+        if change.journal_position != hosted.journal_position + 1:
+            raise EngineFault(f"journal position {change.journal_position} came behind {hosted.journal_position}")
+        return hosted
+
     def _get(self, learner_id: str) -> HostedLearner:
         hosted = self._hosted.get(learner_id)
         if hosted is None:
@@ -331,7 +342,12 @@ class EngineWorker:
 
 def _describe(hosted: HostedLearner, checkpoint: messages.CheckpointReport) -> messages.LearnerReport:
     return messages.LearnerReport(
-        hosted.identity, hosted.learner.spec, hosted.learner.progress, dict(hosted.positions), checkpoint
+        hosted.identity,
+        hosted.learner.spec,
+        hosted.learner.progress,
+        dict(hosted.positions),
+        hosted.journal_position,
+        checkpoint,
     )
 
 

@@ -131,22 +131,32 @@ def _copy_field(target: dict[str, Any], source: Mapping[str, Any], path: list[st
 
 def incoming_batch(message: training_service_pb2.TrainBatch, limits: Limits) -> IncomingBatch:
     def validate(spec: LearnerSpec) -> Batch:
-        violations: list[FieldViolation] = []
-        features = _array(message.features, "features", violations)
-        targets = _array(message.targets, "targets", violations)
-        weights = _array(message.weights, "weights", violations) if message.HasField("weights") else None
-        if violations:
-            raise BatchError(violations)
-        check_training(spec, len(features) if features.ndim else 0, limits)
-        return Batch.validate(spec, features, targets, weights, message.task)
+        return _batch(message, spec, limits)
 
     return IncomingBatch(
         sequence=message.sequence,
         payload_hash=_payload_hash(message),
-        size_bytes=message.ByteSize(),
+        payload=message.SerializeToString(),
         return_outputs=message.return_outputs,
         validate=validate,
     )
+
+
+def journaled_batch(payload: bytes, spec: LearnerSpec) -> Batch:
+    """The batch in an entry of the journal, accepted before. Raises `BatchError` if it does not fit the learner."""
+    return _batch(training_service_pb2.TrainBatch.FromString(payload), spec, limits=None)
+
+
+def _batch(message: training_service_pb2.TrainBatch, spec: LearnerSpec, limits: Limits | None) -> Batch:
+    violations: list[FieldViolation] = []
+    features = _array(message.features, "features", violations)
+    targets = _array(message.targets, "targets", violations)
+    weights = _array(message.weights, "weights", violations) if message.HasField("weights") else None
+    if violations:
+        raise BatchError(violations)
+    if limits is not None:
+        check_training(spec, len(features) if features.ndim else 0, limits)
+    return Batch.validate(spec, features, targets, weights, message.task)
 
 
 def features_of(tensor: tensor_pb2.Tensor, spec: LearnerSpec, limits: Limits) -> NDArray[np.generic]:

@@ -12,7 +12,7 @@ from cbp_server.errors import MessageTooLarge, StreamProtocolError
 from cbp_server.host import Host
 from cbp_server.limits import Limits
 from cbp_server.rpc import convert
-from cbp_server.sessions import Accepted, DurableMoved, Ended, Rejected, TrainSession
+from cbp_server.sessions import Accepted, Ended, Rejected, TrainSession
 
 #: Results in one response at most, so that none grows beyond what clients take.
 _LARGEST_ACKNOWLEDGEMENT = 64
@@ -92,18 +92,14 @@ async def _read(
         session.end(None)
 
 
-async def _answer(
-    session: TrainSession, event: Accepted | Rejected | DurableMoved
-) -> training_service_pb2.TrainResponse:
+async def _answer(session: TrainSession, event: Accepted | Rejected) -> training_service_pb2.TrainResponse:
     """The response to `event`, together with those behind it that can be answered by now."""
     if isinstance(event, Rejected):
         session.answered(1)
         return convert.rejection(event)
-    batches: list[Accepted] = []
-    if isinstance(event, Accepted):
-        if event.applied is not None:
-            await asyncio.shield(event.applied)
-        batches.append(event)
+    if event.applied is not None:
+        await asyncio.shield(event.applied)
+    batches = [event]
     while len(batches) < _LARGEST_ACKNOWLEDGEMENT and (behind := session.take_applied()) is not None:
         batches.append(behind)
     session.acknowledge(batches)

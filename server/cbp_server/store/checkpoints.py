@@ -16,6 +16,10 @@ _TEMPORARY = ".writing"
 _DELETED = ".deleted-"
 
 
+#: Of each learner; older ones are removed after a newer one is on disk.
+CHECKPOINTS_KEPT = 2
+
+
 class CheckpointDirectory:
     """The learners' checkpoints under one data directory.
 
@@ -24,7 +28,7 @@ class CheckpointDirectory:
         keep: checkpoints kept of each learner; older ones are removed after a newer one is on disk.
     """
 
-    def __init__(self, data_dir: Path, *, keep: int = 2) -> None:
+    def __init__(self, data_dir: Path, *, keep: int = CHECKPOINTS_KEPT) -> None:
         self._learners = data_dir / "learners"
         self._keep = keep
         self._learners.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from sqlalchemy import Engine, delete, func, insert, select
+from sqlalchemy import Engine, delete, insert, select
 
 from cbp_server.errors import JournalDamaged
 from cbp_server.store.tables import JOURNAL
@@ -21,7 +21,8 @@ class EntryKind(StrEnum):
     """What an entry does to its learner."""
 
     BATCH = "batch"  # payload: a serialised cbp.v1.TrainBatch
-    UPDATE = "update"  # payload: JSON of identity and spec
+    UPDATE = "update"  # payload: JSON of update_time and spec
+    OPEN = "open"  # a producer's new epoch; no payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,9 @@ class Journal:
         Raises:
             JournalDamaged: an entry is missing or is not what was written.
         """
-        query = select(JOURNAL).where(JOURNAL.c.learner_uid == learner_uid).order_by(JOURNAL.c.position).limit(_READ_ROWS)
+        query = (
+            select(JOURNAL).where(JOURNAL.c.learner_uid == learner_uid).order_by(JOURNAL.c.position).limit(_READ_ROWS)
+        )
         expected = after + 1
         while True:
             with self._engine.connect() as connection:
@@ -77,12 +80,6 @@ class Journal:
             if len(rows) < _READ_ROWS:
                 return
 
-    def last_position(self, learner_uid: str) -> int:
-        """Position of the learner's newest entry; 0 if there is none."""
-        query = select(func.max(JOURNAL.c.position)).where(JOURNAL.c.learner_uid == learner_uid)
-        with self._engine.connect() as connection:
-            return int(connection.execute(query).scalar() or 0)
-
     def truncate(self, learner_uid: str, up_to: int) -> None:
         """Removes the entries up to and including position `up_to`."""
         condition = (JOURNAL.c.learner_uid == learner_uid) & (JOURNAL.c.position <= up_to)
@@ -93,6 +90,11 @@ class Journal:
         """Removes every entry of the learner."""
         with self._engine.begin() as connection:
             connection.execute(delete(JOURNAL).where(JOURNAL.c.learner_uid == learner_uid))
+
+    def learners(self) -> set[str]:
+        """uids that have entries."""
+        with self._engine.connect() as connection:
+            return set(connection.execute(select(JOURNAL.c.learner_uid).distinct()).scalars())
 
 
 def _crc(entry: Entry) -> int:

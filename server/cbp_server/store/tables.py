@@ -1,7 +1,16 @@
 """The tables of the store, the same on SQLite and PostgreSQL."""
 
-from sqlalchemy import BigInteger, Column, Integer, LargeBinary, MetaData, PrimaryKeyConstraint, String, Table
-from sqlalchemy import UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    UniqueConstraint,
+)
 
 METADATA = MetaData()
 
