@@ -347,6 +347,7 @@ class Host:
 
         def request(position: int) -> messages.Train:
             producer.make_durable(incoming.sequence)
+            self._show_producer(hosted, producer)
             return messages.Train(
                 hosted.record.learner_id,
                 position,
