@@ -54,8 +54,10 @@ class GroupCommit:
         ended = False
         while not ended:
             group, ended = self._next_group()
-            accepted = [waiting for waiting in group if self._continues(waiting[0])]
-            refused = [waiting for waiting in group if waiting not in accepted]
+            accepted: list[_Waiting] = []
+            refused: list[_Waiting] = []
+            for waiting in group:
+                (accepted if self._continues(waiting[0]) else refused).append(waiting)
             error = self._write([entry for entry, _ in accepted])
             if error is not None:
                 for entry, _ in accepted:
