@@ -5,7 +5,7 @@ BIN := .venv/bin
 PROTOS := $(wildcard proto/cbp_proto/v1/*.proto)
 DEMO_DIR ?= demo-output
 
-.PHONY: help install demo test check format serve proto bench clean
+.PHONY: help install demo test torture check format serve proto bench clean
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -13,7 +13,7 @@ help: ## show these targets
 .venv/installed: constraints.txt proto/pyproject.toml cbp/pyproject.toml server/pyproject.toml client/pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt \
-		-e proto -e cbp -e server -e 'client[files,demo]'
+		-e proto -e cbp -e 'server[postgresql]' -e 'client[files,demo]'
 	@touch $@
 
 install: .venv/installed ## create .venv with everything the project needs
@@ -23,6 +23,9 @@ demo: .venv/installed ## stream digits to three learners and plot who keeps lear
 
 test: .venv/installed ## run the tests
 	$(BIN)/pytest
+
+torture: .venv/installed ## kill a server 200 times while clients stream to it (about 20 minutes)
+	PYTHONPATH=tests $(BIN)/python tests/torture.py --kills 200
 
 check: .venv/installed ## format, lint, types, proto drift, Dockerfile, proto style
 	$(BIN)/ruff format --check .

@@ -72,7 +72,7 @@ class Ledger:
 
     @property
     def durable(self) -> bool:
-        """Whether every batch is applied and in a checkpoint on disk."""
+        """Whether every batch is applied and on the server's disk."""
         return not self._waiting and (
             self.position is None or self.position.durable_sequence >= self.position.applied_sequence
         )

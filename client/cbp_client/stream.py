@@ -44,7 +44,7 @@ class StreamOptions(TypedDict, total=False):
 
     return_outputs: results hold the predictions made before each update. Default False.
     max_in_flight_bytes: bound on the batches that are not yet applied; `send` waits for room. Default 16 MiB.
-    resend_bytes: bound on the batches that are applied but not yet in a checkpoint, kept to survive a server that
+    resend_bytes: bound on the batches that are applied but not yet on the server's disk, kept to survive a server that
         falls back to an older one; beyond it the oldest are let go. Default 64 MiB.
     reconnect_timeout: seconds without a connection after which the stream fails; None, the default, is for ever.
     on_result: called with each batch's result, in order, on the event loop's thread; must not block. An exception
@@ -269,7 +269,7 @@ class AsyncTrainingStream:
         return ticket
 
     async def flush(self, *, durable: bool = False, timeout: float | None = None) -> None:
-        """Wait until every batch is applied, and if `durable` also until the server has it in a checkpoint on disk.
+        """Wait until every batch is applied, and if `durable` also until the server has it on disk.
 
         Raises:
             BatchRejected: batches were not accepted; all others are applied or on their way.

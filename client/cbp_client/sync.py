@@ -149,7 +149,7 @@ class TrainingStream:
         )
 
     def flush(self, *, durable: bool = False, timeout: float | None = None) -> None:
-        """Wait until every batch is applied, and if `durable` also until the server has it in a checkpoint on disk;
+        """Wait until every batch is applied, and if `durable` also until the server has it on disk;
         see `AsyncTrainingStream.flush`."""
         self._loop.run(self._stream.flush(durable=durable, timeout=timeout))
 

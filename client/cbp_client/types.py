@@ -58,7 +58,7 @@ class ProducerPosition:
     Attributes:
         epoch: counts the streams opened for the producer; only the newest may write.
         applied_sequence: every batch up to this one has changed the learner.
-        durable_sequence: every batch up to this one is in a checkpoint on disk.
+        durable_sequence: every batch up to this one is on the server's disk.
     """
 
     producer: str

@@ -230,7 +230,7 @@ class ProducerPosition(_message.Message):
     applied_sequence: _builtins.int
     """Every batch up to this sequence has changed the learner."""
     durable_sequence: _builtins.int
-    """Every batch up to this sequence is in a checkpoint on disk."""
+    """Every batch up to this sequence is in the journal, on disk; it may not be applied yet."""
     def __init__(
         self,
         *,

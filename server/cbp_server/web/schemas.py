@@ -130,7 +130,7 @@ class Producer(BaseModel):
     producer: str
     epoch: int = Field(description="Counts the streams opened for this producer; only the newest one may write.")
     applied_sequence: int = Field(description="Every batch up to this one has changed the learner.")
-    durable_sequence: int = Field(description="Every batch up to this one is in a checkpoint on disk.")
+    durable_sequence: int = Field(description="Every batch up to this one is in the journal, on disk.")
 
     @classmethod
     def of(cls, record: ProducerRecord) -> "Producer":
