@@ -135,7 +135,6 @@ def _environment() -> dict[str, str]:
     """Without settings of the person who runs the tests; the server's own warnings are errors in the server as well."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CBP_")}
     filters = ["error::ResourceWarning", *(f"error:::{module}" for module in ("__main__", *_own_modules()))]
-    filters += ["ignore:unclosed <socket.socket:ResourceWarning"]  # the engine's, open until its process ends
     return environment | {"PYTHONWARNINGS": ",".join(filters)}
 
 

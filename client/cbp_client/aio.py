@@ -281,8 +281,12 @@ class AsyncClient:
         )
         responses = self._connection.learners.WatchLearners(request)
         async with contextlib.aclosing(self._connection.stream(responses)) as messages:
+            collected = learner_service_pb2.WatchLearnersResponse()
             async for message in messages:
-                yield convert.watch_update(message)
+                collected.MergeFrom(message)
+                if not message.more_follow:  # many learners come in several messages
+                    yield convert.watch_update(collected)
+                    collected = learner_service_pb2.WatchLearnersResponse()
 
 
 async def _get(connection: Connection, learner_id: str) -> LearnerInfo:

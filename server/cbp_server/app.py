@@ -85,6 +85,7 @@ class _Server:
             max_learners=settings.max_learners,
             max_message_bytes=settings.max_message_bytes,
             stream_credits=settings.stream_credits,
+            max_queued_bytes=settings.max_queued_bytes,
             history_samples=settings.history_samples,
             journal=journal,
             decode_batch=journaled_batch,

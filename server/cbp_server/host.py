@@ -22,7 +22,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cbp import Batch, CbpError, FieldViolation, LearnerSpec, SnapshotError
 from cbp.batches import validate_features
+from cbp.errors import shown
 from cbp_server.broadcast import Broadcast
+from cbp_server.byte_budget import ByteBudget
 from cbp_server.engine import messages
 from cbp_server.errors import (
     EngineUnavailable,
@@ -31,7 +33,6 @@ from cbp_server.errors import (
     LearnerExists,
     LearnerNotFound,
     LimitReached,
-    MessageTooLarge,
     ProducerFenced,
     RequestIdReused,
     ServerDraining,
@@ -96,6 +97,7 @@ class Host:
         max_learners: learners that may exist.
         max_message_bytes: largest batch or prediction request.
         stream_credits: batches that one stream may have unanswered.
+        max_queued_bytes: memory of all batches that wait; streams are not read while it is taken.
         history_samples: plasticity samples kept of each learner.
         journal: where every change is written before it is applied; `log` writes to it.
         decode_batch: the batch in a journal entry's payload.
@@ -108,6 +110,7 @@ class Host:
         max_learners: int,
         max_message_bytes: int,
         stream_credits: int,
+        max_queued_bytes: int,
         history_samples: int,
         journal: Journal,
         decode_batch: Callable[[bytes, LearnerSpec], Batch],
@@ -117,6 +120,7 @@ class Host:
         self._max_learners = max_learners
         self._max_message_bytes = max_message_bytes
         self._stream_credits = stream_credits
+        self._queued = ByteBudget(max_queued_bytes)
         self._history_samples = history_samples
         self._journal = journal
         self._decode_batch = decode_batch
@@ -303,6 +307,7 @@ class Host:
             credits=self._stream_credits,
             max_message_bytes=self._max_message_bytes,
             sink=partial(self._send, hosted),
+            wait_for_room=self._queued.wait_for_room,
             on_rejected=self._observer.batch_rejected,
             on_close=partial(self._forget_session, hosted),
         )
@@ -326,8 +331,6 @@ class Host:
         record = self._get(learner_id).record
         if record.state is not LearnerState.ACTIVE:
             raise EngineUnavailable
-        if features.nbytes > self._max_message_bytes:
-            raise MessageTooLarge(features.nbytes, self._max_message_bytes)
         checked = validate_features(record.spec, features)
         return await self._running_engine.call(messages.Predict(learner_id, checked))
 
@@ -370,6 +373,9 @@ class Host:
             sequence=incoming.sequence,
         )
         hosted.record.queued_batches += 1
+        size = batch.features.nbytes + batch.targets.nbytes + len(incoming.payload)
+        self._queued.take(size)
+        applied.add_done_callback(lambda _: self._queued.give_back(size))
         # Registered first, so whoever awaits the future finds the record and the positions up to date.
         applied.add_done_callback(partial(self._applied, hosted, producer, incoming.sequence))
         return applied
@@ -650,7 +656,7 @@ def _check_learner_id(learner_id: str) -> None:
     if not _LEARNER_ID.fullmatch(learner_id):
         description = (
             "must be 1 to 63 characters of a-z, 0-9 and hyphen, beginning with a letter and not ending with a hyphen, "
-            f"not '{learner_id}'"
+            f"not {shown(learner_id)}"
         )
         raise InvalidRequest(FieldViolation("learner_id", description))
 
@@ -660,7 +666,7 @@ def _check_request_id(request_id: str) -> None:
         try:
             uuid.UUID(request_id)
         except ValueError:
-            raise InvalidRequest(FieldViolation("request_id", f"must be a UUID, not '{request_id}'")) from None
+            raise InvalidRequest(FieldViolation("request_id", f"must be a UUID, not {shown(request_id)}")) from None
 
 
 def _digest(plain: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,6 +69,7 @@ class TrainSession:
     Args:
         credits: batches that may be unanswered at a time.
         max_message_bytes: largest batch.
+        wait_for_room: to be awaited before the next batch is read.
         on_close: called once when the stream is over on this side.
     """
 
@@ -80,6 +81,7 @@ class TrainSession:
         credits: int,
         max_message_bytes: int,
         sink: BatchSink,
+        wait_for_room: Callable[[], Awaitable[None]],
         on_rejected: Callable[[CbpError], None],
         on_close: Callable[["TrainSession"], None],
     ) -> None:
@@ -90,6 +92,7 @@ class TrainSession:
         self.credits = credits
         self._max_message_bytes = max_message_bytes
         self._sink = sink
+        self.wait_for_room = wait_for_room
         self._on_rejected = on_rejected
         self._on_close = on_close
         self._unanswered = 0

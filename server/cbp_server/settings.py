@@ -63,6 +63,9 @@ class Settings(BaseSettings):
         2**30, ge=2**10, description="memory for the examples of one message or step while they are in the network"
     )
     stream_credits: int = Field(64, ge=1, le=65536, description="batches that one stream may have in flight")
+    max_queued_bytes: int = Field(
+        2**30, ge=2**20, description="memory of all batches that wait to be learnt; streams are not read beyond it"
+    )
     history_samples: int = Field(
         500,
         ge=1,

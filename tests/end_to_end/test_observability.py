@@ -177,7 +177,7 @@ def train(target: str, stop: threading.Event) -> None:
 def prometheus_answers(prometheus: Prometheus) -> bool:
     try:
         return bool(prometheus.values("up"))
-    except httpx.TransportError:
+    except (httpx.TransportError, ValueError):  # while it starts it answers in plain text
         return False
 
 

@@ -39,6 +39,8 @@ INSTANCES = [
     errors.EngineUnavailable(),
     errors.EngineFault("Sample failed"),
     errors.CheckpointFailed("disk full"),
+    errors.JournalUnavailable("database or disk is full"),
+    errors.JournalDamaged("uid", 3),
     errors.ServerDraining(),
 ]
 

@@ -27,7 +27,7 @@ def test_learners_take_turns_and_keep_their_order(learners):
 
 
 def train(learner_id, sequence=1):
-    return Train(learner_id, "web", 1, sequence, "hash", batch=None, return_outputs=False)
+    return Train(learner_id, sequence, "web", 1, sequence, "hash", batch=None, return_outputs=False)
 
 
 def numbers(inbox, count):

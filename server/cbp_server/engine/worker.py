@@ -400,7 +400,12 @@ def _read_calls(connection: socket.socket, inbox: Inbox) -> None:
 
 def main() -> None:
     """Entry point: `python -m cbp_server.engine.worker FD`, where FD is this end of the front's socket pair."""
-    connection = socket.socket(fileno=int(sys.argv[1]))
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        _serve(connection)
+
+
+def _serve(connection: socket.socket) -> None:
+    """Carries out the front's requests until it closes the connection."""
     sending = threading.Lock()
 
     def send(message: object) -> None:

@@ -86,6 +86,7 @@ async def _read(
                 session.end(StreamProtocolError("after `open`, every message of a Train stream must be `batch`"))
                 return
             session.offer(convert.incoming_batch(request.batch, limits))
+            await session.wait_for_room()
     except Exception as error:
         session.end(error)
     else:
