@@ -19,6 +19,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from cbp import CbpError
+from cbp_server.change_log import ChangeLog
 from cbp_server.engine.messages import EngineOptions
 from cbp_server.engine.process import EngineProcess
 from cbp_server.host import Host
@@ -87,8 +88,6 @@ class _Server:
             stream_credits=settings.stream_credits,
             max_queued_bytes=settings.max_queued_bytes,
             history_samples=settings.history_samples,
-            journal=journal,
-            decode_batch=journaled_batch,
             observer=HostMetrics(registry),
             on_readiness=self._readiness_changed,
         )
@@ -103,8 +102,8 @@ class _Server:
             on_up=self._host.engine_up,
             on_down=self._host.engine_down,
         )
-        self._log = GroupCommit(journal.append)
-        self._host.attach(self._engine, self._log)
+        self._commit = GroupCommit(journal.append)
+        self._host.attach(self._engine, ChangeLog(self._engine, journal, self._commit, journaled_batch))
         register_server_metrics(registry, self._host, max_learners=settings.metrics_max_learners)
         self._rpc = RpcServer(
             self._host, rpc_metrics, max_message_bytes=settings.max_message_bytes, limits=settings.limits
@@ -133,7 +132,7 @@ class _Server:
                 raise StartError(str(error)) from error
             stack.push_async_callback(self._rpc.stop, _STOP_GRACE)
             stack.push_async_callback(self._engine.stop)
-            stack.push_async_callback(self._log.close)
+            stack.push_async_callback(self._commit.close)
             if not await self._started(stopping):
                 yield self
                 return

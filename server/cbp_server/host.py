@@ -7,25 +7,25 @@ import re
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
-from sqlalchemy.exc import SQLAlchemyError
 
 from cbp import Batch, CbpError, FieldViolation, LearnerSpec, SnapshotError
 from cbp.batches import validate_features
 from cbp.errors import shown
 from cbp_server.broadcast import Broadcast
 from cbp_server.byte_budget import ByteBudget
+from cbp_server.change_log import ChangeLog, LearnerLog
 from cbp_server.engine import messages
+from cbp_server.engine.protocol import Engine
 from cbp_server.errors import (
     EngineUnavailable,
     EtagMismatch,
@@ -41,9 +41,7 @@ from cbp_server.paging import page_of
 from cbp_server.producers import Producer
 from cbp_server.records import CheckpointRecord, EngineStatus, LearnerRecord, LearnerState, SampleRecord
 from cbp_server.sessions import IncomingBatch, TrainSession
-from cbp_server.store.checkpoints import CHECKPOINTS_KEPT
-from cbp_server.store.group_commit import GroupCommit
-from cbp_server.store.journal import Entry, EntryKind, Journal
+from cbp_server.store.journal import EntryKind
 
 AnswerT = TypeVar("AnswerT")
 
@@ -52,19 +50,8 @@ _LONGEST_PRODUCER = 128
 _MOST_PRODUCERS = 1000  # of one learner: each is in every checkpoint and every view of the learner
 #: Checkpoints under way at a time, each with a copy of its learner's state.
 _CHECKPOINTS_AT_ONCE = 4
-#: Journal entries decoded and under way at a time while a learner is restored.
-_REPLAYED_AT_ONCE = 64
 
 log = structlog.get_logger("cbp_server.host")
-
-
-class Engine(Protocol):
-    """What executes steps; see `cbp_server.engine.process`."""
-
-    @property
-    def status(self) -> EngineStatus: ...
-    def submit(self, request: messages.Request[AnswerT]) -> asyncio.Future[AnswerT]: ...
-    def call(self, request: messages.Request[AnswerT]) -> Awaitable[AnswerT]: ...
 
 
 class HostObserver(Protocol):
@@ -86,8 +73,7 @@ class _Hosted:
         self.changing = asyncio.Lock()  # one update or deletion at a time
         self.changes = 0  # batches applied and streams opened so far; updates save themselves
         self.changes_saved = 0  # of which a checkpoint holds at least these
-        self.journal_position = 0  # of the last entry given to the journal
-        self.checkpoint_positions: deque[int] = deque(maxlen=CHECKPOINTS_KEPT)  # journal positions of those on disk
+        self.log = LearnerLog(record.uid, position=0)
 
 
 class Host:
@@ -99,8 +85,6 @@ class Host:
         stream_credits: batches that one stream may have unanswered.
         max_queued_bytes: memory of all batches that wait; streams are not read while it is taken.
         history_samples: plasticity samples kept of each learner.
-        journal: where every change is written before it is applied; `log` writes to it.
-        decode_batch: the batch in a journal entry's payload.
         on_readiness: called with the reasons why the host is not ready, whenever they change; none means ready.
     """
 
@@ -112,8 +96,6 @@ class Host:
         stream_credits: int,
         max_queued_bytes: int,
         history_samples: int,
-        journal: Journal,
-        decode_batch: Callable[[bytes, LearnerSpec], Batch],
         observer: HostObserver,
         on_readiness: Callable[[Sequence[str]], None],
     ) -> None:
@@ -122,9 +104,7 @@ class Host:
         self._stream_credits = stream_credits
         self._queued = ByteBudget(max_queued_bytes)
         self._history_samples = history_samples
-        self._journal = journal
-        self._decode_batch = decode_batch
-        self._log: GroupCommit | None = None
+        self._change_log: ChangeLog | None = None
         self._observer = observer
         self._on_readiness = on_readiness
         self._engine: Engine | None = None
@@ -137,10 +117,10 @@ class Host:
         self._draining = False
         self._operations: set[asyncio.Task[Any]] = set()
 
-    def attach(self, engine: Engine, log: GroupCommit) -> None:
-        """Names the engine whose learners these are, and the writer of the journal; before anything else."""
+    def attach(self, engine: Engine, changes: ChangeLog) -> None:
+        """Names the engine whose learners these are, and the way of changes to it; before anything else."""
         self._engine = engine
-        self._log = log
+        self._change_log = changes
 
     # -- reading --
 
@@ -262,7 +242,7 @@ class Host:
             def request(position: int) -> messages.Update:
                 return messages.Update(record.learner_id, position, update_time, spec)
 
-            await self._record(hosted, request, kind=EntryKind.UPDATE, payload=payload)
+            await self._changes.record(hosted.log, request, kind=EntryKind.UPDATE, payload=payload)
             hosted.identity = replace(hosted.identity, update_time=update_time)
             record.spec, record.etag = spec, _etag(hosted.identity, spec)
             record.update_time = datetime.fromisoformat(update_time)
@@ -277,7 +257,7 @@ class Host:
             self._check_serving()
             self._check_current(hosted, etag)
             await self._running_engine.call(messages.Delete(learner_id))
-            await asyncio.to_thread(self._journal.forget, hosted.record.uid)
+            await self._changes.forget(hosted.record.uid)
             del self._hosted[learner_id]
             for session in hosted.sessions.values():
                 session.end(LearnerNotFound(learner_id))
@@ -313,8 +293,8 @@ class Host:
         )
         if earlier is not None:
             earlier.end(ProducerFenced(producer, session.epoch))
-        opened = self._record(
-            hosted,
+        opened = self._changes.record(
+            hosted.log,
             lambda position: messages.OpenProducer(learner_id, position, producer, session.epoch),
             kind=EntryKind.OPEN,
             payload=b"",
@@ -362,8 +342,8 @@ class Host:
                 incoming.return_outputs,
             )
 
-        applied = self._record(
-            hosted,
+        applied = self._changes.record(
+            hosted.log,
             request,
             kind=EntryKind.BATCH,
             payload=incoming.payload,
@@ -379,35 +359,6 @@ class Host:
         # Registered first, so whoever awaits the future finds the record and the positions up to date.
         applied.add_done_callback(partial(self._applied, hosted, producer, incoming.sequence))
         return applied
-
-    def _record(
-        self, hosted: _Hosted, request: Callable[[int], messages.Change[AnswerT]], **entry: Any
-    ) -> "asyncio.Future[AnswerT]":
-        """Writes a change to the journal, and once it is on disk hands it to the engine.
-
-        The order of these calls is the order in the journal, and that in which the engine applies the changes.
-        """
-        position = hosted.journal_position = hosted.journal_position + 1
-        applied: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
-        written = self._running_log.add(Entry(learner_uid=hosted.record.uid, position=position, **entry))
-        written.add_done_callback(partial(self._written, hosted, position, request, applied))
-        return applied
-
-    def _written(
-        self,
-        hosted: _Hosted,
-        position: int,
-        request: Callable[[int], messages.Change[AnswerT]],
-        applied: "asyncio.Future[AnswerT]",
-        written: "asyncio.Future[None]",
-    ) -> None:
-        error = written.exception()
-        if error is not None:
-            # The log goes on with the first position that failed; everything behind it fails as well.
-            hosted.journal_position = min(hosted.journal_position, position - 1)
-            applied.set_exception(error)
-        else:
-            _pass_on(self._running_engine.submit(request(position)), applied)
 
     def _applied(
         self, hosted: _Hosted, producer: Producer, sequence: int, applied: asyncio.Future[messages.TrainReport]
@@ -453,17 +404,8 @@ class Host:
             return False
         if report.identity.uid == hosted.identity.uid:  # not that of a new learner of the same name
             self._note_checkpoint(hosted, report, changes)
-            await self._truncate(hosted)
+            await self._changes.truncate(hosted.log)
         return True
-
-    async def _truncate(self, hosted: _Hosted) -> None:
-        """Removes what every checkpoint on disk contains; a failure only leaves more behind."""
-        if len(hosted.checkpoint_positions) < CHECKPOINTS_KEPT:
-            return
-        try:
-            await asyncio.to_thread(self._journal.truncate, hosted.record.uid, hosted.checkpoint_positions[0])
-        except SQLAlchemyError as error:
-            log.warning("journal not truncated", learner=hosted.record.learner_id, error=str(error))
 
     def _note_checkpoint(self, hosted: _Hosted, report: messages.LearnerReport, changes: int) -> None:
         checkpoint = report.checkpoint
@@ -472,7 +414,7 @@ class Host:
         hosted.record.checkpoint = _checkpoint_record(report)
         if report.progress.step >= hosted.record.progress.step:
             hosted.record.progress = report.progress
-        hosted.checkpoint_positions.append(report.journal_position)
+        hosted.log.checkpoints.append(report.journal_position)
         self._touch(hosted)
 
     # -- start, failure and end --
@@ -485,6 +427,8 @@ class Host:
         for gone in self._hosted.keys() - set(ready.stored_learners):
             del self._hosted[gone]  # its deletion was under way when the process before ended
         await asyncio.gather(*(self._load(learner_id) for learner_id in ready.stored_learners))
+        if not self._unreadable:  # whose entries they are is not known
+            await self._changes.forget_others([hosted.record.uid for hosted in self._hosted.values()])
         self._serving = self._restored = True
         self._announce_readiness()
         seconds = round(time.monotonic() - started, 3)
@@ -527,7 +471,7 @@ class Host:
     async def _load(self, learner_id: str) -> None:
         try:
             loaded = await self._running_engine.call(messages.Load(learner_id))
-            report = await self._replay(loaded.learner)
+            report = await self._changes.replay(loaded.learner)
         except EngineUnavailable:
             raise
         except CbpError as error:
@@ -536,42 +480,6 @@ class Host:
             log.error("learner not restored", learner=learner_id, error=str(error))
         else:
             self._host(report, loaded.samples)
-
-    async def _replay(self, loaded: messages.LearnerReport) -> messages.LearnerReport:
-        """Applies what the journal has behind the checkpoint; the learner is then the one that never stopped."""
-        learner_id, started = loaded.identity.learner_id, time.monotonic()
-        entries = self._journal.read(loaded.identity.uid, loaded.journal_position)
-        replayed = 0
-        while chunk := await asyncio.to_thread(lambda: list(islice(entries, _REPLAYED_AT_ONCE))):
-            changes = [self._change(learner_id, entry, loaded.spec) for entry in chunk]
-            await asyncio.gather(*(self._running_engine.submit(change) for change in changes))
-            replayed += len(chunk)
-        if not replayed:
-            return loaded
-        seconds = round(time.monotonic() - started, 3)
-        log.info("journal replayed", learner=learner_id, entries=replayed, seconds=seconds)
-        return await self._running_engine.call(messages.Checkpoint(learner_id))
-
-    def _change(self, learner_id: str, entry: Entry, spec: LearnerSpec) -> messages.Change[Any]:
-        match entry.kind:
-            case EntryKind.BATCH:
-                return messages.Train(
-                    learner_id,
-                    entry.position,
-                    entry.producer or "",
-                    entry.epoch or 0,
-                    entry.sequence or 0,
-                    entry.payload_hash,
-                    self._decode_batch(entry.payload, spec),
-                    False,
-                )
-            case EntryKind.UPDATE:
-                plain = json.loads(entry.payload)
-                return messages.Update(
-                    learner_id, entry.position, plain["update_time"], LearnerSpec.parse(plain["spec"])
-                )
-            case EntryKind.OPEN:
-                return messages.OpenProducer(learner_id, entry.position, entry.producer or "", entry.epoch or 0)
 
     def _host(self, report: messages.LearnerReport, samples: Sequence[SampleRecord] = ()) -> None:
         """Takes up a learner as the engine reports it."""
@@ -593,17 +501,17 @@ class Host:
         hosted = self._hosted[learner_id] = _Hosted(record, identity)
         hosted.producers = {name: Producer(name, position) for name, position in report.positions.items()}
         record.producers = {name: producer.record for name, producer in hosted.producers.items()}
-        hosted.journal_position = report.journal_position
-        hosted.checkpoint_positions.append(report.journal_position)
+        hosted.log.position = report.journal_position
+        hosted.log.checkpoints.append(report.journal_position)
         self._touch(hosted)
 
     # -- helpers --
 
     @property
-    def _running_log(self) -> GroupCommit:
-        if self._log is None:
+    def _changes(self) -> ChangeLog:
+        if self._change_log is None:
             raise EngineUnavailable
-        return self._log
+        return self._change_log
 
     @property
     def _running_engine(self) -> Engine:
@@ -676,21 +584,6 @@ def _digest(plain: Mapping[str, Any]) -> str:
 def _etag(identity: messages.Identity, spec: LearnerSpec) -> str:
     """Differs after each update, also after one that brings an earlier spec back."""
     return _digest({"uid": identity.uid, "update_time": identity.update_time, "spec": spec.to_plain()})[:16]
-
-
-def _pass_on(source: "asyncio.Future[AnswerT]", target: "asyncio.Future[AnswerT]") -> None:
-    """Completes `target` as `source` completes."""
-
-    def copy(done: "asyncio.Future[AnswerT]") -> None:
-        if target.done():
-            return
-        error = done.exception()
-        if error is not None:
-            target.set_exception(error)
-        else:
-            target.set_result(done.result())
-
-    source.add_done_callback(copy)
 
 
 def _ignore_failure(future: "asyncio.Future[None]") -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sqlite3
 import threading
 import time
 import uuid
@@ -485,3 +486,59 @@ def test_it_listens_on_ipv6_loopback(start_server, connect):
     server = start_server("--host", "::1")
     assert httpx.get(f"http://[::1]:{server.http_url.rpartition(':')[2]}/readyz").status_code == 200
     assert connect(f"[::1]:{server.grpc_target.rpartition(':')[2]}").create("clicks").name == "learners/clicks"
+
+
+def journal_of(server) -> sqlite3.Connection:
+    return sqlite3.connect(server.data_dir / "journal.db", timeout=10)
+
+
+def test_while_the_journal_cannot_be_written_nothing_is_accepted_and_nothing_lost(
+    own_server, connect, small_spec, examples, explain
+):
+    wire = connect(own_server.grpc_target)
+    wire.create("clicks")
+    local = Learner(LearnerSpec.parse(small_spec))
+    stream = wire.stream("clicks")
+    learn(stream, local, 1, examples(30))
+    stream.results(1)
+    with contextlib.closing(journal_of(own_server)) as journal:
+        journal.execute("CREATE TRIGGER full BEFORE INSERT ON journal BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+        journal.commit()
+
+        stream.send_batch(2, *examples(30, seed=2))
+        stream.send_batch(3, *examples(30, seed=3))
+        error = explain(stream.failure())
+        assert (error.code, error.reason, error.retryable) == (
+            grpc.StatusCode.UNAVAILABLE,
+            "JOURNAL_UNAVAILABLE",
+            True,
+        )
+        assert "disk is full" in error.message
+        assert wire.get("clicks").progress.step == 30
+
+        journal.execute("DROP TRIGGER full")
+        journal.commit()
+    again = wire.stream("clicks")
+    assert again.opened.applied_sequence == 1
+    for sequence in (2, 3):
+        learn(again, local, sequence, examples(30, seed=sequence))
+    again.results(2)
+    own_server.kill()
+    own_server.start()
+    assert_same(connect(own_server.grpc_target), local, examples)
+
+
+def test_what_a_removed_learner_left_in_the_journal_goes_at_the_next_start(own_server, connect, examples):
+    wire = connect(own_server.grpc_target)
+    for name in ("gone", "kept"):
+        wire.create(name)
+        stream = wire.stream(name)
+        stream.send_batch(1, *examples(5))
+        stream.results(1)
+    own_server.stop()
+    shutil.rmtree(own_server.data_dir / "learners" / "gone")
+    own_server.start()
+    kept = connect(own_server.grpc_target).get("kept").uid
+    with contextlib.closing(journal_of(own_server)) as journal:
+        assert journal.execute("SELECT DISTINCT learner_uid FROM journal").fetchall() in ([], [(kept,)])
+    assert connect(own_server.grpc_target).get("kept").progress.step == 5

@@ -8,11 +8,8 @@ from prometheus_client import CollectorRegistry
 
 from cbp_server.host import Host
 from cbp_server.metrics import HostMetrics, RpcMetrics
-from cbp_server.rpc.convert import journaled_batch
 from cbp_server.rpc.server import RpcServer
 from cbp_server.settings import Settings
-from cbp_server.store.database import open_database
-from cbp_server.store.journal import Journal
 
 
 @pytest.mark.parametrize("service", ["", "cbp.v1.LearnerService", "cbp.v1.TrainingService"])
@@ -23,15 +20,13 @@ def test_every_service_is_healthy(wire, service):
 
 
 @pytest.mark.parametrize("service", ["", "cbp.v1.LearnerService", "cbp.v1.TrainingService"])
-async def test_no_service_is_healthy_before_the_server_is_ready(service, tmp_path):
+async def test_no_service_is_healthy_before_the_server_is_ready(service):
     host = Host(
         max_learners=1,
         max_message_bytes=1024,
         stream_credits=1,
         max_queued_bytes=1024,
         history_samples=1,
-        journal=Journal(open_database("", tmp_path)),
-        decode_batch=journaled_batch,
         observer=HostMetrics(CollectorRegistry()),
         on_readiness=lambda _: None,
     )

@@ -1,0 +1,25 @@
+"""The boundary itself: what the front asks of whatever executes steps."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Protocol, TypeVar
+
+from cbp_server.engine import messages
+from cbp_server.records import EngineStatus
+
+AnswerT = TypeVar("AnswerT")
+
+
+class Engine(Protocol):
+    """Executes the steps of many learners; `EngineProcess` does."""
+
+    @property
+    def status(self) -> EngineStatus: ...
+
+    def submit(self, request: messages.Request[AnswerT]) -> "asyncio.Future[AnswerT]":
+        """Sends the request; requests of one learner are carried out in the order of these calls."""
+        ...
+
+    def call(self, request: messages.Request[AnswerT]) -> Awaitable[AnswerT]:
+        """The answer, awaited."""
+        ...
