@@ -13,6 +13,28 @@ class LearnerState(Enum):
 
     ACTIVE = "active"
     UNAVAILABLE = "unavailable"  # its engine process is down or restoring it
+    EVICTED = "evicted"  # idle and out of memory; the first use brings it back
+    QUARANTINED = "quarantined"  # a batch could not be learnt; it predicts, and trains once it is resumed
+    DELETED = "deleted"  # can be undeleted for a while
+
+
+class Durability(Enum):
+    """What an acknowledged batch survives."""
+
+    FSYNC = "fsync"  # power loss
+    OS = "os"  # a crash of the server, not power loss
+    NONE = "none"  # nothing until the next checkpoint: batches are not journaled
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """The batch that a learner could not learn."""
+
+    position: int  # in the journal
+    producer: str
+    sequence: int
+    reason: str
+    time: datetime
 
 
 @dataclass(frozen=True)

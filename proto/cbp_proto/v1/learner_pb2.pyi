@@ -21,6 +21,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Durability:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DURABILITY_UNSPECIFIED: _Durability.ValueType  # 0
+    """DURABILITY_FSYNC."""
+    DURABILITY_FSYNC: _Durability.ValueType  # 1
+    """Power loss: journaled and fsynced before it is applied."""
+    DURABILITY_OS: _Durability.ValueType  # 2
+    """A crash of the server, not power loss: journaled, and left to the operating system to write."""
+    DURABILITY_NONE: _Durability.ValueType  # 3
+    """Nothing until the next checkpoint: not journaled. A crash takes the learner back to its newest checkpoint."""
+
+class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
+    """What an acknowledged batch survives, and what that costs."""
+
+DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
+"""DURABILITY_FSYNC."""
+DURABILITY_FSYNC: Durability.ValueType  # 1
+"""Power loss: journaled and fsynced before it is applied."""
+DURABILITY_OS: Durability.ValueType  # 2
+"""A crash of the server, not power loss: journaled, and left to the operating system to write."""
+DURABILITY_NONE: Durability.ValueType  # 3
+"""Nothing until the next checkpoint: not journaled. A crash takes the learner back to its newest checkpoint."""
+Global___Durability: _TypeAlias = Durability  # noqa: Y015
+
 @_typing.final
 class Learner(_message.Message):
     """A named model that never stops training."""
@@ -38,6 +66,12 @@ class Learner(_message.Message):
         """Trains and predicts."""
         STATE_UNAVAILABLE: Learner._State.ValueType  # 2
         """Its engine process is down or restoring it; calls are answered with UNAVAILABLE."""
+        STATE_EVICTED: Learner._State.ValueType  # 3
+        """Idle, and out of memory until it is used; the first use brings it back."""
+        STATE_QUARANTINED: Learner._State.ValueType  # 4
+        """A batch could not be learnt. Predicts with the state before that batch; trains again once it is resumed."""
+        STATE_DELETED: Learner._State.ValueType  # 5
+        """Deleted; UndeleteLearner brings it back until purge_time."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     STATE_UNSPECIFIED: Learner.State.ValueType  # 0
@@ -45,6 +79,12 @@ class Learner(_message.Message):
     """Trains and predicts."""
     STATE_UNAVAILABLE: Learner.State.ValueType  # 2
     """Its engine process is down or restoring it; calls are answered with UNAVAILABLE."""
+    STATE_EVICTED: Learner.State.ValueType  # 3
+    """Idle, and out of memory until it is used; the first use brings it back."""
+    STATE_QUARANTINED: Learner.State.ValueType  # 4
+    """A batch could not be learnt. Predicts with the state before that batch; trains again once it is resumed."""
+    STATE_DELETED: Learner.State.ValueType  # 5
+    """Deleted; UndeleteLearner brings it back until purge_time."""
 
     NAME_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
@@ -55,6 +95,11 @@ class Learner(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     PRODUCERS_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
+    QUARANTINE_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
+    PURGE_TIME_FIELD_NUMBER: _builtins.int
+    JOURNAL_POSITION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """learners/{learner_id}"""
     uid: _builtins.str
@@ -62,6 +107,10 @@ class Learner(_message.Message):
     etag: _builtins.str
     """Changes whenever the spec does. Send it back with an update or delete to make that conditional."""
     state: Global___Learner.State.ValueType
+    durability: Global___Durability.ValueType
+    """What an acknowledged batch survives. Set at creation; may be changed between FSYNC and OS."""
+    journal_position: _builtins.int
+    """Of the last entry in the learner's journal."""
     @_builtins.property
     def spec(self) -> _spec_pb2.LearnerSpec: ...
     @_builtins.property
@@ -72,6 +121,18 @@ class Learner(_message.Message):
     def progress(self) -> Global___LearnerProgress: ...
     @_builtins.property
     def producers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProducerPosition]: ...
+    @_builtins.property
+    def quarantine(self) -> Global___Quarantine:
+        """Present while the learner is quarantined."""
+
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was deleted; present only if it is."""
+
+    @_builtins.property
+    def purge_time(self) -> _timestamp_pb2.Timestamp:
+        """When a deleted learner is removed for good."""
+
     def __init__(
         self,
         *,
@@ -84,14 +145,97 @@ class Learner(_message.Message):
         state: Global___Learner.State.ValueType = ...,
         progress: Global___LearnerProgress | None = ...,
         producers: _abc.Iterable[Global___ProducerPosition] | None = ...,
+        durability: Global___Durability.ValueType = ...,
+        quarantine: Global___Quarantine | None = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
+        purge_time: _timestamp_pb2.Timestamp | None = ...,
+        journal_position: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "progress", b"progress", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "progress", b"progress", "purge_time", b"purge_time", "quarantine", b"quarantine", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "etag", b"etag", "name", b"name", "producers", b"producers", "progress", b"progress", "spec", b"spec", "state", b"state", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "durability", b"durability", "etag", b"etag", "journal_position", b"journal_position", "name", b"name", "producers", b"producers", "progress", b"progress", "purge_time", b"purge_time", "quarantine", b"quarantine", "spec", b"spec", "state", b"state", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Learner: _TypeAlias = Learner  # noqa: Y015
+
+@_typing.final
+class Quarantine(_message.Message):
+    """Why a learner does not train. The batch is in the journal, and so may be some behind it; ResumeLearner goes on there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOURNAL_POSITION_FIELD_NUMBER: _builtins.int
+    PRODUCER_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    QUARANTINE_TIME_FIELD_NUMBER: _builtins.int
+    journal_position: _builtins.int
+    producer: _builtins.str
+    """Whose batch it is, and which."""
+    sequence: _builtins.int
+    reason: _builtins.str
+    """For people."""
+    @_builtins.property
+    def quarantine_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        journal_position: _builtins.int = ...,
+        producer: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        quarantine_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quarantine_time", b"quarantine_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["journal_position", b"journal_position", "producer", b"producer", "quarantine_time", b"quarantine_time", "reason", b"reason", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quarantine: _TypeAlias = Quarantine  # noqa: Y015
+
+@_typing.final
+class Checkpoint(_message.Message):
+    """A learner's whole state at a position of its journal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    JOURNAL_POSITION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """learners/{learner_id}/checkpoints/{number}"""
+    journal_position: _builtins.int
+    step: _builtins.int
+    examples: _builtins.int
+    size_bytes: _builtins.int
+    pinned: _builtins.bool
+    """Made by CreateCheckpoint: kept until it is deleted. Others are removed when newer ones have taken their place."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        journal_position: _builtins.int = ...,
+        step: _builtins.int = ...,
+        examples: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        pinned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "examples", b"examples", "journal_position", b"journal_position", "name", b"name", "pinned", b"pinned", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
 
 @_typing.final
 class LearnerProgress(_message.Message):

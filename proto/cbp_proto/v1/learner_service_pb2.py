@@ -28,35 +28,71 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cbp_proto/v1/learner_service.proto\x12\x06\x63\x62p.v1\x1a\x1a\x63\x62p_proto/v1/learner.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\"`\n\x14\x43reateLearnerRequest\x12\x12\n\nlearner_id\x18\x01 \x01(\t\x12 \n\x07learner\x18\x02 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"!\n\x11GetLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x13ListLearnersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x14ListLearnersResponse\x12!\n\x08learners\x18\x01 \x03(\x0b\x32\x0f.cbp.v1.Learner\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"i\n\x14UpdateLearnerRequest\x12 \n\x07learner\x18\x01 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"2\n\x14\x44\x65leteLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"R\n\x14WatchLearnersRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12+\n\x08interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"g\n\x15WatchLearnersResponse\x12(\n\x08learners\x18\x01 \x03(\x0b\x32\x16.cbp.v1.WatchedLearner\x12\x0f\n\x07\x64\x65leted\x18\x02 \x03(\t\x12\x13\n\x0bmore_follow\x18\x03 \x01(\x08\"`\n\x0eWatchedLearner\x12 \n\x07learner\x18\x01 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12,\n\nplasticity\x18\x02 \x01(\x0b\x32\x18.cbp.v1.PlasticitySample\"H\n\x14GetPlasticityRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bmax_samples\x18\x02 \x01(\x05\x12\r\n\x05\x66resh\x18\x03 \x01(\x08\"B\n\x15GetPlasticityResponse\x12)\n\x07samples\x18\x01 \x03(\x0b\x32\x18.cbp.v1.PlasticitySample2\xfa\x03\n\x0eLearnerService\x12>\n\rCreateLearner\x12\x1c.cbp.v1.CreateLearnerRequest\x1a\x0f.cbp.v1.Learner\x12\x38\n\nGetLearner\x12\x19.cbp.v1.GetLearnerRequest\x1a\x0f.cbp.v1.Learner\x12I\n\x0cListLearners\x12\x1b.cbp.v1.ListLearnersRequest\x1a\x1c.cbp.v1.ListLearnersResponse\x12>\n\rUpdateLearner\x12\x1c.cbp.v1.UpdateLearnerRequest\x1a\x0f.cbp.v1.Learner\x12\x45\n\rDeleteLearner\x12\x1c.cbp.v1.DeleteLearnerRequest\x1a\x16.google.protobuf.Empty\x12N\n\rWatchLearners\x12\x1c.cbp.v1.WatchLearnersRequest\x1a\x1d.cbp.v1.WatchLearnersResponse0\x01\x12L\n\rGetPlasticity\x12\x1c.cbp.v1.GetPlasticityRequest\x1a\x1d.cbp.v1.GetPlasticityResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cbp_proto/v1/learner_service.proto\x12\x06\x63\x62p.v1\x1a\x1a\x63\x62p_proto/v1/learner.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\"`\n\x14\x43reateLearnerRequest\x12\x12\n\nlearner_id\x18\x01 \x01(\t\x12 \n\x07learner\x18\x02 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"!\n\x11GetLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"R\n\x13ListLearnersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x14\n\x0cshow_deleted\x18\x03 \x01(\x08\"R\n\x14ListLearnersResponse\x12!\n\x08learners\x18\x01 \x03(\x0b\x32\x0f.cbp.v1.Learner\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"i\n\x14UpdateLearnerRequest\x12 \n\x07learner\x18\x01 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"2\n\x14\x44\x65leteLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"3\n\x16UndeleteLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\"0\n\x13PurgeLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\"r\n\x12\x46orkLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nlearner_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12&\n\ndurability\x18\x04 \x01(\x0e\x32\x12.cbp.v1.Durability\")\n\x17\x43reateCheckpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"\xa0\x01\n\x17ListCheckpointsResponse\x12\'\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x12.cbp.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12!\n\x19\x66irst_restorable_position\x18\x03 \x01(\x03\x12 \n\x18last_restorable_position\x18\x04 \x01(\x03\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"o\n\x15RestoreLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x14\n\ncheckpoint\x18\x03 \x01(\tH\x00\x12\x1a\n\x10journal_position\x18\x04 \x01(\x03H\x00\x42\x08\n\x06target\"P\n\x14ResumeLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x02lr\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nskip_batch\x18\x03 \x01(\x08\x42\x05\n\x03_lr\"C\n\x11ResetUnitsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\t\x12\x10\n\x08\x66raction\x18\x03 \x01(\x01\"\x8d\x01\n\x12ResetUnitsResponse\x12\x42\n\x0creplacements\x18\x01 \x03(\x0b\x32,.cbp.v1.ResetUnitsResponse.ReplacementsEntry\x1a\x33\n\x11ReplacementsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xbd\x01\n\x14\x45xportLearnerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x33\n\x06\x66ormat\x18\x02 \x01(\x0e\x32#.cbp.v1.ExportLearnerRequest.Format\"b\n\x06\x46ormat\x12\x16\n\x12\x46ORMAT_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46ORMAT_SAFETENSORS\x10\x01\x12\x0f\n\x0b\x46ORMAT_ONNX\x10\x02\x12\x17\n\x13\x46ORMAT_TORCH_EXPORT\x10\x03\"%\n\x15\x45xportLearnerResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"Y\n\x14ImportLearnerRequest\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x14.cbp.v1.ImportHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"^\n\x0cImportHeader\x12\x12\n\nlearner_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12&\n\ndurability\x18\x03 \x01(\x0e\x32\x12.cbp.v1.Durability\"R\n\x14WatchLearnersRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12+\n\x08interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"g\n\x15WatchLearnersResponse\x12(\n\x08learners\x18\x01 \x03(\x0b\x32\x16.cbp.v1.WatchedLearner\x12\x0f\n\x07\x64\x65leted\x18\x02 \x03(\t\x12\x13\n\x0bmore_follow\x18\x03 \x01(\x08\"`\n\x0eWatchedLearner\x12 \n\x07learner\x18\x01 \x01(\x0b\x32\x0f.cbp.v1.Learner\x12,\n\nplasticity\x18\x02 \x01(\x0b\x32\x18.cbp.v1.PlasticitySample\"H\n\x14GetPlasticityRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bmax_samples\x18\x02 \x01(\x05\x12\r\n\x05\x66resh\x18\x03 \x01(\x08\"B\n\x15GetPlasticityResponse\x12)\n\x07samples\x18\x01 \x03(\x0b\x32\x18.cbp.v1.PlasticitySample2\xfb\t\n\x0eLearnerService\x12>\n\rCreateLearner\x12\x1c.cbp.v1.CreateLearnerRequest\x1a\x0f.cbp.v1.Learner\x12\x38\n\nGetLearner\x12\x19.cbp.v1.GetLearnerRequest\x1a\x0f.cbp.v1.Learner\x12I\n\x0cListLearners\x12\x1b.cbp.v1.ListLearnersRequest\x1a\x1c.cbp.v1.ListLearnersResponse\x12>\n\rUpdateLearner\x12\x1c.cbp.v1.UpdateLearnerRequest\x1a\x0f.cbp.v1.Learner\x12>\n\rDeleteLearner\x12\x1c.cbp.v1.DeleteLearnerRequest\x1a\x0f.cbp.v1.Learner\x12\x42\n\x0fUndeleteLearner\x12\x1e.cbp.v1.UndeleteLearnerRequest\x1a\x0f.cbp.v1.Learner\x12\x43\n\x0cPurgeLearner\x12\x1b.cbp.v1.PurgeLearnerRequest\x1a\x16.google.protobuf.Empty\x12:\n\x0b\x46orkLearner\x12\x1a.cbp.v1.ForkLearnerRequest\x1a\x0f.cbp.v1.Learner\x12G\n\x10\x43reateCheckpoint\x12\x1f.cbp.v1.CreateCheckpointRequest\x1a\x12.cbp.v1.Checkpoint\x12R\n\x0fListCheckpoints\x12\x1e.cbp.v1.ListCheckpointsRequest\x1a\x1f.cbp.v1.ListCheckpointsResponse\x12K\n\x10\x44\x65leteCheckpoint\x12\x1f.cbp.v1.DeleteCheckpointRequest\x1a\x16.google.protobuf.Empty\x12@\n\x0eRestoreLearner\x12\x1d.cbp.v1.RestoreLearnerRequest\x1a\x0f.cbp.v1.Learner\x12>\n\rResumeLearner\x12\x1c.cbp.v1.ResumeLearnerRequest\x1a\x0f.cbp.v1.Learner\x12\x43\n\nResetUnits\x12\x19.cbp.v1.ResetUnitsRequest\x1a\x1a.cbp.v1.ResetUnitsResponse\x12N\n\rExportLearner\x12\x1c.cbp.v1.ExportLearnerRequest\x1a\x1d.cbp.v1.ExportLearnerResponse0\x01\x12@\n\rImportLearner\x12\x1c.cbp.v1.ImportLearnerRequest\x1a\x0f.cbp.v1.Learner(\x01\x12N\n\rWatchLearners\x12\x1c.cbp.v1.WatchLearnersRequest\x1a\x1d.cbp.v1.WatchLearnersResponse0\x01\x12L\n\rGetPlasticity\x12\x1c.cbp.v1.GetPlasticityRequest\x1a\x1d.cbp.v1.GetPlasticityResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cbp_proto.v1.learner_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_RESETUNITSRESPONSE_REPLACEMENTSENTRY']._loaded_options = None
+  _globals['_RESETUNITSRESPONSE_REPLACEMENTSENTRY']._serialized_options = b'8\001'
   _globals['_CREATELEARNERREQUEST']._serialized_start=169
   _globals['_CREATELEARNERREQUEST']._serialized_end=265
   _globals['_GETLEARNERREQUEST']._serialized_start=267
   _globals['_GETLEARNERREQUEST']._serialized_end=300
   _globals['_LISTLEARNERSREQUEST']._serialized_start=302
-  _globals['_LISTLEARNERSREQUEST']._serialized_end=362
-  _globals['_LISTLEARNERSRESPONSE']._serialized_start=364
-  _globals['_LISTLEARNERSRESPONSE']._serialized_end=446
-  _globals['_UPDATELEARNERREQUEST']._serialized_start=448
-  _globals['_UPDATELEARNERREQUEST']._serialized_end=553
-  _globals['_DELETELEARNERREQUEST']._serialized_start=555
-  _globals['_DELETELEARNERREQUEST']._serialized_end=605
-  _globals['_WATCHLEARNERSREQUEST']._serialized_start=607
-  _globals['_WATCHLEARNERSREQUEST']._serialized_end=689
-  _globals['_WATCHLEARNERSRESPONSE']._serialized_start=691
-  _globals['_WATCHLEARNERSRESPONSE']._serialized_end=794
-  _globals['_WATCHEDLEARNER']._serialized_start=796
-  _globals['_WATCHEDLEARNER']._serialized_end=892
-  _globals['_GETPLASTICITYREQUEST']._serialized_start=894
-  _globals['_GETPLASTICITYREQUEST']._serialized_end=966
-  _globals['_GETPLASTICITYRESPONSE']._serialized_start=968
-  _globals['_GETPLASTICITYRESPONSE']._serialized_end=1034
-  _globals['_LEARNERSERVICE']._serialized_start=1037
-  _globals['_LEARNERSERVICE']._serialized_end=1543
+  _globals['_LISTLEARNERSREQUEST']._serialized_end=384
+  _globals['_LISTLEARNERSRESPONSE']._serialized_start=386
+  _globals['_LISTLEARNERSRESPONSE']._serialized_end=468
+  _globals['_UPDATELEARNERREQUEST']._serialized_start=470
+  _globals['_UPDATELEARNERREQUEST']._serialized_end=575
+  _globals['_DELETELEARNERREQUEST']._serialized_start=577
+  _globals['_DELETELEARNERREQUEST']._serialized_end=627
+  _globals['_UNDELETELEARNERREQUEST']._serialized_start=629
+  _globals['_UNDELETELEARNERREQUEST']._serialized_end=680
+  _globals['_PURGELEARNERREQUEST']._serialized_start=682
+  _globals['_PURGELEARNERREQUEST']._serialized_end=730
+  _globals['_FORKLEARNERREQUEST']._serialized_start=732
+  _globals['_FORKLEARNERREQUEST']._serialized_end=846
+  _globals['_CREATECHECKPOINTREQUEST']._serialized_start=848
+  _globals['_CREATECHECKPOINTREQUEST']._serialized_end=889
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=891
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=970
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=973
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1133
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=1135
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=1174
+  _globals['_RESTORELEARNERREQUEST']._serialized_start=1176
+  _globals['_RESTORELEARNERREQUEST']._serialized_end=1287
+  _globals['_RESUMELEARNERREQUEST']._serialized_start=1289
+  _globals['_RESUMELEARNERREQUEST']._serialized_end=1369
+  _globals['_RESETUNITSREQUEST']._serialized_start=1371
+  _globals['_RESETUNITSREQUEST']._serialized_end=1438
+  _globals['_RESETUNITSRESPONSE']._serialized_start=1441
+  _globals['_RESETUNITSRESPONSE']._serialized_end=1582
+  _globals['_RESETUNITSRESPONSE_REPLACEMENTSENTRY']._serialized_start=1531
+  _globals['_RESETUNITSRESPONSE_REPLACEMENTSENTRY']._serialized_end=1582
+  _globals['_EXPORTLEARNERREQUEST']._serialized_start=1585
+  _globals['_EXPORTLEARNERREQUEST']._serialized_end=1774
+  _globals['_EXPORTLEARNERREQUEST_FORMAT']._serialized_start=1676
+  _globals['_EXPORTLEARNERREQUEST_FORMAT']._serialized_end=1774
+  _globals['_EXPORTLEARNERRESPONSE']._serialized_start=1776
+  _globals['_EXPORTLEARNERRESPONSE']._serialized_end=1813
+  _globals['_IMPORTLEARNERREQUEST']._serialized_start=1815
+  _globals['_IMPORTLEARNERREQUEST']._serialized_end=1904
+  _globals['_IMPORTHEADER']._serialized_start=1906
+  _globals['_IMPORTHEADER']._serialized_end=2000
+  _globals['_WATCHLEARNERSREQUEST']._serialized_start=2002
+  _globals['_WATCHLEARNERSREQUEST']._serialized_end=2084
+  _globals['_WATCHLEARNERSRESPONSE']._serialized_start=2086
+  _globals['_WATCHLEARNERSRESPONSE']._serialized_end=2189
+  _globals['_WATCHEDLEARNER']._serialized_start=2191
+  _globals['_WATCHEDLEARNER']._serialized_end=2287
+  _globals['_GETPLASTICITYREQUEST']._serialized_start=2289
+  _globals['_GETPLASTICITYREQUEST']._serialized_end=2361
+  _globals['_GETPLASTICITYRESPONSE']._serialized_start=2363
+  _globals['_GETPLASTICITYRESPONSE']._serialized_end=2429
+  _globals['_LEARNERSERVICE']._serialized_start=2432
+  _globals['_LEARNERSERVICE']._serialized_end=3707
 # @@protoc_insertion_point(module_scope)

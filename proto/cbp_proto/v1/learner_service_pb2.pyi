@@ -10,6 +10,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -34,7 +35,7 @@ class CreateLearnerRequest(_message.Message):
     """A UUID that makes the call safe to repeat: the same id with the same request returns the learner made the first time."""
     @_builtins.property
     def learner(self) -> _learner_pb2.Learner:
-        """Only `spec` is read."""
+        """Only `spec` and `durability` are read."""
 
     def __init__(
         self,
@@ -77,19 +78,23 @@ class ListLearnersRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SHOW_DELETED_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """At most this many; 0 lets the server choose 50, more than 1000 is treated as 1000."""
     page_token: _builtins.str
     """next_page_token of the page before."""
+    show_deleted: _builtins.bool
+    """Whether to list deleted learners as well."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        show_deleted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "show_deleted", b"show_deleted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -131,7 +136,7 @@ class UpdateLearnerRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Paths such as spec.resets.layers, spec.resets, spec.optimizer.lr; a field that is named here but not set in `spec`
+        """Paths such as spec.resets.layers, spec.resets, spec.optimizer.lr, and durability; a field that is named here but not set in `spec`
         goes back to its default. Empty: every field that is set in `spec`. `*` or spec: every field of the spec, where those
         that cannot be updated must be as they are, or not set.
         """
@@ -173,6 +178,444 @@ class DeleteLearnerRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteLearnerRequest: _TypeAlias = DeleteLearnerRequest  # noqa: Y015
+
+@_typing.final
+class UndeleteLearnerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """learners/{learner_id}"""
+    uid: _builtins.str
+    """Which of the deleted learners of that name; the one deleted last if empty."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        uid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndeleteLearnerRequest: _TypeAlias = UndeleteLearnerRequest  # noqa: Y015
+
+@_typing.final
+class PurgeLearnerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """learners/{learner_id}"""
+    uid: _builtins.str
+    """Which of the deleted learners of that name; all of them if empty."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        uid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeLearnerRequest: _TypeAlias = PurgeLearnerRequest  # noqa: Y015
+
+@_typing.final
+class ForkLearnerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LEARNER_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """learners/{learner_id} of the learner to copy."""
+    learner_id: _builtins.str
+    """Of the copy; as in CreateLearnerRequest."""
+    request_id: _builtins.str
+    """As in CreateLearnerRequest."""
+    durability: _learner_pb2.Durability.ValueType
+    """Of the copy; unspecified: as that of the learner copied."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        learner_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        durability: _learner_pb2.Durability.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "learner_id", b"learner_id", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkLearnerRequest: _TypeAlias = ForkLearnerRequest  # noqa: Y015
+
+@_typing.final
+class CreateCheckpointRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """learners/{learner_id}"""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateCheckpointRequest: _TypeAlias = CreateCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """learners/{learner_id}"""
+    page_size: _builtins.int
+    """As in ListLearnersRequest."""
+    page_token: _builtins.str
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsRequest: _TypeAlias = ListCheckpointsRequest  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FIRST_RESTORABLE_POSITION_FIELD_NUMBER: _builtins.int
+    LAST_RESTORABLE_POSITION_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    first_restorable_position: _builtins.int
+    """RestoreLearner can reach every journal position between these two, both included, besides the checkpoints' own."""
+    last_restorable_position: _builtins.int
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[_learner_pb2.Checkpoint]: ...
+    def __init__(
+        self,
+        *,
+        checkpoints: _abc.Iterable[_learner_pb2.Checkpoint] | None = ...,
+        next_page_token: _builtins.str = ...,
+        first_restorable_position: _builtins.int = ...,
+        last_restorable_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "first_restorable_position", b"first_restorable_position", "last_restorable_position", b"last_restorable_position", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsResponse: _TypeAlias = ListCheckpointsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteCheckpointRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """learners/{learner_id}/checkpoints/{number}"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteCheckpointRequest: _TypeAlias = DeleteCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class RestoreLearnerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    JOURNAL_POSITION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """learners/{learner_id}"""
+    etag: _builtins.str
+    """If set, must match the learner's."""
+    checkpoint: _builtins.str
+    """learners/{learner_id}/checkpoints/{number}, of this learner."""
+    journal_position: _builtins.int
+    """See ListCheckpointsResponse.first_restorable_position."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        checkpoint: _builtins.str = ...,
+        journal_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "journal_position", b"journal_position", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "etag", b"etag", "journal_position", b"journal_position", "name", b"name", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["checkpoint", "journal_position"]  # noqa: Y015
+    _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
+
+Global___RestoreLearnerRequest: _TypeAlias = RestoreLearnerRequest  # noqa: Y015
+
+@_typing.final
+class ResumeLearnerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LR_FIELD_NUMBER: _builtins.int
+    SKIP_BATCH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """learners/{learner_id}"""
+    lr: _builtins.float
+    """The optimizer's learning rate from that batch on; left as it is if absent."""
+    skip_batch: _builtins.bool
+    """Leave out the batch that the learner was quarantined for, rather than learn it again."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        lr: _builtins.float | None = ...,
+        skip_batch: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lr", b"_lr", "lr", b"lr"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lr", b"_lr", "lr", b"lr", "name", b"name", "skip_batch", b"skip_batch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lr: _TypeAlias = _typing.Literal["lr"]  # noqa: Y015
+    _WhichOneofArgType__lr: _TypeAlias = _typing.Literal["_lr", b"_lr"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lr) -> _WhichOneofReturnType__lr | None: ...
+
+Global___ResumeLearnerRequest: _TypeAlias = ResumeLearnerRequest  # noqa: Y015
+
+@_typing.final
+class ResetUnitsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    FRACTION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """learners/{learner_id}"""
+    fraction: _builtins.float
+    """Share of each layer's units: more than 0, at most 1. The mature units of least utility are reset; if fewer are
+    mature, fewer are reset.
+    """
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in ResetSpec.layers: all, first, or hidden layers' indices or names."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        layers: _abc.Iterable[_builtins.str] | None = ...,
+        fraction: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fraction", b"fraction", "layers", b"layers", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetUnitsRequest: _TypeAlias = ResetUnitsRequest  # noqa: Y015
+
+@_typing.final
+class ResetUnitsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ReplacementsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REPLACEMENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def replacements(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Units reset, by layer."""
+
+    def __init__(
+        self,
+        *,
+        replacements: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replacements", b"replacements"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetUnitsResponse: _TypeAlias = ResetUnitsResponse  # noqa: Y015
+
+@_typing.final
+class ExportLearnerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Format:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _FormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ExportLearnerRequest._Format.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        FORMAT_UNSPECIFIED: ExportLearnerRequest._Format.ValueType  # 0
+        """FORMAT_SAFETENSORS."""
+        FORMAT_SAFETENSORS: ExportLearnerRequest._Format.ValueType  # 1
+        """The whole state, which ImportLearner takes; tensors under names such as parameters.hidden_0.weight."""
+        FORMAT_ONNX: ExportLearnerRequest._Format.ValueType  # 2
+        """The network as an ONNX model: input `features` [N, in_features] float32, output `outputs` [N, out_features]."""
+        FORMAT_TORCH_EXPORT: ExportLearnerRequest._Format.ValueType  # 3
+        """The network as a program that torch.export.load reads."""
+
+    class Format(_Format, metaclass=_FormatEnumTypeWrapper): ...
+    FORMAT_UNSPECIFIED: ExportLearnerRequest.Format.ValueType  # 0
+    """FORMAT_SAFETENSORS."""
+    FORMAT_SAFETENSORS: ExportLearnerRequest.Format.ValueType  # 1
+    """The whole state, which ImportLearner takes; tensors under names such as parameters.hidden_0.weight."""
+    FORMAT_ONNX: ExportLearnerRequest.Format.ValueType  # 2
+    """The network as an ONNX model: input `features` [N, in_features] float32, output `outputs` [N, out_features]."""
+    FORMAT_TORCH_EXPORT: ExportLearnerRequest.Format.ValueType  # 3
+    """The network as a program that torch.export.load reads."""
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """learners/{learner_id}"""
+    format: Global___ExportLearnerRequest.Format.ValueType
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        format: Global___ExportLearnerRequest.Format.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportLearnerRequest: _TypeAlias = ExportLearnerRequest  # noqa: Y015
+
+@_typing.final
+class ExportLearnerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next part of the file."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportLearnerResponse: _TypeAlias = ExportLearnerResponse  # noqa: Y015
+
+@_typing.final
+class ImportLearnerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """Then the file, in parts of at most max_message_bytes."""
+    @_builtins.property
+    def header(self) -> Global___ImportHeader:
+        """First."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___ImportHeader | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header", "message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["header", "data"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ImportLearnerRequest: _TypeAlias = ImportLearnerRequest  # noqa: Y015
+
+@_typing.final
+class ImportHeader(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEARNER_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
+    learner_id: _builtins.str
+    """As in CreateLearnerRequest."""
+    request_id: _builtins.str
+    durability: _learner_pb2.Durability.ValueType
+    def __init__(
+        self,
+        *,
+        learner_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        durability: _learner_pb2.Durability.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "learner_id", b"learner_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportHeader: _TypeAlias = ImportHeader  # noqa: Y015
 
 @_typing.final
 class WatchLearnersRequest(_message.Message):

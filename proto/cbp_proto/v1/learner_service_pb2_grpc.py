@@ -28,7 +28,7 @@ if _version_not_supported:
 
 
 class LearnerServiceStub:
-    """Creates, shows, changes and deletes learners.
+    """Creates, shows, changes, copies, restores and deletes learners.
     """
 
     def __init__(self, channel):
@@ -60,7 +60,62 @@ class LearnerServiceStub:
         self.DeleteLearner = channel.unary_unary(
                 '/cbp.v1.LearnerService/DeleteLearner',
                 request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.DeleteLearnerRequest.SerializeToString,
+                response_deserializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
+                _registered_method=True)
+        self.UndeleteLearner = channel.unary_unary(
+                '/cbp.v1.LearnerService/UndeleteLearner',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.UndeleteLearnerRequest.SerializeToString,
+                response_deserializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
+                _registered_method=True)
+        self.PurgeLearner = channel.unary_unary(
+                '/cbp.v1.LearnerService/PurgeLearner',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.PurgeLearnerRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.ForkLearner = channel.unary_unary(
+                '/cbp.v1.LearnerService/ForkLearner',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.ForkLearnerRequest.SerializeToString,
+                response_deserializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
+                _registered_method=True)
+        self.CreateCheckpoint = channel.unary_unary(
+                '/cbp.v1.LearnerService/CreateCheckpoint',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.CreateCheckpointRequest.SerializeToString,
+                response_deserializer=cbp__proto_dot_v1_dot_learner__pb2.Checkpoint.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/cbp.v1.LearnerService/ListCheckpoints',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.DeleteCheckpoint = channel.unary_unary(
+                '/cbp.v1.LearnerService/DeleteCheckpoint',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.DeleteCheckpointRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.RestoreLearner = channel.unary_unary(
+                '/cbp.v1.LearnerService/RestoreLearner',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.RestoreLearnerRequest.SerializeToString,
+                response_deserializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
+                _registered_method=True)
+        self.ResumeLearner = channel.unary_unary(
+                '/cbp.v1.LearnerService/ResumeLearner',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.ResumeLearnerRequest.SerializeToString,
+                response_deserializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
+                _registered_method=True)
+        self.ResetUnits = channel.unary_unary(
+                '/cbp.v1.LearnerService/ResetUnits',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.ResetUnitsRequest.SerializeToString,
+                response_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.ResetUnitsResponse.FromString,
+                _registered_method=True)
+        self.ExportLearner = channel.unary_stream(
+                '/cbp.v1.LearnerService/ExportLearner',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.ExportLearnerRequest.SerializeToString,
+                response_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.ExportLearnerResponse.FromString,
+                _registered_method=True)
+        self.ImportLearner = channel.stream_unary(
+                '/cbp.v1.LearnerService/ImportLearner',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.ImportLearnerRequest.SerializeToString,
+                response_deserializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
                 _registered_method=True)
         self.WatchLearners = channel.unary_stream(
                 '/cbp.v1.LearnerService/WatchLearners',
@@ -75,7 +130,7 @@ class LearnerServiceStub:
 
 
 class LearnerServiceServicer:
-    """Creates, shows, changes and deletes learners.
+    """Creates, shows, changes, copies, restores and deletes learners.
     """
 
     def CreateLearner(self, request, context):
@@ -108,7 +163,86 @@ class LearnerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteLearner(self, request, context):
-        """Deletes a learner and its checkpoints.
+        """Deletes a learner, whose name is then free. Until its purge_time it can be undeleted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndeleteLearner(self, request, context):
+        """Brings a deleted learner back as it was. ALREADY_EXISTS if its name has been taken meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeLearner(self, request, context):
+        """Removes a deleted learner, its checkpoints and its journal for good.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkLearner(self, request, context):
+        """Copies a live learner between two of its steps: its whole state under a new name, with a journal and producers of
+        its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateCheckpoint(self, request, context):
+        """Saves a learner's whole state and keeps it until DeleteCheckpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Lists a learner's checkpoints, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteCheckpoint(self, request, context):
+        """Deletes a checkpoint. FAILED_PRECONDITION if recovery may need it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreLearner(self, request, context):
+        """Takes a learner back to an earlier state. Its producers go on where they are: what they sent since is not learnt
+        again. Streams end with UNAVAILABLE and resume.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeLearner(self, request, context):
+        """Lets a quarantined learner go on with the batch that it was quarantined for, and those behind it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetUnits(self, request, context):
+        """Resets units by hand, between two steps and after every batch that was accepted before the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportLearner(self, request, context):
+        """A learner as a file, in parts: its whole state, or its network for use elsewhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportLearner(self, request_iterator, context):
+        """Creates a learner from a file that ExportLearner made with FORMAT_SAFETENSORS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,7 +289,62 @@ def add_LearnerServiceServicer_to_server(servicer, server):
             'DeleteLearner': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteLearner,
                     request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.DeleteLearnerRequest.FromString,
+                    response_serializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.SerializeToString,
+            ),
+            'UndeleteLearner': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndeleteLearner,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.UndeleteLearnerRequest.FromString,
+                    response_serializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.SerializeToString,
+            ),
+            'PurgeLearner': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeLearner,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.PurgeLearnerRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'ForkLearner': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkLearner,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.ForkLearnerRequest.FromString,
+                    response_serializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.SerializeToString,
+            ),
+            'CreateCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateCheckpoint,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.CreateCheckpointRequest.FromString,
+                    response_serializer=cbp__proto_dot_v1_dot_learner__pb2.Checkpoint.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCheckpoint,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.DeleteCheckpointRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'RestoreLearner': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreLearner,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.RestoreLearnerRequest.FromString,
+                    response_serializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.SerializeToString,
+            ),
+            'ResumeLearner': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeLearner,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.ResumeLearnerRequest.FromString,
+                    response_serializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.SerializeToString,
+            ),
+            'ResetUnits': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetUnits,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.ResetUnitsRequest.FromString,
+                    response_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.ResetUnitsResponse.SerializeToString,
+            ),
+            'ExportLearner': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportLearner,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.ExportLearnerRequest.FromString,
+                    response_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.ExportLearnerResponse.SerializeToString,
+            ),
+            'ImportLearner': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportLearner,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.ImportLearnerRequest.FromString,
+                    response_serializer=cbp__proto_dot_v1_dot_learner__pb2.Learner.SerializeToString,
             ),
             'WatchLearners': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchLearners,
@@ -176,7 +365,7 @@ def add_LearnerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LearnerService:
-    """Creates, shows, changes and deletes learners.
+    """Creates, shows, changes, copies, restores and deletes learners.
     """
 
     @staticmethod
@@ -303,7 +492,304 @@ class LearnerService:
             target,
             '/cbp.v1.LearnerService/DeleteLearner',
             cbp__proto_dot_v1_dot_learner__service__pb2.DeleteLearnerRequest.SerializeToString,
+            cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndeleteLearner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbp.v1.LearnerService/UndeleteLearner',
+            cbp__proto_dot_v1_dot_learner__service__pb2.UndeleteLearnerRequest.SerializeToString,
+            cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeLearner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbp.v1.LearnerService/PurgeLearner',
+            cbp__proto_dot_v1_dot_learner__service__pb2.PurgeLearnerRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkLearner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbp.v1.LearnerService/ForkLearner',
+            cbp__proto_dot_v1_dot_learner__service__pb2.ForkLearnerRequest.SerializeToString,
+            cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbp.v1.LearnerService/CreateCheckpoint',
+            cbp__proto_dot_v1_dot_learner__service__pb2.CreateCheckpointRequest.SerializeToString,
+            cbp__proto_dot_v1_dot_learner__pb2.Checkpoint.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbp.v1.LearnerService/ListCheckpoints',
+            cbp__proto_dot_v1_dot_learner__service__pb2.ListCheckpointsRequest.SerializeToString,
+            cbp__proto_dot_v1_dot_learner__service__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbp.v1.LearnerService/DeleteCheckpoint',
+            cbp__proto_dot_v1_dot_learner__service__pb2.DeleteCheckpointRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreLearner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbp.v1.LearnerService/RestoreLearner',
+            cbp__proto_dot_v1_dot_learner__service__pb2.RestoreLearnerRequest.SerializeToString,
+            cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeLearner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbp.v1.LearnerService/ResumeLearner',
+            cbp__proto_dot_v1_dot_learner__service__pb2.ResumeLearnerRequest.SerializeToString,
+            cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetUnits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbp.v1.LearnerService/ResetUnits',
+            cbp__proto_dot_v1_dot_learner__service__pb2.ResetUnitsRequest.SerializeToString,
+            cbp__proto_dot_v1_dot_learner__service__pb2.ResetUnitsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportLearner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cbp.v1.LearnerService/ExportLearner',
+            cbp__proto_dot_v1_dot_learner__service__pb2.ExportLearnerRequest.SerializeToString,
+            cbp__proto_dot_v1_dot_learner__service__pb2.ExportLearnerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportLearner(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/cbp.v1.LearnerService/ImportLearner',
+            cbp__proto_dot_v1_dot_learner__service__pb2.ImportLearnerRequest.SerializeToString,
+            cbp__proto_dot_v1_dot_learner__pb2.Learner.FromString,
             options,
             channel_credentials,
             insecure,

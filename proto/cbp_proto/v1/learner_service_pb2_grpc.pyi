@@ -29,7 +29,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class LearnerServiceStub:
-    """Creates, shows, changes and deletes learners."""
+    """Creates, shows, changes, copies, restores and deletes learners."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -45,8 +45,34 @@ class LearnerServiceStub:
     """Changes resets, monitoring or optimizer hyperparameters of a live learner, between two steps and after every
     batch that was accepted before the call.
     """
-    DeleteLearner: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteLearnerRequest, _empty_pb2.Empty]
-    """Deletes a learner and its checkpoints."""
+    DeleteLearner: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteLearnerRequest, _learner_pb2.Learner]
+    """Deletes a learner, whose name is then free. Until its purge_time it can be undeleted."""
+    UndeleteLearner: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.UndeleteLearnerRequest, _learner_pb2.Learner]
+    """Brings a deleted learner back as it was. ALREADY_EXISTS if its name has been taken meanwhile."""
+    PurgeLearner: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.PurgeLearnerRequest, _empty_pb2.Empty]
+    """Removes a deleted learner, its checkpoints and its journal for good."""
+    ForkLearner: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.ForkLearnerRequest, _learner_pb2.Learner]
+    """Copies a live learner between two of its steps: its whole state under a new name, with a journal and producers of
+    its own.
+    """
+    CreateCheckpoint: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.CreateCheckpointRequest, _learner_pb2.Checkpoint]
+    """Saves a learner's whole state and keeps it until DeleteCheckpoint."""
+    ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.ListCheckpointsRequest, _learner_service_pb2.ListCheckpointsResponse]
+    """Lists a learner's checkpoints, newest first."""
+    DeleteCheckpoint: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteCheckpointRequest, _empty_pb2.Empty]
+    """Deletes a checkpoint. FAILED_PRECONDITION if recovery may need it."""
+    RestoreLearner: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.RestoreLearnerRequest, _learner_pb2.Learner]
+    """Takes a learner back to an earlier state. Its producers go on where they are: what they sent since is not learnt
+    again. Streams end with UNAVAILABLE and resume.
+    """
+    ResumeLearner: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.ResumeLearnerRequest, _learner_pb2.Learner]
+    """Lets a quarantined learner go on with the batch that it was quarantined for, and those behind it."""
+    ResetUnits: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.ResetUnitsRequest, _learner_service_pb2.ResetUnitsResponse]
+    """Resets units by hand, between two steps and after every batch that was accepted before the call."""
+    ExportLearner: _grpc.UnaryStreamMultiCallable[_learner_service_pb2.ExportLearnerRequest, _learner_service_pb2.ExportLearnerResponse]
+    """A learner as a file, in parts: its whole state, or its network for use elsewhere."""
+    ImportLearner: _grpc.StreamUnaryMultiCallable[_learner_service_pb2.ImportLearnerRequest, _learner_pb2.Learner]
+    """Creates a learner from a file that ExportLearner made with FORMAT_SAFETENSORS."""
     WatchLearners: _grpc.UnaryStreamMultiCallable[_learner_service_pb2.WatchLearnersRequest, _learner_service_pb2.WatchLearnersResponse]
     """Sends the watched learners at once, then again whenever they have changed. Ends with UNAVAILABLE when the server
     shuts down.
@@ -56,7 +82,7 @@ class LearnerServiceStub:
 
 @_typing.type_check_only
 class LearnerServiceAsyncStub(LearnerServiceStub):
-    """Creates, shows, changes and deletes learners."""
+    """Creates, shows, changes, copies, restores and deletes learners."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.CreateLearnerRequest, _learner_pb2.Learner]  # type: ignore[assignment]
@@ -69,8 +95,34 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     """Changes resets, monitoring or optimizer hyperparameters of a live learner, between two steps and after every
     batch that was accepted before the call.
     """
-    DeleteLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteLearnerRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes a learner and its checkpoints."""
+    DeleteLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteLearnerRequest, _learner_pb2.Learner]  # type: ignore[assignment]
+    """Deletes a learner, whose name is then free. Until its purge_time it can be undeleted."""
+    UndeleteLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.UndeleteLearnerRequest, _learner_pb2.Learner]  # type: ignore[assignment]
+    """Brings a deleted learner back as it was. ALREADY_EXISTS if its name has been taken meanwhile."""
+    PurgeLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.PurgeLearnerRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Removes a deleted learner, its checkpoints and its journal for good."""
+    ForkLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ForkLearnerRequest, _learner_pb2.Learner]  # type: ignore[assignment]
+    """Copies a live learner between two of its steps: its whole state under a new name, with a journal and producers of
+    its own.
+    """
+    CreateCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.CreateCheckpointRequest, _learner_pb2.Checkpoint]  # type: ignore[assignment]
+    """Saves a learner's whole state and keeps it until DeleteCheckpoint."""
+    ListCheckpoints: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ListCheckpointsRequest, _learner_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
+    """Lists a learner's checkpoints, newest first."""
+    DeleteCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteCheckpointRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Deletes a checkpoint. FAILED_PRECONDITION if recovery may need it."""
+    RestoreLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.RestoreLearnerRequest, _learner_pb2.Learner]  # type: ignore[assignment]
+    """Takes a learner back to an earlier state. Its producers go on where they are: what they sent since is not learnt
+    again. Streams end with UNAVAILABLE and resume.
+    """
+    ResumeLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ResumeLearnerRequest, _learner_pb2.Learner]  # type: ignore[assignment]
+    """Lets a quarantined learner go on with the batch that it was quarantined for, and those behind it."""
+    ResetUnits: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ResetUnitsRequest, _learner_service_pb2.ResetUnitsResponse]  # type: ignore[assignment]
+    """Resets units by hand, between two steps and after every batch that was accepted before the call."""
+    ExportLearner: _aio.UnaryStreamMultiCallable[_learner_service_pb2.ExportLearnerRequest, _learner_service_pb2.ExportLearnerResponse]  # type: ignore[assignment]
+    """A learner as a file, in parts: its whole state, or its network for use elsewhere."""
+    ImportLearner: _aio.StreamUnaryMultiCallable[_learner_service_pb2.ImportLearnerRequest, _learner_pb2.Learner]  # type: ignore[assignment]
+    """Creates a learner from a file that ExportLearner made with FORMAT_SAFETENSORS."""
     WatchLearners: _aio.UnaryStreamMultiCallable[_learner_service_pb2.WatchLearnersRequest, _learner_service_pb2.WatchLearnersResponse]  # type: ignore[assignment]
     """Sends the watched learners at once, then again whenever they have changed. Ends with UNAVAILABLE when the server
     shuts down.
@@ -79,7 +131,7 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     """The newest plasticity sample of a learner, and earlier ones on request."""
 
 class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Creates, shows, changes and deletes learners."""
+    """Creates, shows, changes, copies, restores and deletes learners."""
 
     @_abc_1.abstractmethod
     def CreateLearner(
@@ -120,8 +172,100 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _learner_service_pb2.DeleteLearnerRequest,
         context: _ServicerContext,
+    ) -> _typing.Union[_learner_pb2.Learner, _abc.Awaitable[_learner_pb2.Learner]]:
+        """Deletes a learner, whose name is then free. Until its purge_time it can be undeleted."""
+
+    @_abc_1.abstractmethod
+    def UndeleteLearner(
+        self,
+        request: _learner_service_pb2.UndeleteLearnerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_pb2.Learner, _abc.Awaitable[_learner_pb2.Learner]]:
+        """Brings a deleted learner back as it was. ALREADY_EXISTS if its name has been taken meanwhile."""
+
+    @_abc_1.abstractmethod
+    def PurgeLearner(
+        self,
+        request: _learner_service_pb2.PurgeLearnerRequest,
+        context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes a learner and its checkpoints."""
+        """Removes a deleted learner, its checkpoints and its journal for good."""
+
+    @_abc_1.abstractmethod
+    def ForkLearner(
+        self,
+        request: _learner_service_pb2.ForkLearnerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_pb2.Learner, _abc.Awaitable[_learner_pb2.Learner]]:
+        """Copies a live learner between two of its steps: its whole state under a new name, with a journal and producers of
+        its own.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateCheckpoint(
+        self,
+        request: _learner_service_pb2.CreateCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_pb2.Checkpoint, _abc.Awaitable[_learner_pb2.Checkpoint]]:
+        """Saves a learner's whole state and keeps it until DeleteCheckpoint."""
+
+    @_abc_1.abstractmethod
+    def ListCheckpoints(
+        self,
+        request: _learner_service_pb2.ListCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_learner_service_pb2.ListCheckpointsResponse]]:
+        """Lists a learner's checkpoints, newest first."""
+
+    @_abc_1.abstractmethod
+    def DeleteCheckpoint(
+        self,
+        request: _learner_service_pb2.DeleteCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Deletes a checkpoint. FAILED_PRECONDITION if recovery may need it."""
+
+    @_abc_1.abstractmethod
+    def RestoreLearner(
+        self,
+        request: _learner_service_pb2.RestoreLearnerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_pb2.Learner, _abc.Awaitable[_learner_pb2.Learner]]:
+        """Takes a learner back to an earlier state. Its producers go on where they are: what they sent since is not learnt
+        again. Streams end with UNAVAILABLE and resume.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeLearner(
+        self,
+        request: _learner_service_pb2.ResumeLearnerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_pb2.Learner, _abc.Awaitable[_learner_pb2.Learner]]:
+        """Lets a quarantined learner go on with the batch that it was quarantined for, and those behind it."""
+
+    @_abc_1.abstractmethod
+    def ResetUnits(
+        self,
+        request: _learner_service_pb2.ResetUnitsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_service_pb2.ResetUnitsResponse, _abc.Awaitable[_learner_service_pb2.ResetUnitsResponse]]:
+        """Resets units by hand, between two steps and after every batch that was accepted before the call."""
+
+    @_abc_1.abstractmethod
+    def ExportLearner(
+        self,
+        request: _learner_service_pb2.ExportLearnerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learner_service_pb2.ExportLearnerResponse], _abc.AsyncIterator[_learner_service_pb2.ExportLearnerResponse]]:
+        """A learner as a file, in parts: its whole state, or its network for use elsewhere."""
+
+    @_abc_1.abstractmethod
+    def ImportLearner(
+        self,
+        request_iterator: _MaybeAsyncIterator[_learner_service_pb2.ImportLearnerRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_pb2.Learner, _abc.Awaitable[_learner_pb2.Learner]]:
+        """Creates a learner from a file that ExportLearner made with FORMAT_SAFETENSORS."""
 
     @_abc_1.abstractmethod
     def WatchLearners(

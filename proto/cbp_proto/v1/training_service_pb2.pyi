@@ -51,19 +51,33 @@ class OpenStream(_message.Message):
 
     LEARNER_FIELD_NUMBER: _builtins.int
     PRODUCER_FIELD_NUMBER: _builtins.int
+    STREAM_ID_FIELD_NUMBER: _builtins.int
+    RESUMED_EPOCH_FIELD_NUMBER: _builtins.int
+    LEARNER_UID_FIELD_NUMBER: _builtins.int
     learner: _builtins.str
     """learners/{learner_id}"""
     producer: _builtins.str
     """Names the source of the batches: 1 to 128 printable characters. Two producers' sequences are independent."""
+    stream_id: _builtins.str
+    """Names this stream through all its reconnections, such as a UUID; at most 64 printable characters. Optional."""
+    resumed_epoch: _builtins.int
+    """0 takes the producer over from whoever has it. Otherwise the epoch that this stream last had: ABORTED
+    (PRODUCER_FENCED) if a stream of another stream_id has been opened since.
+    """
+    learner_uid: _builtins.str
+    """If set, the uid that the learner must have: FAILED_PRECONDITION (LEARNER_REPLACED) if it was created anew."""
     def __init__(
         self,
         *,
         learner: _builtins.str = ...,
         producer: _builtins.str = ...,
+        stream_id: _builtins.str = ...,
+        resumed_epoch: _builtins.int = ...,
+        learner_uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["learner", b"learner", "producer", b"producer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["learner", b"learner", "learner_uid", b"learner_uid", "producer", b"producer", "resumed_epoch", b"resumed_epoch", "stream_id", b"stream_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -162,15 +176,20 @@ class StreamOpened(_message.Message):
     DURABLE_SEQUENCE_FIELD_NUMBER: _builtins.int
     LEARNER_UID_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    NEXT_SEQUENCE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Higher than that of every earlier stream of this producer."""
     applied_sequence: _builtins.int
-    """Where the producer stands: its next batch must have the sequence applied_sequence + 1."""
+    """Where the producer stands. Batches between applied_sequence and next_sequence are on their way already: their
+    results come on this stream, they count against its credits, and they need not be sent again.
+    """
     durable_sequence: _builtins.int
     learner_uid: _builtins.str
     """uid of the learner; another one than before means that it was deleted and created anew."""
     max_message_bytes: _builtins.int
     """Largest size of one TrainRequest, in bytes."""
+    next_sequence: _builtins.int
+    """The sequence that the next batch must have."""
     def __init__(
         self,
         *,
@@ -179,10 +198,11 @@ class StreamOpened(_message.Message):
         durable_sequence: _builtins.int = ...,
         learner_uid: _builtins.str = ...,
         max_message_bytes: _builtins.int = ...,
+        next_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_sequence", b"applied_sequence", "durable_sequence", b"durable_sequence", "epoch", b"epoch", "learner_uid", b"learner_uid", "max_message_bytes", b"max_message_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_sequence", b"applied_sequence", "durable_sequence", b"durable_sequence", "epoch", b"epoch", "learner_uid", b"learner_uid", "max_message_bytes", b"max_message_bytes", "next_sequence", b"next_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,7 +223,7 @@ class Acknowledgement(_message.Message):
     durable_sequence: _builtins.int
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchResult]:
-        """Results of the batches applied since the acknowledgement before, in order."""
+        """Results of the batches applied since the acknowledgement before, in order. None if only durable_sequence is news."""
 
     def __init__(
         self,

@@ -64,7 +64,7 @@ class TrainingServiceServicer:
 
         A rejected batch changes nothing: its sequence stays free, and the stream goes on. The stream ends with
         UNAVAILABLE (open it again later), ABORTED (a newer stream of the same producer has taken over),
-        FAILED_PRECONDITION or NOT_FOUND.
+        FAILED_PRECONDITION (the learner is quarantined, or another one than the stream was opened for) or NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

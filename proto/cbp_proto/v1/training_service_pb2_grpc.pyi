@@ -43,7 +43,7 @@ class TrainingServiceStub:
 
     A rejected batch changes nothing: its sequence stays free, and the stream goes on. The stream ends with
     UNAVAILABLE (open it again later), ABORTED (a newer stream of the same producer has taken over),
-    FAILED_PRECONDITION or NOT_FOUND.
+    FAILED_PRECONDITION (the learner is quarantined, or another one than the stream was opened for) or NOT_FOUND.
     """
     Predict: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.PredictRequest, _training_service_pb2.PredictResponse]
     """Predicts with the state between two steps; never changes the learner."""
@@ -63,7 +63,7 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
 
     A rejected batch changes nothing: its sequence stays free, and the stream goes on. The stream ends with
     UNAVAILABLE (open it again later), ABORTED (a newer stream of the same producer has taken over),
-    FAILED_PRECONDITION or NOT_FOUND.
+    FAILED_PRECONDITION (the learner is quarantined, or another one than the stream was opened for) or NOT_FOUND.
     """
     Predict: _aio.UnaryUnaryMultiCallable[_training_service_pb2.PredictRequest, _training_service_pb2.PredictResponse]  # type: ignore[assignment]
     """Predicts with the state between two steps; never changes the learner."""
@@ -86,7 +86,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A rejected batch changes nothing: its sequence stays free, and the stream goes on. The stream ends with
         UNAVAILABLE (open it again later), ABORTED (a newer stream of the same producer has taken over),
-        FAILED_PRECONDITION or NOT_FOUND.
+        FAILED_PRECONDITION (the learner is quarantined, or another one than the stream was opened for) or NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
