@@ -13,7 +13,7 @@ from torch import Tensor
 from cbp import losses, optimizers
 from cbp.batches import Batch, validate_features
 from cbp.engines.torch_engine import StackState, TorchEngine, initial_stack, schedules, unit_layout
-from cbp.errors import BatchError, CbpError, FieldViolation, SnapshotError
+from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError
 from cbp.networks import FlatLayers, Mlp, flat_layers
 from cbp.pending import Examples, Probe
 from cbp.plasticity import PlasticitySample, Probed, measure_layers
@@ -112,6 +112,10 @@ class Learner:
         `between_steps` runs after every step but the last. The learner is whole at that moment and may predict; it
         refuses to change. An exception from it stops training there: the steps taken are accounted for, and the
         examples not yet applied wait.
+
+        Raises `DivergenceError` if outputs, losses, parameters or the optimizer's state are no longer finite when the
+        steps are taken (also where `between_steps` raised; its exception is then the context). The learner is in no
+        defined state after that: go on with one restored from a snapshot.
         """
         self._refuse_while_training("train")
         self._check_fits(batch)
@@ -199,7 +203,10 @@ class Learner:
     def _account(
         self, applied: Examples, message: "_Message", first_step: int, step_size: int
     ) -> tuple[float | None, float | None]:
-        """Adds the applied examples to the averages; the one place where `train` reads from the device."""
+        """Adds the applied examples to the averages; the one place where `train` reads from the device.
+
+        Raises `DivergenceError`, and adds nothing then.
+        """
         if not len(applied):
             return None, None
         outputs, targets = message.outputs[0, : len(applied)], message.targets[0, : len(applied)]
@@ -207,7 +214,12 @@ class Learner:
         right = losses.example_accuracies(self._spec.loss, outputs, targets)
         if right is not None:
             measured.append(right)
-        on_host = torch.stack(measured).cpu().to(torch.float64).numpy()
+        # A sum passes infinities and NaN on at the price of one pass, which is the cheapest way to look for them.
+        sums = [numbers.sum().reshape(1) for _, numbers in self._checked_numbers()]
+        read = torch.cat([*measured, *sums]).cpu().to(torch.float64).numpy()
+        on_host = read[: len(measured) * len(applied)].reshape(len(measured), len(applied))
+        if not np.isfinite(read).all():
+            self._refuse_divergence(on_host[0], outputs, first_step, step_size)
         self._progress.extend(
             on_host[0],
             None if right is None else on_host[1],
@@ -217,6 +229,24 @@ class Learner:
             self._spec.monitoring.average_decay,
         )
         return float(on_host[0].mean()), None if right is None else float(on_host[1].mean())
+
+    def _checked_numbers(self) -> list[tuple[Diverged, Tensor]]:
+        """Where a step whose predictions are finite may yet have left something that is not."""
+        unseen = self._state.optimizer.overflowing_unseen()
+        return [("parameters", self._state.parameters.flat), *(("optimizer state", slot.flat) for slot in unseen)]
+
+    def _refuse_divergence(
+        self, example_losses: NDArray[np.float64], outputs: Tensor, first_step: int, step_size: int
+    ) -> None:
+        """Raises `DivergenceError` if there is reason to; finite numbers may have a sum that is not."""
+        wrong = ~np.isfinite(example_losses)
+        if wrong.any():
+            example = int(wrong.argmax())
+            what: Diverged = "loss" if bool(outputs[example].isfinite().all()) else "outputs"
+            raise DivergenceError(first_step + example // step_size, what)
+        for what, numbers in self._checked_numbers():
+            if not bool(numbers.isfinite().all()):
+                raise DivergenceError(self._state.steps[0], what)
 
     def predict(self, features: ArrayLike) -> NDArray[np.float32]:
         """[N, C] raw outputs (logits, or predicted values) for [N, I] features. Changes nothing.
