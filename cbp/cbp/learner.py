@@ -1,8 +1,10 @@
 """A learner: a network that trains on a stream, one step after another, for as long as the stream lasts."""
 
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 from cbp import losses, optimizers
 from cbp.batches import Batch, validate_features
 from cbp.engines.torch_engine import StackState, TorchEngine, initial_stack, schedules, unit_layout
-from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError
+from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError, SpecError, shown
 from cbp.networks import FlatLayers, Mlp, flat_layers
 from cbp.pending import Examples, Probe
 from cbp.plasticity import PlasticitySample, Probed, measure_layers
@@ -278,6 +280,42 @@ class Learner:
         )
         self._engine.configure([spec])
         self._probe = self._probe.resized(spec.monitoring.probe_size)
+
+    def reset_units(self, layers: Sequence[int], fraction: float) -> dict[str, int]:
+        """Resets the units of least utility in these hidden layers now, whatever rates are set there.
+
+        `fraction`, above 0 and at most 1, is of each layer's units, rounded up to whole units; only mature units are
+        reset, so there may be fewer. Returns how many it reset, by layer. What the rates still owe stays owed.
+
+        Raises `SpecError` if there is no such layer, or the fraction is out of range.
+        """
+        self._refuse_while_training("reset_units")
+        self._check_reset(layers, fraction)
+        # Decimal: 0.07 of 100 units is 7 units, and not the 8 that binary rounding makes of it.
+        share = Decimal(repr(float(fraction)))
+        wanted = [
+            math.ceil(share * width) if layer in layers else 0 for layer, width in enumerate(self._spec.network.hidden)
+        ]
+        [counts] = self._engine.reset_units([wanted])
+        return {self._spec.layer_names[layer]: counts[layer] for layer in sorted(layers)}
+
+    def _check_reset(self, layers: Sequence[int], fraction: float) -> None:
+        hidden = len(self._spec.network.hidden)
+        violations = [
+            FieldViolation(
+                f"layers[{place}]", f"Expected a hidden layer's index, 0 to {hidden - 1}; got {shown(layer)}"
+            )
+            for place, layer in enumerate(layers)
+            if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < hidden
+        ]
+        if not violations and (not layers or len(set(layers)) < len(layers)):
+            violations.append(FieldViolation("layers", "Expected at least one hidden layer, and each at most once"))
+        if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 < fraction <= 1:
+            violations.append(
+                FieldViolation("fraction", f"Expected a number above 0 and at most 1; got {shown(fraction)}")
+            )
+        if violations:
+            raise SpecError(violations)
 
     @torch.inference_mode()
     def sample_plasticity(self) -> PlasticitySample:
