@@ -72,6 +72,7 @@ class Learner:
 
     def _install(self, state: StackState, draws: DrawSource | None = None, *, published_order: bool = False) -> None:
         self._state = state
+        self._initial_parameters: dict[str, Tensor] | None = None  # on the CPU, for snapshots
         self._engine = TorchEngine([self._spec], state, self._device, draws, published_order=published_order)
 
     def _no_examples(self) -> Examples:
@@ -361,23 +362,30 @@ class Learner:
         self._samples.clear()
         return samples
 
-    def snapshot(self) -> LearnerSnapshot:
-        """A copy of everything; restored, it continues bit for bit like this learner."""
+    def snapshot(self, into: LearnerSnapshot | None = None) -> LearnerSnapshot:
+        """A copy of everything; restored, it continues bit for bit like this learner.
+
+        `into` is an earlier snapshot that is not needed any more: where its tensors fit they are written over, which
+        saves the time that fresh memory takes. The initial parameters never change; a learner's snapshots share them,
+        on the CPU also with the learner itself.
+        """
         self._refuse_while_training("snapshot")
         state = self._state
-        tensors = {
+        changing = {
             "units.utility": state.units.utility,
             "units.age": state.units.age,
             "units.mean_activation": state.units.mean_activation,
-            "generator": state.generators[0].get_state(),
             "pending.features": torch.from_numpy(self._pending.features),
             "pending.targets": torch.from_numpy(self._pending.targets),
             "pending.weights": torch.from_numpy(self._pending.weights),
             "probe.features": torch.from_numpy(self._probe.features),
             "probe.targets": torch.from_numpy(self._probe.targets),
         }
-        for part, layers in self._layered_parts().items():
-            tensors |= self._named(part, layers)
+        for part, layers in self._changing_parts().items():
+            changing |= self._named(part, layers)
+        if self._initial_parameters is None:
+            initial = self._named("initial_parameters", state.initial_parameters)
+            self._initial_parameters = {name: tensor.cpu() for name, tensor in initial.items()}
         metadata: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "spec": self._spec.to_plain(),
@@ -388,15 +396,14 @@ class Learner:
             "pending_tasks": [list(run) for run in self._pending.tasks],
             "progress": self._progress.to_plain(),
         }
-        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        return LearnerSnapshot(tensors=copies, metadata=metadata)
+        room = {} if into is None else into.tensors
+        copies = {name: _copy_to_host(tensor, room.get(name)) for name, tensor in changing.items()}
+        constant = self._initial_parameters | {"generator": state.generators[0].get_state()}
+        return LearnerSnapshot(tensors=copies | constant, metadata=metadata)
 
-    def _layered_parts(self) -> dict[str, FlatLayers]:
+    def _changing_parts(self) -> dict[str, FlatLayers]:
         slots = {f"optimizer.{name}": slot for name, slot in self._state.optimizer.slots().items()}
-        return {
-            "parameters": self._state.parameters,
-            "initial_parameters": self._state.initial_parameters,
-        } | slots
+        return {"parameters": self._state.parameters} | slots
 
     def _named(self, part: str, layers: FlatLayers) -> dict[str, Tensor]:
         named = {}
@@ -432,7 +439,8 @@ class Learner:
 
     def _load_tensors(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         network = self._spec.network
-        for part, layers in self._layered_parts().items():
+        parts = {"initial_parameters": self._state.initial_parameters} | self._changing_parts()
+        for part, layers in parts.items():
             for name, target in self._named(part, layers).items():
                 target.copy_(take_tensor(tensors, name, target.shape, target.dtype))
         units = self._state.units
@@ -465,6 +473,13 @@ class Learner:
             on_host("probe.features", None, network.in_features),
             on_host("probe.targets", *target_shape, dtype=target_dtype),
         )
+
+
+def _copy_to_host(tensor: Tensor, room: Tensor | None) -> Tensor:
+    """A copy on the CPU, in `room` if that has just the shape and type for it."""
+    if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype or not room.is_contiguous():
+        room = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return room.copy_(tensor)
 
 
 @dataclass(frozen=True)
