@@ -127,7 +127,7 @@ class TrainingStream:
         Raises:
             BatchRejected: batches sent earlier were not accepted; this one has not been taken.
             InvalidArgument: this batch can't be sent, such as MessageTooLarge; it has not been taken.
-            Fenced, BatchesLost, LearnerReplaced, Unavailable: the stream is at its end.
+            Fenced, BatchesLost, LearnerReplaced, LearnerQuarantined, Unavailable: the stream is at its end.
         """
         request = self._stream.request(features, targets, weights=weights, task=task)
         return self._loop.run(self._stream.send_request(request))

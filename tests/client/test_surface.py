@@ -35,6 +35,7 @@ def test_the_public_names() -> None:
         "Learner",
         "LearnerInfo",
         "LearnerProgress",
+        "LearnerQuarantined",
         "LearnerReplaced",
         "MessageTooLarge",
         "NotFound",
