@@ -117,7 +117,7 @@ class MessageTooLarge(InvalidArgument):
 
 
 class NotFound(CbpClientError):
-    """There is no learner of that name."""
+    """There is no learner, or checkpoint, of that name."""
 
 
 class AlreadyExists(CbpClientError):

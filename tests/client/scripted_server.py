@@ -69,6 +69,8 @@ class ScriptedServer(
         most_in_flight: largest number of unanswered batches that any stream had.
         received: payload and sequence of each batch, in the order of arrival, over all streams.
         applied_ahead: added to the applied sequence of acknowledgements, as if later batches were applied as well.
+        export_parts: what an export consists of.
+        imported: the file that the last import sent.
         lost_answers: acknowledgements to leave out, so that the client does not hear of batches that are applied.
     """
 
@@ -90,6 +92,8 @@ class ScriptedServer(
         self.open_errors: list[BaseException] = []
         self.unary_errors: list[BaseException] = []
         self.requests: list[Any] = []
+        self.export_parts = [b"first", b"second"]
+        self.imported = b""
         self.port = 0
         self._server: grpc.aio.Server | None = None
 
@@ -305,8 +309,65 @@ class ScriptedServer(
         answer = learner_service_pb2.ListLearnersResponse(learners=learners, next_page_token=token)
         return await self._answer(request, context, answer)
 
-    async def DeleteLearner(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def DeleteLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        deleted = learner_pb2.Learner(name=request.name, uid=self.uid, state=learner_pb2.Learner.STATE_DELETED)
+        deleted.delete_time.FromJsonString("2026-11-22T10:00:00Z")
+        deleted.purge_time.FromJsonString("2026-11-29T10:00:00Z")
+        return await self._answer(request, context, deleted)
+
+    async def UndeleteLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        return await self._answer(request, context, learner_pb2.Learner(name=request.name, uid=request.uid))
+
+    async def PurgeLearner(self, request: Any, context: Any) -> Empty:  # noqa: N802
         return await self._answer(request, context, Empty())
+
+    async def ForkLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        fork = learner_pb2.Learner(name=f"learners/{request.learner_id}", durability=request.durability)
+        return await self._answer(request, context, fork)
+
+    async def CreateCheckpoint(self, request: Any, context: Any) -> learner_pb2.Checkpoint:  # noqa: N802
+        return await self._answer(request, context, checkpoint(request.parent, 12, pinned=True))
+
+    async def ListCheckpoints(self, request: Any, context: Any) -> learner_service_pb2.ListCheckpointsResponse:  # noqa: N802
+        first = int(request.page_token or 0)
+        answer = learner_service_pb2.ListCheckpointsResponse(
+            checkpoints=[checkpoint(request.parent, 4 - number) for number in range(first, first + 2)],
+            next_page_token="" if first else "2",
+            first_restorable_position=10,
+            last_restorable_position=99,
+        )
+        return await self._answer(request, context, answer)
+
+    async def DeleteCheckpoint(self, request: Any, context: Any) -> Empty:  # noqa: N802
+        return await self._answer(request, context, Empty())
+
+    async def RestoreLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        return await self._answer(request, context, learner_pb2.Learner(name=request.name, journal_position=100))
+
+    async def ResumeLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        return await self._answer(request, context, learner_pb2.Learner(name=request.name))
+
+    async def ResetUnits(self, request: Any, context: Any) -> learner_service_pb2.ResetUnitsResponse:  # noqa: N802
+        answer = learner_service_pb2.ResetUnitsResponse(replacements={"hidden_0": 4, "hidden_1": 0})
+        return await self._answer(request, context, answer)
+
+    async def ExportLearner(  # noqa: N802
+        self, request: Any, context: Any
+    ) -> AsyncIterator[learner_service_pb2.ExportLearnerResponse]:
+        self.requests.append(request)
+        for part in self.export_parts:
+            yield learner_service_pb2.ExportLearnerResponse(data=part)
+            if self.unary_errors:
+                raise await abort(context, self.unary_errors.pop(0))
+            await self.answering.wait()
+
+    async def ImportLearner(self, request_iterator: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        header = (await anext(request_iterator)).header
+        self.requests.append(header)
+        if self.unary_errors:
+            raise await abort(context, self.unary_errors.pop(0))
+        self.imported = b"".join([request.data async for request in request_iterator])
+        return learner_pb2.Learner(name=f"learners/{header.learner_id}", durability=header.durability)
 
     async def GetPlasticity(self, request: Any, context: Any) -> learner_service_pb2.GetPlasticityResponse:  # noqa: N802
         return await self._answer(request, context, learner_service_pb2.GetPlasticityResponse())
@@ -320,6 +381,20 @@ class ScriptedServer(
         if self.unary_errors:
             raise await abort(context, self.unary_errors.pop(0))
         return answer
+
+
+def checkpoint(parent: str, number: int, *, pinned: bool = False) -> learner_pb2.Checkpoint:
+    """A checkpoint whose facts follow from its number."""
+    made = learner_pb2.Checkpoint(
+        name=f"{parent}/checkpoints/{number}",
+        journal_position=10 * number,
+        step=100 * number,
+        examples=200 * number,
+        size_bytes=1000,
+        pinned=pinned,
+    )
+    made.create_time.FromJsonString("2026-11-22T10:00:00Z")
+    return made
 
 
 def payload(batch: training_service_pb2.TrainBatch) -> float:
