@@ -35,9 +35,9 @@ class ServerProcess:
         http_url: http://host:port, while it runs.
     """
 
-    def __init__(self, data_dir: Path, *flags: str) -> None:
+    def __init__(self, data_dir: Path, *flags: str, log_path: Path | None = None) -> None:
         self.data_dir = data_dir
-        self.log_path = data_dir.with_name(data_dir.name + ".log")
+        self.log_path = log_path or data_dir.with_name(data_dir.name + ".log")
         self._flags = flags
         self._process: subprocess.Popen[bytes] | None = None
         self._tolerated: set[str] = set()
@@ -46,6 +46,11 @@ class ServerProcess:
 
     def start(self, *flags: str) -> None:
         """Returns when the server is ready. After the first start it keeps its ports."""
+        self.launch(*flags)
+        self.wait_until_ready()
+
+    def launch(self, *flags: str) -> None:
+        """Starts the process and returns at once."""
         ports = [self.grpc_target.rpartition(":")[2] or "0", self.http_url.rpartition(":")[2] or "0"]
         (self.data_dir / "endpoints.json").unlink(missing_ok=True)  # left behind by a killed server
         with self.log_path.open("ab") as log_file:
@@ -54,8 +59,17 @@ class ServerProcess:
                     sys.executable, "-m", "cbp_server", "--data-dir", str(self.data_dir), "--log-format", "json",
                     "--grpc-port", ports[0], "--http-port", ports[1], *self._flags, *flags,
                 ],
-                stderr=log_file, stdout=log_file, env=_environment(),
+                stderr=log_file, stdout=log_file, env=self.environment(),
             )  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """Of the process: without settings of the person who runs the tests, and with our own warnings as errors."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("CBP_")}
+        filters = ["error::ResourceWarning", *(f"error:::{module}" for module in ("__main__", *_own_modules()))]
+        return environment | {"PYTHONWARNINGS": ",".join(filters)}
+
+    def wait_until_ready(self) -> None:
+        """Fails if the process ends instead."""
         endpoints = self._wait_for_endpoints()
         self.grpc_target = f"{endpoints['host']}:{endpoints['grpc_port']}"
         self.http_url = f"http://{endpoints['host']}:{endpoints['http_port']}"
@@ -64,6 +78,10 @@ class ServerProcess:
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     @property
     def log(self) -> str:
@@ -111,7 +129,7 @@ class ServerProcess:
 
     def close(self) -> None:
         """Whatever state it is in: afterwards it does not run. Fails if its log tells of a failure."""
-        if self._process is not None and self._process.poll() is None:
+        if self.running:
             self.stop()
         problems = self.log_problems()
         assert not problems, "the server's log tells of failures:\n" + "\n".join(problems)
@@ -129,13 +147,6 @@ class ServerProcess:
             time.sleep(0.02)
         endpoints: dict[str, object] = json.loads(path.read_text())
         return endpoints
-
-
-def _environment() -> dict[str, str]:
-    """Without settings of the person who runs the tests; the server's own warnings are errors in the server as well."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CBP_")}
-    filters = ["error::ResourceWarning", *(f"error:::{module}" for module in ("__main__", *_own_modules()))]
-    return environment | {"PYTHONWARNINGS": ",".join(filters)}
 
 
 def _own_modules() -> Iterator[str]:

@@ -1,0 +1,237 @@
+"""A disk that keeps only what was synced: what a machine finds when the power comes back.
+
+Beside the tree that the server works on, a shadow keeps what is durable:
+
+    content/<inode>   a file as it was when it was last synced
+    names/<inode>     a directory's entries when it was last synced: JSON, name to inode and whether it is a directory
+    links/<inode>     a hard link to the file, so that its inode number is not given to another one
+
+A file whose name is durable and whose content is not is empty after a power loss.
+"""
+
+import json
+import os
+import random
+import shutil
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from faults.plan import SyncedDisk
+
+#: Granularity in which unsynced writes may or may not have reached the disk, in bytes.
+_PAGE = 4096
+
+# As they are before anything patches them.
+_fsync, _fdatasync, _mkdir, _replace = os.fsync, os.fdatasync, os.mkdir, os.replace
+
+EntryT = TypeVar("EntryT")
+
+_Entry = tuple[int, bool]  # inode, whether it is a directory
+
+
+class DurableDisk:
+    """In the server's processes: notes what is synced. Also a `SqliteWatcher`."""
+
+    wants_content = True
+
+    def __init__(self, disk: SyncedDisk) -> None:
+        self._disk = disk
+        self._root = str(disk.root)
+        self._noting = threading.Lock()
+
+    def writing(self, path: str) -> int:
+        return 0
+
+    def syncing(self, path: str) -> int:
+        return 0
+
+    def synced(self, path: str, content: bytes) -> None:
+        if "sqlite" not in self._disk.lies:
+            self.file_synced(path, content)
+
+    def file_synced(self, path: str, content: bytes) -> None:
+        """The file held `content` when a sync of it began that has ended now."""
+        if not self.holds(path):
+            return
+        with self._noting:
+            inode = _keep(self._disk.shadow, Path(path))
+            if inode is not None:
+                _write(self._disk.shadow / "content" / str(inode), content)
+
+    def directory_synced(self, path: str) -> None:
+        if not self.holds(path):
+            return
+        with self._noting:
+            note_names(self._disk.shadow, Path(path))
+
+    def directory_made(self, path: str) -> None:
+        """Its inode may have been another directory's before."""
+        if self.holds(path):
+            (self._disk.shadow / "names" / str(Path(path).stat().st_ino)).unlink(missing_ok=True)
+
+    def holds(self, path: str) -> bool:
+        return path == self._root or path.startswith(self._root + os.sep)
+
+    @property
+    def lies_about_files(self) -> bool:
+        return "files" in self._disk.lies
+
+    @property
+    def lies_about_directories(self) -> bool:
+        return "directories" in self._disk.lies
+
+
+class SyncFailures(Protocol):
+    def check_sync(self, path: str) -> None:
+        """Raises OSError if syncing this file shall fail."""
+
+
+def watch_syncs(disk: DurableDisk | None, failures: SyncFailures | None) -> None:
+    """From now on os.fsync, os.fdatasync and os.mkdir of this process tell `disk`, and fail as `failures` says."""
+
+    def watched(sync: Callable[[int], None]) -> Callable[[object], None]:
+        def watched_sync(file: object) -> None:
+            descriptor = file if isinstance(file, int) else file.fileno()  # type: ignore[attr-defined]
+            path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+            if failures is not None:
+                failures.check_sync(path)
+            is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+            content = b"" if is_directory or disk is None or not disk.holds(path) else _read(descriptor)
+            sync(descriptor)
+            if disk is None:
+                return
+            if is_directory and not disk.lies_about_directories:
+                disk.directory_synced(path)
+            elif not is_directory and not disk.lies_about_files:
+                disk.file_synced(path, content)
+
+        return watched_sync
+
+    def mkdir(path: str, *arguments: object, **named: object) -> None:
+        _mkdir(path, *arguments, **named)  # type: ignore[arg-type]
+        if disk is not None:
+            disk.directory_made(os.path.abspath(path))  # noqa: PTH100 - a symbolic link is no other directory
+
+    os.fsync, os.fdatasync = watched(_fsync), watched(_fdatasync)
+    os.mkdir = mkdir
+
+
+def _read(descriptor: int) -> bytes:
+    with Path(f"/proc/self/fd/{descriptor}").open("rb") as file:  # it may be open for writing only
+        return file.read()
+
+
+# -- the shadow --
+
+
+def note_names(shadow: Path, directory: Path) -> None:
+    """The directory's entries as they are now are durable."""
+    names = {}
+    for entry in os.scandir(directory):
+        is_directory = entry.is_dir(follow_symlinks=False)
+        if not is_directory and _keep(shadow, Path(entry.path)) is None:
+            continue
+        names[entry.name] = (entry.inode(), is_directory)
+    _write(shadow / "names" / str(directory.stat().st_ino), json.dumps(names).encode())
+
+
+def _keep(shadow: Path, path: Path) -> int | None:
+    """Links the file, if it is not linked yet; its inode number, or None if it has been removed meanwhile."""
+    try:
+        inode = path.stat().st_ino
+        link = shadow / "links" / str(inode)
+        if not link.exists():
+            with suppress(FileExistsError):  # the other process was quicker
+                os.link(path, link)
+    except FileNotFoundError:
+        return None
+    return inode
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all, since the process may be killed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
+    temporary.write_bytes(content)
+    _replace(temporary, path)
+
+
+# -- in the harness --
+
+
+def begin_shadow(disk: SyncedDisk) -> None:
+    """All that the tree holds now is durable. No server may run."""
+    shutil.rmtree(disk.shadow, ignore_errors=True)
+    for part in ("content", "names", "links"):
+        (disk.shadow / part).mkdir(parents=True)
+    for directory, _, names in os.walk(disk.root):
+        note_names(disk.shadow, Path(directory))
+        for name in names:
+            path = Path(directory, name)
+            _write(disk.shadow / "content" / str(path.stat().st_ino), path.read_bytes())
+
+
+def lose_power(disk: SyncedDisk, chance: random.Random | None = None) -> None:
+    """Replaces the tree by what is durable of it. No server may run.
+
+    Args:
+        chance: decides which of the pages and names that were written and not synced are there all the same. None of
+            them if it is None.
+    """
+    rebuilt = disk.root.with_name(f"{disk.root.name}.rebuilt")
+    shutil.rmtree(rebuilt, ignore_errors=True)
+    _Rebuilding(disk.shadow, chance).directory(disk.root, disk.root.stat().st_ino, rebuilt)
+    shutil.rmtree(disk.root)
+    rebuilt.rename(disk.root)
+    begin_shadow(disk)
+
+
+class _Rebuilding:
+    def __init__(self, shadow: Path, chance: random.Random | None) -> None:
+        self._shadow = shadow
+        self._chance = chance
+
+    def directory(self, present: Path | None, inode: int, target: Path) -> None:
+        """Makes `target` what is left of the directory; `present` is where it was, if it was there at the end."""
+        target.mkdir()
+        noted = self._shadow / "names" / str(inode)
+        durable: dict[str, _Entry] = {}
+        if noted.exists():
+            durable = {name: (inode, is_directory) for name, (inode, is_directory) in json.loads(noted.read_text()).items()}
+        current: dict[str, _Entry] = {}
+        if present is not None:
+            current = {
+                entry.name: (entry.inode(), entry.is_dir(follow_symlinks=False)) for entry in os.scandir(present)
+            }
+        for name in sorted(durable.keys() | current.keys()):
+            entry = self._either(durable.get(name), current.get(name))
+            if entry is None:
+                continue
+            there = present / name if present is not None and current.get(name) == entry else None
+            child, is_directory = entry
+            if is_directory:
+                self.directory(there, child, target / name)
+            else:
+                (target / name).write_bytes(self._content(there, child))
+
+    def _content(self, present: Path | None, inode: int) -> bytes:
+        noted, link = self._shadow / "content" / str(inode), self._shadow / "links" / str(inode)
+        durable = noted.read_bytes() if noted.exists() else b""
+        written = link if link.exists() else present
+        if self._chance is None or written is None:
+            return durable
+        unsynced = written.read_bytes()
+        length = self._chance.choice((len(durable), len(unsynced)))
+        pages = (
+            self._chance.choice((durable, unsynced))[start : start + _PAGE].ljust(_PAGE, b"\0")
+            for start in range(0, length, _PAGE)
+        )
+        return b"".join(pages)[:length]
+
+    def _either(self, durable: EntryT, current: EntryT) -> EntryT:
+        if self._chance is None or durable == current:
+            return durable
+        return self._chance.choice((durable, current))

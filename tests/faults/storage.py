@@ -1,0 +1,96 @@
+"""Storage that fails on demand: while a file exists that says how."""
+
+import errno
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from faults.sqlite_vfs import SQLITE_FULL, SQLITE_IOERR_FSYNC, SQLITE_IOERR_WRITE, SQLITE_READONLY
+
+_DATABASE_STATUS = {
+    "full": SQLITE_FULL,
+    "read-only": SQLITE_READONLY,
+    "write-error": SQLITE_IOERR_WRITE,
+}
+#: Directories that hold checkpoints.
+_CHECKPOINTS = {"checkpoints", "learners"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failures:
+    """What fails.
+
+    Attributes:
+        database: how writes of the database fail.
+        database_sync: whether fsync of the database fails.
+        checkpoints: the error of opening a checkpoint file for writing ("EROFS") or of syncing it ("ENOSPC", which a
+            file system that allocates late finds out only then).
+    """
+
+    database: Literal["full", "read-only", "write-error"] | None = None
+    database_sync: bool = False
+    checkpoints: Literal["ENOSPC", "EROFS"] | None = None
+
+    def begin(self, trigger: Path) -> None:
+        temporary = trigger.with_name(f"{trigger.name}.writing")
+        temporary.write_text(json.dumps(asdict(self)))
+        temporary.replace(trigger)
+
+
+class FailingStorage:
+    """In the server's processes: fails what the trigger file says. Also a `SqliteWatcher`."""
+
+    wants_content = False
+
+    def __init__(self, trigger: Path) -> None:
+        self._trigger = trigger
+
+    def writing(self, path: str) -> int:
+        database = self._failures().database
+        return 0 if database is None or _is_shared_memory(path) else _DATABASE_STATUS[database]
+
+    def syncing(self, path: str) -> int:
+        return SQLITE_IOERR_FSYNC if self._failures().database_sync else 0
+
+    def synced(self, path: str, content: bytes) -> None:
+        pass
+
+    def directory_synced(self, path: str) -> None:
+        pass
+
+    def check_open(self, path: str, flags: int) -> None:
+        """Raises OSError if the file shall not be opened like this."""
+        if _is_checkpoint(path) and flags & (os.O_WRONLY | os.O_RDWR) and self._failures().checkpoints == "EROFS":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    def check_sync(self, path: str) -> None:
+        """Raises OSError if syncing the file shall fail."""
+        if _is_checkpoint(path) and self._failures().checkpoints == "ENOSPC":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    def _failures(self) -> Failures:
+        try:
+            return Failures(**json.loads(self._trigger.read_text()))
+        except FileNotFoundError:
+            return Failures()
+
+
+def watch_opens(failing: FailingStorage) -> None:
+    """From now on this process opens files only as `failing` says."""
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str | bytes) and isinstance(arguments[2], int):
+            failing.check_open(os.fsdecode(arguments[0]), arguments[2])
+
+    sys.addaudithook(hook)
+
+
+def _is_checkpoint(path: str) -> bool:
+    return not _CHECKPOINTS.isdisjoint(Path(path).parts)
+
+
+def _is_shared_memory(path: str) -> bool:
+    return path.endswith("-shm")
