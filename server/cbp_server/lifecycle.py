@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 
-from cbp import CbpError, FieldViolation, LearnerSnapshot, LearnerSpec, SnapshotError, SpecError
+from cbp import FieldViolation, LearnerSnapshot, LearnerSpec, SnapshotError, SpecError
 from cbp.errors import shown
 from cbp_server.change_log import ChangeLog, NewEntry
 from cbp_server.checkpointing import Checkpointer
@@ -30,7 +30,6 @@ from cbp_server.errors import (
     LearnerNotFound,
     LearnerNotQuarantined,
     LimitReached,
-    NotInEngine,
     PositionNotHeld,
     RequestIdReused,
 )
@@ -41,7 +40,7 @@ from cbp_server.registry import Registry
 from cbp_server.residence import Residence
 from cbp_server.storage import Storage
 from cbp_server.store.catalog import StoredCheckpoint, StoredLearner
-from cbp_server.store.journal import Entry, EntryKind
+from cbp_server.store.journal import EntryKind
 
 _LEARNER_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 

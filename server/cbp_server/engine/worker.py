@@ -34,6 +34,7 @@ from cbp import (
 )
 from cbp_server.engine import messages
 from cbp_server.engine.inbox import Inbox
+from cbp_server.engine.spares import SpareSnapshots
 from cbp_server.engine.training import StopTrainingError, TrainingJob
 from cbp_server.errors import BatchNotLearnt, CheckpointFailed, EngineFault, NotInEngine, SequenceGap, ServerDraining
 from cbp_server.logs import configure_logging
@@ -97,6 +98,7 @@ class EngineWorker:
     ) -> None:
         self._device = _resolve_device(options.device)
         self._files = CheckpointFiles(options.checkpoint_url)
+        self._spares = SpareSnapshots()
         self._inbox = inbox
         self._answer = answer
         self._hosted: dict[str, HostedLearner] = {}
@@ -344,7 +346,8 @@ class EngineWorker:
     def _checkpoint(self, call: messages.Call, request: messages.Checkpoint) -> None:
         """Copies the learner's state between two steps; the copy is written while the learner goes on."""
         try:
-            copy = _Copy(self._get(request.learner))
+            hosted = self._get(request.learner)
+            copy = _Copy(hosted, self._spares.take(hosted.learner.spec))
         except Exception as error:
             self._answer(messages.Answer(call.number, error=_for_front(error, call)))
             return
@@ -361,6 +364,7 @@ class EngineWorker:
             "samples": [_sample_to_plain(sample) for sample in copy.samples],
         }
         data = copy.snapshot.to_bytes(extra={_SERVICE_KEY: json.dumps(service)})
+        self._spares.give(report.spec, copy.snapshot)
         try:
             self._files.write(request.stored_as, request.number, data)
         except OSError as error:
@@ -397,8 +401,8 @@ def _check_sequence(hosted: HostedLearner, request: messages.Train | messages.Sk
 class _Copy:
     """A learner as it was between two steps, for the writer to write while it goes on."""
 
-    def __init__(self, hosted: HostedLearner) -> None:
-        self.snapshot = hosted.learner.snapshot()
+    def __init__(self, hosted: HostedLearner, spare: LearnerSnapshot | None) -> None:
+        self.snapshot = hosted.learner.snapshot(into=spare)
         self.report = hosted.report
         self.samples = tuple(hosted.samples)
 
