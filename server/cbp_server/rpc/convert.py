@@ -45,7 +45,7 @@ _DURABILITIES = {
     Durability.NONE: learner_pb2.DURABILITY_NONE,
 }
 _CHECKPOINTS = "checkpoints/"
-_FORMATS = {
+_FORMATS: dict[int, str] = {
     learner_service_pb2.ExportLearnerRequest.FORMAT_UNSPECIFIED: "safetensors",
     learner_service_pb2.ExportLearnerRequest.FORMAT_SAFETENSORS: "safetensors",
     learner_service_pb2.ExportLearnerRequest.FORMAT_ONNX: "onnx",
@@ -74,7 +74,7 @@ def checkpoint_of(name: str, field: str) -> tuple[str, int]:
     return learner, int(number)
 
 
-def durability_of(value: "learner_pb2.Durability", field: str) -> Durability | None:
+def durability_of(value: int, field: str) -> Durability | None:
     """None if it is left to the server."""
     if value == learner_pb2.DURABILITY_UNSPECIFIED:
         return None
@@ -84,7 +84,7 @@ def durability_of(value: "learner_pb2.Durability", field: str) -> Durability | N
     raise InvalidRequest(FieldViolation(field, f"is no Durability: {value}"))
 
 
-def export_format(value: "learner_service_pb2.ExportLearnerRequest.Format") -> str:
+def export_format(value: int) -> str:
     if value not in _FORMATS:
         raise InvalidRequest(FieldViolation("format", f"is no Format: {value}"))
     return _FORMATS[value]

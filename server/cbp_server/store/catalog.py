@@ -24,8 +24,8 @@ class StoredLearner:
     learner_id: str
     spec: dict[str, Any]  # the newborn's; JSON
     durability: Durability
+    born: bool  # it began as that newborn; otherwise its first checkpoint, at position 0, is its beginning
     create_time: datetime  # times are aware, UTC
-    update_time: datetime
     request_id: str = ""
     request_digest: str = ""
     delete_time: datetime | None = None

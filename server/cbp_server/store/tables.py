@@ -69,8 +69,8 @@ LEARNERS = Table(
     Column("learner_id", String(128), nullable=False),
     Column("spec", Json, nullable=False),  # the newborn's
     Column("durability", String(8), nullable=False),
+    Column("born", Boolean, nullable=False),  # as that newborn; else it begins with its first checkpoint
     Column("create_time", UtcTime, nullable=False),
-    Column("update_time", UtcTime, nullable=False),
     Column("request_id", String(128), nullable=False),  # of the create, with the request's digest; "" without
     Column("request_digest", String(128), nullable=False),
     Column("delete_time", UtcTime),

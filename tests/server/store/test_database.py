@@ -21,7 +21,7 @@ LEARNER = StoredLearner(
     spec={},
     durability=Durability.FSYNC,
     create_time=datetime(2026, 1, 1, tzinfo=UTC),
-    update_time=datetime(2026, 1, 1, tzinfo=UTC),
+    born=True,
 )
 
 
