@@ -415,11 +415,8 @@ class Learner:
     @classmethod
     def restore(cls, snapshot: LearnerSnapshot, *, device: torch.device | str = "cpu") -> "Learner":
         """The learner that the snapshot was taken of. Raises `SnapshotError` if anything is missing or does not fit."""
-        version = snapshot.metadata.get("format_version")
-        if version != FORMAT_VERSION:
-            raise SnapshotError(f"The snapshot has format version {version!r}; this package reads {FORMAT_VERSION}")
         try:
-            learner = cls(LearnerSpec.parse(snapshot.metadata["spec"]), device=device)
+            learner = cls(snapshot.read_spec(), device=device)
             learner._load_counters(snapshot.metadata)
             learner._load_tensors(snapshot.tensors, snapshot.metadata)
         except SnapshotError:

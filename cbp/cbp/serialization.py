@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cbp.errors import SnapshotError
+from cbp.errors import SnapshotError, SpecError
+from cbp.spec import LearnerSpec
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "cbp"
@@ -38,6 +39,16 @@ class LearnerSnapshot:
     """JSON-able: the specification, counters, averages, and `format_version`."""
     extra: dict[str, str] = field(default_factory=dict)
     """What the caller stored beside it."""
+
+    def read_spec(self) -> LearnerSpec:
+        """The learner's specification. Raises `SnapshotError` if this package cannot read it."""
+        version = self.metadata.get("format_version")
+        if version != FORMAT_VERSION:
+            raise SnapshotError(f"The snapshot has format version {version!r}; this package reads {FORMAT_VERSION}")
+        try:
+            return LearnerSpec.parse(self.metadata["spec"])
+        except (KeyError, SpecError) as error:
+            raise SnapshotError(f"The snapshot's specification cannot be read: {error}") from error
 
     def to_bytes(self, extra: Mapping[str, str] | None = None) -> bytes:
         """A safetensors file; `extra` is added to what the snapshot holds already. Raises `SnapshotError`.
