@@ -210,7 +210,7 @@ class AsyncLearner:
             name=self._name, layers=convert.layers(layers), fraction=fraction
         )
         answer = await self._connection.call(self._connection.learners.ResetUnits, request, retry=False)
-        return dict(answer.replacements)
+        return convert.by_layer(answer.replacements)
 
     async def export(
         self, target: PathOrFile, *, format: ExportFormat = "safetensors", timeout: float = TRANSFER_TIMEOUT
