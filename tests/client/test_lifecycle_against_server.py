@@ -143,7 +143,7 @@ def test_an_open_stream_outlives_a_restore(learner: Learner) -> None:
     assert learner.refresh().progress.examples == 160
 
 
-def test_a_fork_goes_its_own_way_bit_for_bit(client: Client, learner: Learner, learner_id: str) -> None:
+def test_a_fork_goes_its_own_way_bit_for_bit(learner: Learner, learner_id: str) -> None:
     train(learner, make_batches(5))
     fork = learner.fork(renamed(learner_id, "fork"), durability="os")
     assert (fork.info.durability, fork.info.producers) == ("os", ())
@@ -225,9 +225,9 @@ def test_durability(client: Client, learner_id: str, durability: Any) -> None:
     if durability != "none":
         changed = "os" if durability == "fsync" else "fsync"
         assert learner.update(durability=changed).durability == changed
+    stale = client.get_learner(learner_id)
+    learner.update(optimizer={"lr": 0.5})
     with pytest.raises(EtagMismatch):
-        stale = client.get_learner(learner_id)
-        learner.update(optimizer={"lr": 0.5})
         stale.restore(checkpoint=1, if_unchanged=True)
 
 
