@@ -220,6 +220,7 @@ def test_durability(client: Client, learner_id: str, durability: Any) -> None:
     train(learner, make_batches(3))
     with learner.stream("web") as stream:
         stream.send(*make_batches(1)[0])
+        stream.flush()
         learner.checkpoint()
         stream.flush(durable=True, timeout=30)
     if durability != "none":
