@@ -147,6 +147,9 @@ def _of(learner_uid: str) -> ColumnElement[bool]:
 
 def _crc(entry: Entry) -> int:
     """Over all that replay uses; signed, as databases have it."""
-    head = f"{entry.learner_uid} {entry.position} {entry.kind} {entry.producer} {entry.epoch} {entry.sequence}".encode()
-    unsigned = zlib.crc32(entry.payload, zlib.crc32(head))
+    head = (
+        f"{entry.learner_uid} {entry.position} {entry.kind} "
+        f"{entry.producer} {entry.epoch} {entry.sequence} {entry.payload_hash}"
+    )
+    unsigned = zlib.crc32(entry.payload, zlib.crc32(head.encode()))
     return unsigned - 2**32 if unsigned >= 2**31 else unsigned
