@@ -1,99 +1,171 @@
-"""Checkpoints as files: one directory a learner, one file a checkpoint, the newest readable one counts.
+"""Checkpoints as files: `<root>/<uid>/<number>.safetensors`, in a local directory or in any storage that fsspec knows.
 
-    <data_dir>/learners/<learner_id>/checkpoint-<generation>.safetensors
-
-A file appears under its name only when it is whole and on disk: written to a temporary name, fsynced, renamed, and the
-directory fsynced.
+The catalog says which of them count; nothing here lists files. A storage other than a directory is set up through
+fsspec's own configuration: environment variables such as `FSSPEC_S3_ENDPOINT_URL`, or files in `~/.config/fsspec`.
 """
 
+import errno
 import os
 import re
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Protocol
 
-_FILE = re.compile(r"checkpoint-(\d{12})\.safetensors")
-_TEMPORARY = ".writing"
-_DELETED = ".deleted-"
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+from cbp_server.store.directories import make_directory, sync_directory
+
+_UID = re.compile(r"[0-9A-Za-z_-]+")  # a name within the root: never empty, no way out
+_WRITING = ".writing"
 
 
-#: Of each learner; older ones are removed after a newer one is on disk.
-CHECKPOINTS_KEPT = 2
+class CheckpointFiles:
+    """The learners' checkpoint files; several threads may use it, each file by one at a time.
 
-
-class CheckpointDirectory:
-    """The learners' checkpoints under one data directory.
+    Constructing it reaches for nothing, so storage that is away shows at the first use. Methods raise `OSError` for
+    every failure of the storage.
 
     Args:
-        data_dir: made if it is missing.
-        keep: checkpoints kept of each learner; older ones are removed after a newer one is on disk.
+        root: a directory, made when it is needed, or an fsspec URL such as `s3://bucket/prefix`, whose bucket exists.
+
+    Raises:
+        ValueError: no storage known by this URL's scheme, its package is not installed, or its options are wrong.
     """
 
-    def __init__(self, data_dir: Path, *, keep: int = CHECKPOINTS_KEPT) -> None:
-        self._learners = data_dir / "learners"
-        self._keep = keep
-        self._learners.mkdir(parents=True, exist_ok=True)
-        for leftover in [*self._learners.glob(f"{_DELETED}*"), *self._learners.glob(f"*/*{_TEMPORARY}")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    def __init__(self, root: str) -> None:
+        if "://" not in root and "::" not in root:
+            self._files: _Files = _Directory(Path(root))
+        elif root.startswith("file://"):
+            self._files = _Directory(Path(root.removeprefix("file://")))
+        else:
+            self._files = _Storage(root)
 
-    def learner_ids(self) -> list[str]:
-        """Learners that have at least one checkpoint, sorted."""
-        return sorted(path.name for path in self._learners.iterdir() if path.is_dir() and self._generations(path.name))
+    def write(self, uid: str, number: int, data: bytes) -> None:
+        """Stores a checkpoint, or replaces it; the file is whole and durable when this returns.
 
-    def write(self, learner_id: str, data: bytes) -> None:
-        """Makes `data` the learner's newest checkpoint; it is on disk when this returns.
+        After a failure there may be part of it under its name, depending on the storage; not so in a directory.
+        """
+        self._files.write(_name(uid), _file(number), data)
+
+    def read(self, uid: str, number: int) -> bytes:
+        """What was written.
 
         Raises:
-            OSError: it could not be written; the checkpoints before it are untouched.
+            FileNotFoundError: there is none.
         """
-        directory = self._learners / learner_id
-        if not directory.exists():
-            directory.mkdir()
-            _sync_directory(self._learners)
-        generations = self._generations(learner_id)
-        generation = generations[0] + 1 if generations else 1
-        path = self._path(learner_id, generation)
-        temporary = path.with_name(path.name + _TEMPORARY)
+        return self._files.read(_name(uid), _file(number))
+
+    def delete(self, uid: str, number: int) -> None:
+        """Removes a checkpoint; fine if there is none."""
+        self._files.delete(_name(uid), _file(number))
+
+    def delete_all(self, uid: str) -> None:
+        """Removes all of a learner's files, also those of writes that were cut short; fine if there are none."""
+        self._files.delete_all(_name(uid))
+
+
+class _Files(Protocol):
+    def write(self, uid: str, file: str, data: bytes) -> None: ...
+    def read(self, uid: str, file: str) -> bytes: ...
+    def delete(self, uid: str, file: str) -> None: ...
+    def delete_all(self, uid: str) -> None: ...
+
+
+class _Directory:
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._durable: set[str] = set()  # uids whose directories are known to be on disk
+        self._making = threading.Lock()
+
+    def write(self, uid: str, file: str, data: bytes) -> None:
+        directory = self._root / uid
+        with self._making:
+            if uid not in self._durable:
+                make_directory(self._root)
+                make_directory(directory)
+                self._durable.add(uid)
+        path = directory / file
+        temporary = path.with_name(file + _WRITING)
         try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
             temporary.replace(path)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
-        _sync_directory(directory)
-        for old in generations[self._keep - 1 :]:
-            self._path(learner_id, old).unlink(missing_ok=True)
+        sync_directory(directory)
 
-    def paths(self, learner_id: str) -> list[Path]:
-        """The learner's checkpoints, newest first, so that a reader can fall back from one that is corrupt."""
-        return [self._path(learner_id, generation) for generation in self._generations(learner_id)]
+    def read(self, uid: str, file: str) -> bytes:
+        return (self._root / uid / file).read_bytes()
 
-    def delete(self, learner_id: str, uid: str) -> None:
-        """Removes the learner's checkpoints; after a crash in between they are gone as well."""
-        directory = self._learners / learner_id
-        if not directory.exists():
-            return
-        deleted = self._learners / f"{_DELETED}{uid}"
-        directory.replace(deleted)
-        _sync_directory(self._learners)
-        shutil.rmtree(deleted)
+    def delete(self, uid: str, file: str) -> None:
+        (self._root / uid / file).unlink(missing_ok=True)
 
-    def _generations(self, learner_id: str) -> list[int]:
-        directory = self._learners / learner_id
-        if not directory.exists():
-            return []
-        matches = (_FILE.fullmatch(path.name) for path in directory.iterdir())
-        return sorted((int(match.group(1)) for match in matches if match), reverse=True)
-
-    def _path(self, learner_id: str, generation: int) -> Path:
-        return self._learners / learner_id / f"checkpoint-{generation:012d}.safetensors"
+    def delete_all(self, uid: str) -> None:
+        with self._making:
+            self._durable.discard(uid)
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self._root / uid)
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class _Storage:
+    def __init__(self, url: str) -> None:
+        self._url = url
+        try:
+            self._filesystem, root = url_to_fs(url)
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(f"checkpoints cannot be kept at {url}: {error}") from error
+        self._root = root.rstrip("/")
+
+    def write(self, uid: str, file: str, data: bytes) -> None:
+        directory = f"{self._root}/{uid}"
+        with self._use() as filesystem:
+            try:
+                filesystem.pipe_file(f"{directory}/{file}", data)
+            except (
+                FileNotFoundError
+            ):  # storage that has directories; buckets are never made, which hides a misspelt one
+                filesystem.mkdir(directory, create_parents=False)
+                filesystem.pipe_file(f"{directory}/{file}", data)
+
+    def read(self, uid: str, file: str) -> bytes:
+        with self._use() as filesystem:
+            return bytes(filesystem.cat_file(f"{self._root}/{uid}/{file}"))
+
+    def delete(self, uid: str, file: str) -> None:
+        with self._use() as filesystem, suppress(FileNotFoundError):
+            filesystem.rm_file(f"{self._root}/{uid}/{file}")
+
+    def delete_all(self, uid: str) -> None:
+        with self._use() as filesystem, suppress(FileNotFoundError):
+            filesystem.invalidate_cache()  # a listing from earlier may lack files
+            for path in filesystem.find(f"{self._root}/{uid}"):  # `rm` would take a root with * or [ for a pattern
+                filesystem.rm_file(path)
+            with suppress(Exception):  # where there are directories; an empty one harms nobody
+                filesystem.rmdir(f"{self._root}/{uid}")
+
+    @contextmanager
+    def _use(self) -> Iterator[Any]:
+        try:
+            # Asynchronous ones run all calls on one thread of their own; others belong to the thread that made them.
+            yield self._filesystem if self._filesystem.async_impl else url_to_fs(self._url)[0]
+        except OSError:
+            raise
+        except Exception as error:  # each storage's client has errors of its own
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+
+def _name(uid: str) -> str:
+    if not _UID.fullmatch(uid):
+        raise ValueError(f"{uid!r} is no uid")
+    return uid
+
+
+def _file(number: int) -> str:
+    return f"{number}.safetensors"
