@@ -200,7 +200,9 @@ class _Rebuilding:
         noted = self._shadow / "names" / str(inode)
         durable: dict[str, _Entry] = {}
         if noted.exists():
-            durable = {name: (inode, is_directory) for name, (inode, is_directory) in json.loads(noted.read_text()).items()}
+            durable = {
+                name: (inode, is_directory) for name, (inode, is_directory) in json.loads(noted.read_text()).items()
+            }
         current: dict[str, _Entry] = {}
         if present is not None:
             current = {

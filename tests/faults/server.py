@@ -27,9 +27,7 @@ class FaultyServer(ServerProcess):
         failures: the trigger of `storage.Failures`.
     """
 
-    def __init__(
-        self, directory: Path, *flags: str, power_can_fail: bool = False, lies: tuple[Lie, ...] = ()
-    ) -> None:
+    def __init__(self, directory: Path, *flags: str, power_can_fail: bool = False, lies: tuple[Lie, ...] = ()) -> None:
         disk = directory / "disk"
         disk.mkdir(parents=True)
         super().__init__(disk / "data", *flags, log_path=directory / "server.log")
