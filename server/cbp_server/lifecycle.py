@@ -93,6 +93,8 @@ class Lifecycle:
             stored = _new(learner_id, spec, durability, request_id, request_digest, born=True)
             if (earlier := self._made_by(stored)) is not None:
                 return earlier.record
+            if not self._engine.status.up:
+                raise EngineUnavailable
             await self._storage.run(self._storage.catalog.add, stored)
             hosted = hosted_from_catalog(stored, None, LearnerState.UNAVAILABLE, self._history_samples)
             self._registry.add([hosted])
@@ -332,6 +334,9 @@ class Lifecycle:
             rows = await self._storage.run(self._storage.catalog.checkpoints, hosted.uid)
             source = None if number is None else _numbered(hosted, rows, number)
             if position is not None:
+                if not hosted.log.journals_batches:
+                    description = "is not possible: the learner's batches are not journaled; name a checkpoint"
+                    raise InvalidRequest(FieldViolation("journal_position", description))
                 first, last = await self._restorable(hosted, rows)
                 if not first <= position <= last:
                     raise PositionNotHeld(hosted.learner_id, first, last)
