@@ -1,8 +1,9 @@
 """Opens the store's database: SQLite in the data directory, or PostgreSQL by a URL."""
 
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,19 @@ from cbp_server.store.directories import sync_directory
 _FILE = "journal.db"
 _CHUNK_BYTES = 2**20
 
+#: The engine's option that holds the lock of SQLite's writers.
+_WRITING = "cbp_writing"
+
 #: Key of the advisory lock on a PostgreSQL database; all its users share one space of numbers.
 _OWNER_LOCK = 0x6362705F6F776E65
+
+_SQLITE_SETTINGS = (
+    "journal_mode=WAL",  # readers do not wait for the writer
+    "synchronous=FULL",  # a commit returns when the log is fsynced, which is the promise
+    "busy_timeout=10000",  # ms
+    "foreign_keys=ON",
+    "secure_delete=OFF",  # some builds have it on, and write zeros over all that is truncated
+)
 
 #: s, s, and how often; after that the other side is given up.
 _POSTGRESQL_KEEPALIVES = {"keepalives_idle": "15", "keepalives_interval": "5", "keepalives_count": "3"}
@@ -49,7 +61,7 @@ def open_database(url: str, data_dir: Path) -> Engine:
     parsed = make_url(url) if url else make_url("sqlite://").set(database=str(data_dir / _FILE))
     sqlite = parsed.get_backend_name() == "sqlite"
     if sqlite:
-        engine = create_engine(parsed)
+        engine = create_engine(parsed, execution_options={_WRITING: threading.Lock()})
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin)
     else:
@@ -86,18 +98,21 @@ def _newest(config: Config) -> str | None:
 
 @contextmanager
 def transaction(engine: Engine, *, sync: bool = True) -> Iterator[Connection]:
-    """One transaction, on disk when the block has ended; without `sync` handed to the operating system, or on
-    PostgreSQL to the server.
+    """One transaction that writes, on disk when the block has ended.
+
+    Args:
+        sync: without it, it is handed to the operating system, or on PostgreSQL to the server.
     """
-    if sync:
-        with engine.begin() as connection:
-            yield connection
-    elif engine.dialect.name == "postgresql":
-        with engine.begin() as connection:
-            connection.execute(text("SET LOCAL synchronous_commit TO off"))
-            yield connection
-    else:
-        with engine.connect() as connection:
+    # SQLite takes one writer at a time; those that it turns away sleep, and may do so for long. A lock wakes them.
+    with engine.get_execution_options().get(_WRITING, nullcontext()), engine.connect() as connection:
+        if sync:
+            with connection.begin():
+                yield connection
+        elif engine.dialect.name == "postgresql":
+            with connection.begin():
+                connection.execute(text("SET LOCAL synchronous_commit TO off"))
+                yield connection
+        else:
             driver = connection.connection
             _execute(driver, "PRAGMA synchronous=NORMAL")  # refused within a transaction, hence before it begins
             try:
@@ -203,8 +218,7 @@ def _write_again(log: Path) -> None:
 def _configure_sqlite(connection: Any, _: object) -> None:
     # Transactions begin where SQLAlchemy says so, and hold table definitions as well (`_begin`).
     connection.isolation_level = None
-    # WAL: readers do not wait for the writer. FULL: a commit returns when the log is fsynced, which is the promise.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+    for pragma in _SQLITE_SETTINGS:
         _execute(connection, f"PRAGMA {pragma}")
 
 

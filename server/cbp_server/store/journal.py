@@ -17,6 +17,10 @@ from cbp_server.store.tables import JOURNAL
 
 #: Rows fetched at a time when reading back.
 _READ_ROWS = 256
+#: Rows removed at a time, so that appending does not wait for long.
+_TRUNCATED_ROWS = 256
+
+_COLUMNS = tuple(JOURNAL.c.keys())
 
 
 class EntryKind(StrEnum):
@@ -49,6 +53,8 @@ class Journal:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        # Compiled once: what SQLAlchemy does for a statement each time would take as long as SQLite does.
+        self._insert = insert(JOURNAL).compile(dialect=engine.dialect)
 
     def append(self, entries: Sequence[Entry], *, sync: bool = True) -> None:
         """Adds entries of any learners; all of them are on disk when this returns, or none of them is in the log.
@@ -63,8 +69,10 @@ class Journal:
             sqlalchemy.exc.IntegrityError: a position or a producer's sequence is in the log already.
             sqlalchemy.exc.OperationalError: the database could not write.
         """
+        row = _values if self._insert.positional else row_of
+        rows: list[Any] = [row(entry) for entry in entries]
         with transaction(self._engine, sync=sync) as connection:
-            connection.execute(insert(JOURNAL), [row_of(entry) for entry in entries])
+            connection.exec_driver_sql(self._insert.string, rows)
 
     def read(self, learner_uid: str, after: int, up_to: int | None = None) -> Iterator[Entry]:
         """The learner's entries behind position `after` in order, to the last or to `up_to`, that one included.
@@ -109,14 +117,20 @@ class Journal:
         return None if first is None else (first, last)
 
     def truncate(self, learner_uid: str, up_to: int) -> None:
-        """Removes the entries up to and including position `up_to`."""
-        with transaction(self._engine) as connection:
-            connection.execute(delete(JOURNAL).where(_of(learner_uid), JOURNAL.c.position <= up_to))
+        """Removes the entries up to and including position `up_to`, the first ones first.
+
+        After a failure, or power loss, some of them may be there still.
+        """
+        first, _ = self.bounds(learner_uid) or (up_to + 1, 0)
+        for start in range(first, up_to + 1, _TRUNCATED_ROWS):
+            end = min(start + _TRUNCATED_ROWS - 1, up_to)
+            with transaction(self._engine, sync=False) as connection:
+                connection.execute(delete(JOURNAL).where(_of(learner_uid), JOURNAL.c.position <= end))
 
     def forget(self, learner_uid: str) -> None:
-        """Removes every entry of the learner."""
-        with transaction(self._engine) as connection:
-            connection.execute(delete(JOURNAL).where(_of(learner_uid)))
+        """Removes every entry of the learner, as `truncate` does."""
+        _, last = self.bounds(learner_uid) or (0, 0)
+        self.truncate(learner_uid, last)
 
     def learners(self) -> set[str]:
         """uids that have entries."""
@@ -126,7 +140,22 @@ class Journal:
 
 def row_of(entry: Entry) -> dict[str, Any]:
     """The entry as a row of the table."""
-    return vars(entry) | {"kind": entry.kind.value, "crc": _crc(entry)}
+    return dict(zip(_COLUMNS, _values(entry), strict=True))
+
+
+def _values(entry: Entry) -> tuple[Any, ...]:
+    """In the order of the table's columns."""
+    return (
+        entry.learner_uid,
+        entry.position,
+        entry.kind.value,
+        entry.producer,
+        entry.epoch,
+        entry.sequence,
+        entry.payload_hash,
+        _crc(entry),
+        entry.payload,
+    )
 
 
 def _entry(row: Mapping[Any, Any]) -> Entry:

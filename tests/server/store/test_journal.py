@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 from sqlalchemy import text
@@ -100,6 +101,25 @@ def test_truncation_leaves_what_is_behind_and_other_learners(journal):
     assert positions(journal, "b") == [1]
     journal.forget("a")
     assert journal.learners() == {"b"}
+
+
+def test_truncation_goes_through_in_parts_while_others_append(journal):
+    journal.append([batch(position) for position in range(1, 1001)])
+    journal.truncate("a", 10)
+    truncation = threading.Thread(target=journal.truncate, args=("a", 997))
+    truncation.start()
+    for position in range(1, 101):
+        journal.append([batch(position, "b")], sync=position % 2 == 0)
+    truncation.join()
+    assert positions(journal, after=997) == [998, 999, 1000]
+    assert journal.bounds("a") == (998, 1000)
+    assert positions(journal, "b") == list(range(1, 101))
+    journal.truncate("a", 500)
+    journal.truncate("a", 5000)
+    assert journal.learners() == {"b"}
+    for _ in range(2):
+        journal.forget("b")
+    assert journal.learners() == set()
 
 
 @pytest.mark.parametrize(
