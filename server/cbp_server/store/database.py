@@ -12,7 +12,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from cbp_server.store.directories import sync_directory
 
@@ -48,32 +48,43 @@ class DatabaseInUse(Exception):
 
 
 def open_database(url: str, data_dir: Path) -> Engine:
-    """The database at `url`, empty for SQLite in `data_dir`, with its tables as this version has them.
+    """The PostgreSQL at `url`, or SQLite in `data_dir` if that is empty, with its tables as this version has them.
 
     Raises:
-        sqlalchemy.exc.SQLAlchemyError: it cannot be reached or written.
+        sqlalchemy.exc.SQLAlchemyError: the URL is wrong, or the database cannot be reached or written.
         alembic.util.CommandError: a newer version has changed its tables.
         DatabaseInUse: its tables are an older version's, and a server works on them.
-        OSError: the file in `data_dir` cannot be written.
+        OSError: SQLite's files cannot be written.
     """
-    if not url:
-        _write_again(data_dir / f"{_FILE}-wal")
-    parsed = make_url(url) if url else make_url("sqlite://").set(database=str(data_dir / _FILE))
-    sqlite = parsed.get_backend_name() == "sqlite"
-    if sqlite:
-        engine = create_engine(parsed, execution_options={_WRITING: threading.Lock()})
-        event.listen(engine, "connect", _configure_sqlite)
-        event.listen(engine, "begin", _begin)
-    else:
-        engine = create_engine(_with_defaults(parsed), pool_pre_ping=True)
-        event.listen(engine, "connect", _configure_postgresql)
+    engine = _postgresql(url) if url else _sqlite(data_dir / _FILE)
     try:
         _migrate(engine)
     except BaseException:
         engine.dispose()
         raise
-    if sqlite and not url:
+    if not url:
         sync_directory(data_dir)
+    return engine
+
+
+def _postgresql(url: str) -> Engine:
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "postgresql":
+        raise ArgumentError(f"the database is {parsed.get_backend_name()}, and must be PostgreSQL; or give no URL")
+    try:
+        engine = create_engine(parsed.set(query=_POSTGRESQL_DEFAULTS | dict(parsed.query)), pool_pre_ping=True)
+    except ImportError as error:
+        raise ArgumentError(f"{error}; PostgreSQL's driver comes with cbp-server[postgresql]") from error
+    event.listen(engine, "connect", _configure_postgresql)
+    return engine
+
+
+def _sqlite(file: Path) -> Engine:
+    _write_again(file.with_name(f"{file.name}-wal"))
+    # SQLite takes one writer at a time; those that it turns away sleep, and may do so for long. A lock wakes them.
+    engine = create_engine(URL.create("sqlite", database=str(file)), execution_options={_WRITING: threading.Lock()})
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin)
     return engine
 
 
@@ -103,7 +114,6 @@ def transaction(engine: Engine, *, sync: bool = True) -> Iterator[Connection]:
     Args:
         sync: without it, it is handed to the operating system, or on PostgreSQL to the server.
     """
-    # SQLite takes one writer at a time; those that it turns away sleep, and may do so for long. A lock wakes them.
     with engine.get_execution_options().get(_WRITING, nullcontext()), engine.connect() as connection:
         if sync:
             with connection.begin():
@@ -191,10 +201,6 @@ def exclusive(engine: Engine) -> Iterator[Ownership]:
         yield lock
     finally:
         lock.release()
-
-
-def _with_defaults(url: URL) -> URL:
-    return url.set(query=_POSTGRESQL_DEFAULTS | dict(url.query))
 
 
 def _write_again(log: Path) -> None:

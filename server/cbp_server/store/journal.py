@@ -13,10 +13,12 @@ from sqlalchemy import ColumnElement, Engine, delete, func, insert, select
 
 from cbp_server.errors import JournalDamaged
 from cbp_server.store.database import transaction
-from cbp_server.store.tables import JOURNAL
+from cbp_server.store.tables import JOURNAL, RESUMES
 
-#: Rows fetched at a time when reading back.
+#: Rows and bytes of payload read back at a time, so that large ones do not fill the memory.
 _READ_ROWS = 256
+_READ_BYTES = 16 * 2**20
+_BUFFERED_ROWS = 8  # that PostgreSQL sends at a time, whatever their size
 #: Rows removed at a time, so that appending does not wait for long.
 _TRUNCATED_ROWS = 256
 
@@ -53,6 +55,7 @@ class Journal:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._portioned = engine.execution_options(stream_results=True, max_row_buffer=_BUFFERED_ROWS)
         # Compiled once: what SQLAlchemy does for a statement each time would take as long as SQLite does.
         self._insert = insert(JOURNAL).compile(dialect=engine.dialect)
 
@@ -80,22 +83,30 @@ class Journal:
         Raises:
             JournalDamaged: an entry is missing or is not what was written.
         """
-        query = select(JOURNAL).where(JOURNAL.c.learner_uid == learner_uid)
-        if up_to is not None:
-            query = query.where(JOURNAL.c.position <= up_to)
-        query = query.order_by(JOURNAL.c.position).limit(_READ_ROWS)
         expected = after + 1
-        while True:
-            with self._engine.connect() as connection:
-                rows = connection.execute(query.where(JOURNAL.c.position >= expected)).mappings().all()
+        while rows := self._next_rows(learner_uid, expected, up_to):
             for row in rows:
                 entry = _entry(row)
                 if entry.position != expected:
                     raise JournalDamaged(learner_uid, expected)
                 expected += 1
                 yield entry
-            if len(rows) < _READ_ROWS:
-                return
+
+    def _next_rows(self, learner_uid: str, first: int, up_to: int | None) -> list[Mapping[Any, Any]]:
+        """Some rows from position `first` on, no more than fit in memory well; none at the end."""
+        query = select(JOURNAL).where(_of(learner_uid), JOURNAL.c.position >= first)
+        if up_to is not None:
+            query = query.where(JOURNAL.c.position <= up_to)
+        query = query.order_by(JOURNAL.c.position).limit(_READ_ROWS)
+        rows: list[Mapping[Any, Any]] = []
+        size = 0
+        with self._portioned.connect() as connection, connection.execute(query) as result:
+            for row in result.mappings():
+                rows.append(row)
+                size += len(row["payload"])
+                if size >= _READ_BYTES:
+                    break
+        return rows
 
     def resumes(self, learner_uid: str, after: int) -> list[Entry]:
         """The learner's entries of kind RESUME behind position `after`, in order.
@@ -103,17 +114,15 @@ class Journal:
         Raises:
             JournalDamaged: one of them is not what was written.
         """
-        query = select(JOURNAL).where(
-            _of(learner_uid), JOURNAL.c.position > after, JOURNAL.c.kind == EntryKind.RESUME.value
-        )
+        query = select(JOURNAL).where(_of(learner_uid), JOURNAL.c.position > after, RESUMES)
         with self._engine.connect() as connection:
             return [_entry(row) for row in connection.execute(query.order_by(JOURNAL.c.position)).mappings()]
 
     def bounds(self, learner_uid: str) -> tuple[int, int] | None:
         """The first and the last position that the log holds of the learner."""
-        query = select(func.min(JOURNAL.c.position), func.max(JOURNAL.c.position)).where(_of(learner_uid))
-        with self._engine.connect() as connection:
-            first, last = connection.execute(query).one()
+        ends = (select(end(JOURNAL.c.position)).where(_of(learner_uid)) for end in (func.min, func.max))
+        with self._engine.connect() as connection:  # a query each, since SQLite scans the whole log for both at once
+            first, last = connection.execute(select(*(end.scalar_subquery() for end in ends))).one()
         return None if first is None else (first, last)
 
     def truncate(self, learner_uid: str, up_to: int) -> None:
