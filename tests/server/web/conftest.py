@@ -133,7 +133,9 @@ def quarantined(make_learner: Callable[..., LearnerRecord]) -> Callable[..., Lea
     """Makes a learner that could not learn a batch; further arguments are those of `make_learner`."""
 
     def make(learner_id: str = "prices", *, position: int = 77, **changes: Any) -> LearnerRecord:
-        quarantine = Quarantine(position, "web-1", 41, "the loss of step 2001 is not finite", START)
+        quarantine = Quarantine(
+            position, "web-1", 41, "Training diverged: at step 2001 the loss became infinite or not a number", START
+        )
         return make_learner(learner_id, **{"state": LearnerState.QUARANTINED, "quarantine": quarantine, **changes})
 
     return make

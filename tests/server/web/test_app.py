@@ -92,7 +92,7 @@ def test_a_quarantined_learner_names_the_batch(host: Any, client: httpx.Client, 
         "journal_position": 77,
         "producer": "web-1",
         "sequence": 41,
-        "reason": "the loss of step 2001 is not finite",
+        "reason": "Training diverged: at step 2001 the loss became infinite or not a number",
         "quarantine_time": "2026-11-22T09:00:00Z",
     }
 
