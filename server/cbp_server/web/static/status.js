@@ -496,7 +496,7 @@ function quarantineNotice({ id, spec, quarantine }) {
     position > 0
       ? choice(`cbp learners resume ${id} --skip-batch`, "leaves that batch out")
       : choice(`cbp learners resume ${id}`, "goes on; its client sends the batch again, or leaves it out"),
-    choice(`cbp learners restore ${id} --checkpoint NUMBER`, "goes back to an earlier state; cbp learners checkpoints lists them"),
+    choice(`cbp learners restore ${id} --checkpoint NUMBER`, "goes back to an earlier state, and does not learn again what came after"),
   ];
   return [
     h("h2", {}, "It does not train: a batch could not be learnt"),
