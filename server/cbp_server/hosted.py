@@ -209,7 +209,7 @@ def stored_checkpoint(
 
 
 def checkpoint_record(checkpoint: StoredCheckpoint) -> CheckpointRecord:
-    return CheckpointRecord(checkpoint.step, checkpoint.time, checkpoint.size_bytes)
+    return CheckpointRecord(checkpoint.step, checkpoint.time, checkpoint.size_bytes, checkpoint.position)
 
 
 def etag(uid: str, update_time: datetime, spec: LearnerSpec) -> str:

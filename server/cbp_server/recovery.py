@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -29,6 +29,12 @@ _DEATHS_THAT_CONVICT = 3
 _PROGRESS_SECONDS = 5.0
 
 log = structlog.get_logger("cbp_server.recovery")
+
+
+class ReplayObserver(Protocol):
+    """Counts what is learnt again, for the metrics."""
+
+    def entries_replayed(self, count: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,17 @@ class Recovery:
         decode_batch: the batch in an entry's payload.
     """
 
-    def __init__(self, engine: Engine, storage: Storage, decode_batch: Callable[[bytes, LearnerSpec], Batch]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        storage: Storage,
+        decode_batch: Callable[[bytes, LearnerSpec], Batch],
+        observer: ReplayObserver,
+    ) -> None:
         self._engine = engine
         self._storage = storage
         self._decode_batch = decode_batch
+        self._observer = observer
         self._deaths: dict[tuple[str, int], int] = {}  # by learner and position
 
     async def recover(
@@ -162,6 +175,7 @@ class Recovery:
         await replaying.finish()
         if not replaying.applied:
             return report
+        self._observer.entries_replayed(replaying.applied)
         seconds = round(time.monotonic() - started, 3)
         log.info("journal replayed", learner=stored.learner_id, entries=replaying.applied, seconds=seconds)
         return await self._engine.call(messages.Describe(uid))
