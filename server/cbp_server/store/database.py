@@ -11,8 +11,9 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select, text
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidRequestError
 
 from cbp_server.store.directories import sync_directory
 
@@ -51,8 +52,8 @@ def open_database(url: str, data_dir: Path) -> Engine:
     """The PostgreSQL at `url`, or SQLite in `data_dir` if that is empty, with its tables as this version has them.
 
     Raises:
-        sqlalchemy.exc.SQLAlchemyError: the URL is wrong, or the database cannot be reached or written.
-        alembic.util.CommandError: a newer version has changed its tables.
+        sqlalchemy.exc.SQLAlchemyError: the URL is wrong, the database cannot be reached or written, or a newer version
+            has changed its tables.
         DatabaseInUse: its tables are an older version's, and a server works on them.
         OSError: SQLite's files cannot be written.
     """
@@ -100,7 +101,10 @@ def _migrate(engine: Engine) -> None:
         ):
             raise DatabaseInUse  # of another version: its tables are not to change under its feet
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except CommandError as error:
+            raise InvalidRequestError(f"its tables are those of a newer version: {error}") from error
 
 
 def _newest(config: Config) -> str | None:
