@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, delete, func, insert, select
+from sqlalchemy import ColumnElement, Engine, RowMapping, Select, delete, func, insert, select
 
 from cbp_server.errors import JournalDamaged
 from cbp_server.store.database import transaction
 from cbp_server.store.tables import JOURNAL
 
-#: Rows fetched at a time when reading back.
+#: Read back at a time: so many rows, or fewer as soon as their payloads have so many bytes. The first entries are to be
+#: had quickly, and those of the largest messages must not fill the memory.
 _READ_ROWS = 256
+_READ_BYTES = 4 * 2**20
+#: Rows that a database client may fetch ahead of that.
+_FETCHED_AHEAD = 8
 
 
 class EntryKind(StrEnum):
@@ -77,17 +81,26 @@ class Journal:
             query = query.where(JOURNAL.c.position <= up_to)
         query = query.order_by(JOURNAL.c.position).limit(_READ_ROWS)
         expected = after + 1
-        while True:
-            with self._engine.connect() as connection:
-                rows = connection.execute(query.where(JOURNAL.c.position >= expected)).mappings().all()
+        while rows := self._page(query.where(JOURNAL.c.position >= expected)):
             for row in rows:
                 entry = _entry(row)
                 if entry.position != expected:
                     raise JournalDamaged(learner_uid, expected)
                 expected += 1
                 yield entry
-            if len(rows) < _READ_ROWS:
-                return
+
+    def _page(self, query: Select[Any]) -> list[RowMapping]:
+        """The first rows that `query` finds, until they are large together."""
+        query = query.execution_options(stream_results=True, max_row_buffer=_FETCHED_AHEAD)
+        rows: list[RowMapping] = []
+        size = 0
+        with self._engine.connect() as connection, connection.execute(query) as found:
+            for row in found.mappings():
+                rows.append(row)
+                size += len(row["payload"])
+                if size >= _READ_BYTES:
+                    break
+        return rows
 
     def resumes(self, learner_uid: str, after: int) -> list[Entry]:
         """The learner's entries of kind RESUME behind position `after`, in order.
