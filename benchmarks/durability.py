@@ -34,8 +34,9 @@ from workloads import A, C, D, L, Message, Net, Streamed, machine, over_the_wire
 from cbp import Batch, Learner, LearnerSpec
 from cbp_client import AsyncClient, AsyncLearner
 from cbp_client.demo.local_server import LocalServer, local_server
+from cbp_client.types import Durability
 
-DURABILITIES = ("fsync", "os", "none")
+DURABILITIES: tuple[Durability, ...] = ("fsync", "os", "none")
 INTERVALS = (1.0, 5.0, 30.0)  # s, between two checkpoints; the last one is the default
 NEVER = 1e6  # s
 MESSAGE_SIZE = 256  # examples

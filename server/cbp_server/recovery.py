@@ -20,8 +20,8 @@ from cbp_server.storage import Storage
 from cbp_server.store.catalog import StoredLearner
 from cbp_server.store.journal import Entry, EntryKind
 
-#: Entries read and decoded at a time, and the most that are under way to the engine meanwhile. The engine has nothing to
-#: do before it has the first ones.
+#: Entries read and decoded at a time, few because the engine has nothing to do before it has the first ones; and the
+#: most that are under way to the engine meanwhile.
 _DECODED_AT_ONCE = 64
 _BYTES_AT_ONCE = 4 * 2**20
 _UNDER_WAY = 128

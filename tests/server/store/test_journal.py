@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 from sqlalchemy import text
@@ -61,6 +62,17 @@ def test_reading_ends_where_it_is_told_to(journal):
     for up_to in (0, 1, 255, 256, 257, 512, 518):
         assert [entry.position for entry in journal.read("a", 0, up_to)] == list(range(1, up_to + 1))
     assert [entry.position for entry in journal.read("a", 516, 10_000)] == [517, 518, 519]
+
+
+def test_reading_holds_a_few_large_entries_at_a_time(journal):
+    for position in range(1, 31):
+        journal.append([batch(position, payload=bytes([position]) * 2**20)])
+    tracemalloc.start()
+    read = [(entry.position, entry.payload[-1]) for entry in journal.read("a", 0)]
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert read == [(position, position) for position in range(1, 31)]
+    assert most < 16 * 2**20
 
 
 def test_resumes_are_found_without_what_lies_between(journal):
