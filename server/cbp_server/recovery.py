@@ -20,8 +20,10 @@ from cbp_server.storage import Storage
 from cbp_server.store.catalog import StoredLearner
 from cbp_server.store.journal import Entry, EntryKind
 
-#: Entries read and decoded at a time, and the most that are under way to the engine meanwhile.
+#: Entries read and decoded at a time, few because the engine has nothing to do before it has the first ones; and the
+#: most that are under way to the engine meanwhile.
 _DECODED_AT_ONCE = 64
+_BYTES_AT_ONCE = 4 * 2**20
 _UNDER_WAY = 128
 _BYTES_UNDER_WAY = 64 * 2**20
 #: Deaths of the engine process while it applied one and the same entry, and nothing else, that convict the entry.
@@ -181,10 +183,15 @@ class Recovery:
         return await self._engine.call(messages.Describe(uid))
 
     def _decoded(self, entries: Iterator[Entry], spec: LearnerSpec) -> list[tuple[Entry, Batch | None]]:
-        return [
-            (entry, self._decode_batch(entry.payload, spec) if entry.kind is EntryKind.BATCH else None)
-            for entry in islice(entries, _DECODED_AT_ONCE)
-        ]
+        decoded: list[tuple[Entry, Batch | None]] = []
+        size = 0
+        for entry in islice(entries, _DECODED_AT_ONCE):
+            batch = self._decode_batch(entry.payload, spec) if entry.kind is EntryKind.BATCH else None
+            decoded.append((entry, batch))
+            size += len(entry.payload)
+            if size >= _BYTES_AT_ONCE:
+                break
+        return decoded
 
     def engine_died_at(self, uid: str, position: int) -> bool:
         """Notes a death of the engine process while it applied this entry alone; whether the entry is convicted."""
