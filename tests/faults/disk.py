@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from faults.plan import SyncedDisk
+from faults.sqlite_vfs import SqliteWatcher
 
 #: Granularity in which unsynced writes may or may not have reached the disk, in bytes.
 _PAGE = 4096
@@ -33,8 +34,8 @@ EntryT = TypeVar("EntryT")
 _Entry = tuple[int, bool]  # inode, whether it is a directory
 
 
-class DurableDisk:
-    """In the server's processes: notes what is synced. Also a `SqliteWatcher`."""
+class DurableDisk(SqliteWatcher):
+    """In the server's processes: notes what is synced."""
 
     wants_content = True
 
@@ -42,12 +43,6 @@ class DurableDisk:
         self._disk = disk
         self._root = str(disk.root)
         self._noting = threading.Lock()
-
-    def writing(self, path: str) -> int:
-        return 0
-
-    def syncing(self, path: str) -> int:
-        return 0
 
     def synced(self, path: str, content: bytes) -> None:
         if "sqlite" not in self._disk.lies:
@@ -116,8 +111,9 @@ def watch_syncs(disk: DurableDisk | None, failures: SyncFailures | None) -> None
         if disk is not None:
             disk.directory_made(os.path.abspath(path))  # noqa: PTH100 - a symbolic link is no other directory
 
-    os.fsync, os.fdatasync = watched(_fsync), watched(_fdatasync)
-    os.mkdir = mkdir
+    patches = {"fsync": watched(_fsync), "fdatasync": watched(_fdatasync), "mkdir": mkdir}
+    for name, patch in patches.items():
+        setattr(os, name, patch)
 
 
 def _read(descriptor: int) -> bytes:
@@ -200,7 +196,9 @@ class _Rebuilding:
         noted = self._shadow / "names" / str(inode)
         durable: dict[str, _Entry] = {}
         if noted.exists():
-            durable = {name: (inode, is_directory) for name, (inode, is_directory) in json.loads(noted.read_text()).items()}
+            durable = {
+                name: (inode, is_directory) for name, (inode, is_directory) in json.loads(noted.read_text()).items()
+            }
         current: dict[str, _Entry] = {}
         if present is not None:
             current = {

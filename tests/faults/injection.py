@@ -14,9 +14,12 @@ from types import ModuleType
 from typing import Any
 
 from faults.broken import break_off
+from faults.disk import DurableDisk, watch_syncs
 from faults.plan import Kill, plan_of_this_process
 from faults.points import METHODS, SQLITE_POINTS, Method, Role
 from faults.processes import children
+from faults.sqlite_vfs import SQLITE_OK, SqliteWatcher, install_vfs
+from faults.storage import FailingStorage, watch_opens
 
 _ROLES: dict[str, Role] = {"cbp_server": "front", "cbp_server.engine.worker": "engine"}
 
@@ -26,10 +29,6 @@ def install() -> None:
     plan, role = plan_of_this_process(), _role()
     if plan is None or role is None:
         return
-    from faults.disk import DurableDisk, watch_syncs
-    from faults.sqlite_vfs import SqliteWatcher, install_vfs
-    from faults.storage import FailingStorage, watch_opens
-
     watchers: list[SqliteWatcher] = []
     if plan.kill is not None:
         switch = KillSwitch(plan.kill, role)
@@ -82,27 +81,22 @@ class KillSwitch:
         return [*children(os.getpid()), *([os.getpid()] if self._kill.victims == "all" else [])]
 
 
-class _SqlitePoints:
+class _SqlitePoints(SqliteWatcher):
     """The points within SQLite."""
-
-    wants_content = False
 
     def __init__(self, reach: Callable[[str], None]) -> None:
         self._reach = reach
 
-    def writing(self, path: str) -> int:
+    def writing(self, _path: str) -> int:
         self._reach("sqlite.write")
-        return 0
+        return SQLITE_OK
 
-    def syncing(self, path: str) -> int:
+    def syncing(self, _path: str) -> int:
         self._reach("sqlite.sync")
-        return 0
+        return SQLITE_OK
 
-    def synced(self, path: str, content: bytes) -> None:
+    def synced(self, _path: str, _content: bytes) -> None:
         self._reach("sqlite.synced")
-
-    def directory_synced(self, path: str) -> None:
-        pass
 
 
 def _role() -> Role | None:
@@ -131,7 +125,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def __init__(self, patches: dict[str, list[Callable[[ModuleType], None]]]) -> None:
         self._patches = patches
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, _path: Any = None, _target: Any = None) -> ModuleSpec | None:
         patches = self._patches.pop(fullname, None)
         if patches is None:
             return None

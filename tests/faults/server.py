@@ -3,14 +3,17 @@
 import os
 import random
 import signal
+import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
+
+from server_process import ServerProcess
 
 from faults.broken import BROKEN_HARNESS
 from faults.disk import begin_shadow, lose_power
 from faults.plan import FaultPlan, Kill, Lie, SyncedDisk, Victims
 from faults.processes import children, is_running
-from server_process import ServerProcess
 
 _SITE = Path(__file__).parent / "site"
 _END_SECONDS = 60.0
@@ -27,9 +30,7 @@ class FaultyServer(ServerProcess):
         failures: the trigger of `storage.Failures`.
     """
 
-    def __init__(
-        self, directory: Path, *flags: str, power_can_fail: bool = False, lies: tuple[Lie, ...] = ()
-    ) -> None:
+    def __init__(self, directory: Path, *flags: str, power_can_fail: bool = False, lies: tuple[Lie, ...] = ()) -> None:
         disk = directory / "disk"
         disk.mkdir(parents=True)
         super().__init__(disk / "data", *flags, log_path=directory / "server.log")
@@ -86,6 +87,17 @@ class FaultyServer(ServerProcess):
         if self.running:
             self.kill()
         self.wait_for_end(*engines)
+
+    def wait_for_end_of_front(self, seconds: float) -> None:
+        """Returns when the front has been killed, and after `seconds` at the latest."""
+        assert self._process is not None
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, seconds))
+
+    def trust_disk(self) -> None:
+        """All that is on the disk now is durable. The server must not run."""
+        assert self._disk is not None
+        begin_shadow(self._disk)
 
     def wait_for_end(self, *engines: int) -> None:
         """Until the front, and engines that it had, have ended."""

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from faults.broken import break_off, guarded
 
@@ -22,21 +22,28 @@ SQLITE_IOERR_FSYNC = 10 | 4 << 8
 _SQLITE_IOERR_SHORT_READ = 10 | 2 << 8
 
 
-class SqliteWatcher(Protocol):
-    """Told of operations on files that have a name; a status other than 0 makes the operation fail."""
+class SqliteWatcher:
+    """Told of operations on files that have a name; a status other than `SQLITE_OK` makes the operation fail.
 
-    wants_content: bool
+    Attributes:
+        wants_content: whether `synced` is to say what was synced.
+    """
 
-    def writing(self, path: str) -> int: ...
-    def syncing(self, path: str) -> int: ...
+    wants_content = False
+
+    def writing(self, _path: str) -> int:
+        return SQLITE_OK
+
+    def syncing(self, _path: str) -> int:
+        return SQLITE_OK
 
     def synced(self, path: str, content: bytes) -> None:
-        """What the file held when the sync began, if the watcher wants content, is on disk."""
+        """What the file held when the sync began is on disk now."""
 
-    def directory_synced(self, path: str) -> None: ...
+    def directory_synced(self, path: str) -> None:
+        """The directory's entries are on disk now."""
 
 
-_Close = CFUNCTYPE(c_int, c_void_p)
 _ReadWrite = CFUNCTYPE(c_int, c_void_p, c_void_p, c_int, c_int64)
 _Sync = CFUNCTYPE(c_int, c_void_p, c_int)
 _FileSize = CFUNCTYPE(c_int, c_void_p, POINTER(c_int64))

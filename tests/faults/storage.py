@@ -8,7 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from faults.sqlite_vfs import SQLITE_FULL, SQLITE_IOERR_FSYNC, SQLITE_IOERR_WRITE, SQLITE_READONLY
+from faults.sqlite_vfs import (
+    SQLITE_FULL,
+    SQLITE_IOERR_FSYNC,
+    SQLITE_IOERR_WRITE,
+    SQLITE_OK,
+    SQLITE_READONLY,
+    SqliteWatcher,
+)
 
 _DATABASE_STATUS = {
     "full": SQLITE_FULL,
@@ -40,26 +47,18 @@ class Failures:
         temporary.replace(trigger)
 
 
-class FailingStorage:
-    """In the server's processes: fails what the trigger file says. Also a `SqliteWatcher`."""
-
-    wants_content = False
+class FailingStorage(SqliteWatcher):
+    """In the server's processes: fails what the trigger file says."""
 
     def __init__(self, trigger: Path) -> None:
         self._trigger = trigger
 
     def writing(self, path: str) -> int:
         database = self._failures().database
-        return 0 if database is None or _is_shared_memory(path) else _DATABASE_STATUS[database]
+        return SQLITE_OK if database is None or _is_shared_memory(path) else _DATABASE_STATUS[database]
 
-    def syncing(self, path: str) -> int:
-        return SQLITE_IOERR_FSYNC if self._failures().database_sync else 0
-
-    def synced(self, path: str, content: bytes) -> None:
-        pass
-
-    def directory_synced(self, path: str) -> None:
-        pass
+    def syncing(self, _: str) -> int:
+        return SQLITE_IOERR_FSYNC if self._failures().database_sync else SQLITE_OK
 
     def check_open(self, path: str, flags: int) -> None:
         """Raises OSError if the file shall not be opened like this."""
