@@ -2,7 +2,7 @@
 
 from cbp.batches import Batch
 from cbp.continual_backprop import ContinualBackprop
-from cbp.errors import BatchError, CbpError, FieldViolation, SnapshotError, SpecError
+from cbp.errors import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
 from cbp.learner import Learner, TrainResult
 from cbp.plasticity import LayerPlasticity, PlasticitySample
 from cbp.progress import LearnerProgress, TaskRecord
@@ -25,6 +25,7 @@ __all__ = [
     "BatchError",
     "CbpError",
     "ContinualBackprop",
+    "DivergenceError",
     "FieldViolation",
     "LayerPlasticity",
     "Learner",

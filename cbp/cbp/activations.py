@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbp.spec import Activation
 
@@ -27,6 +27,8 @@ class Nonlinearity:
     """Gradient in the pre-activations, from (gradient in the activations, pre-activations, activations)."""
     gain: float
     """Factor of the Kaiming and Xavier bounds, as in PyTorch; SiLU, ELU and GELU use that of ReLU."""
+    module: type[nn.Module]
+    """The layer that computes the same by default."""
 
 
 NONLINEARITIES: Mapping[Activation, Nonlinearity] = MappingProxyType(
@@ -35,16 +37,19 @@ NONLINEARITIES: Mapping[Activation, Nonlinearity] = MappingProxyType(
             apply=torch.relu,
             backward=lambda gradient, _pre, post: _aten.threshold_backward(gradient, post, 0),
             gain=_RELU_GAIN,
+            module=nn.ReLU,
         ),
         "leaky_relu": Nonlinearity(
             apply=lambda pre: torch.nn.functional.leaky_relu(pre, _LEAKY_SLOPE),
             backward=lambda gradient, pre, _post: _aten.leaky_relu_backward(gradient, pre, _LEAKY_SLOPE, False),
             gain=math.sqrt(2.0 / (1.0 + _LEAKY_SLOPE**2)),
+            module=nn.LeakyReLU,
         ),
         "elu": Nonlinearity(
             apply=torch.nn.functional.elu,
             backward=lambda gradient, pre, _post: _aten.elu_backward(gradient, _ELU_ALPHA, 1.0, 1.0, False, pre),
             gain=_RELU_GAIN,
+            module=nn.ELU,
         ),
         "selu": Nonlinearity(
             apply=torch.selu,
@@ -52,31 +57,37 @@ NONLINEARITIES: Mapping[Activation, Nonlinearity] = MappingProxyType(
                 gradient, _SELU_ALPHA, _SELU_SCALE, 1.0, False, pre
             ),
             gain=1.0,
+            module=nn.SELU,
         ),
         "gelu": Nonlinearity(
             apply=torch.nn.functional.gelu,
             backward=lambda gradient, pre, _post: _aten.gelu_backward(gradient, pre, approximate="none"),
             gain=_RELU_GAIN,
+            module=nn.GELU,
         ),
         "silu": Nonlinearity(
             apply=torch.nn.functional.silu,
             backward=lambda gradient, pre, _post: _aten.silu_backward(gradient, pre),
             gain=_RELU_GAIN,
+            module=nn.SiLU,
         ),
         "tanh": Nonlinearity(
             apply=torch.tanh,
             backward=lambda gradient, _pre, post: _aten.tanh_backward(gradient, post),
             gain=5.0 / 3.0,
+            module=nn.Tanh,
         ),
         "sigmoid": Nonlinearity(
             apply=torch.sigmoid,
             backward=lambda gradient, _pre, post: _aten.sigmoid_backward(gradient, post),
             gain=1.0,
+            module=nn.Sigmoid,
         ),
         "identity": Nonlinearity(
             apply=lambda pre: pre,
             backward=lambda gradient, _pre, _post: gradient,
             gain=1.0,
+            module=nn.Identity,
         ),
     }
 )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from cbp.activations import NONLINEARITIES
 from cbp.errors import CbpError, FieldViolation, SnapshotError, SpecError
 from cbp.networks import LinearLayers, initial_bound
 from cbp.optimizers import adam_direction, log_decay
@@ -34,17 +35,6 @@ from cbp.replacement import (
 from cbp.serialization import take_tensor
 from cbp.spec import Activation, Initializer, ResetSpec, Utility, hidden_layer_name
 
-_ACTIVATIONS: tuple[tuple[type[nn.Module], Activation], ...] = (
-    (nn.ReLU, "relu"),
-    (nn.LeakyReLU, "leaky_relu"),
-    (nn.ELU, "elu"),
-    (nn.SELU, "selu"),
-    (nn.GELU, "gelu"),
-    (nn.SiLU, "silu"),
-    (nn.Tanh, "tanh"),
-    (nn.Sigmoid, "sigmoid"),
-    (nn.Identity, "identity"),
-)
 _OPTIMIZER_SLOTS: Mapping[type[Optimizer], tuple[str, ...]] = {
     SGD: ("momentum_buffer",),
     Adam: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
@@ -363,10 +353,10 @@ def _linear_layers(module: nn.Sequential) -> tuple[list[nn.Linear], list[Activat
 
 
 def _activation(module: nn.Module, place: int) -> Activation:
-    for kind, activation in _ACTIVATIONS:
-        if isinstance(module, kind):
+    for activation, nonlinearity in NONLINEARITIES.items():
+        if isinstance(module, nonlinearity.module):
             return activation
-    supported = ", ".join(kind.__name__ for kind, _ in _ACTIVATIONS)
+    supported = ", ".join(nonlinearity.module.__name__ for nonlinearity in NONLINEARITIES.values())
     raise _unsupported(f"module[{place}]", f"{type(module).__name__} between linear layers; supported are {supported}")
 
 

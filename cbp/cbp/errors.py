@@ -3,11 +3,13 @@
 CbpError
 ├── SpecError       a specification is wrong, or does not fit what it is applied to
 ├── BatchError      examples do not fit the learner's specification
+├── DivergenceError a learner's numbers overflowed: it is lost, and goes on from a snapshot
 └── SnapshotError   a snapshot is damaged or was not made by this package
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,25 @@ class SpecError(_ViolationError):
 
 class BatchError(_ViolationError):
     """Examples that cannot be used."""
+
+
+Diverged = Literal["outputs", "loss", "parameters", "optimizer state"]
+
+
+class DivergenceError(CbpError):
+    """A step made numbers that are infinite or not numbers. The learner is in no defined state any more."""
+
+    def __init__(self, step: int, what: Diverged) -> None:
+        # Both are arguments of the base class, so that pickle rebuilds the error from `args`.
+        super().__init__(step, what)
+        self.step = step
+        """The step, counted from 1, at which it was noticed: whose predictions were wrong, or else the call's last."""
+        self.what: Diverged = what
+        """What is not finite: the step's outputs; its loss, though the outputs are finite; the parameters; or the
+        optimizer's state, though the parameters are finite."""
+
+    def __str__(self) -> str:
+        return f"Training diverged: at step {self.step} the {self.what} became infinite or not a number"
 
 
 class SnapshotError(CbpError):

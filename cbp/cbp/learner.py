@@ -1,8 +1,10 @@
 """A learner: a network that trains on a stream, one step after another, for as long as the stream lasts."""
 
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 from cbp import losses, optimizers
 from cbp.batches import Batch, validate_features
 from cbp.engines.torch_engine import StackState, TorchEngine, initial_stack, schedules, unit_layout
-from cbp.errors import BatchError, CbpError, FieldViolation, SnapshotError
+from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError, SpecError, shown
 from cbp.networks import FlatLayers, Mlp, flat_layers
 from cbp.pending import Examples, Probe
 from cbp.plasticity import PlasticitySample, Probed, measure_layers
@@ -70,6 +72,7 @@ class Learner:
 
     def _install(self, state: StackState, draws: DrawSource | None = None, *, published_order: bool = False) -> None:
         self._state = state
+        self._initial_parameters: dict[str, Tensor] | None = None  # on the CPU, for snapshots
         self._engine = TorchEngine([self._spec], state, self._device, draws, published_order=published_order)
 
     def _no_examples(self) -> Examples:
@@ -112,6 +115,10 @@ class Learner:
         `between_steps` runs after every step but the last. The learner is whole at that moment and may predict; it
         refuses to change. An exception from it stops training there: the steps taken are accounted for, and the
         examples not yet applied wait.
+
+        Raises `DivergenceError` if outputs, losses, parameters or the optimizer's state are no longer finite when the
+        steps are taken (also where `between_steps` raised; its exception is then the context). The learner is in no
+        defined state after that: go on with one restored from a snapshot.
         """
         self._refuse_while_training("train")
         self._check_fits(batch)
@@ -199,7 +206,10 @@ class Learner:
     def _account(
         self, applied: Examples, message: "_Message", first_step: int, step_size: int
     ) -> tuple[float | None, float | None]:
-        """Adds the applied examples to the averages; the one place where `train` reads from the device."""
+        """Adds the applied examples to the averages; the one place where `train` reads from the device.
+
+        Raises `DivergenceError`, and adds nothing then.
+        """
         if not len(applied):
             return None, None
         outputs, targets = message.outputs[0, : len(applied)], message.targets[0, : len(applied)]
@@ -207,7 +217,12 @@ class Learner:
         right = losses.example_accuracies(self._spec.loss, outputs, targets)
         if right is not None:
             measured.append(right)
-        on_host = torch.stack(measured).cpu().to(torch.float64).numpy()
+        # A sum passes infinities and NaN on at the price of one pass, which is the cheapest way to look for them.
+        sums = [numbers.sum().reshape(1) for _, numbers in self._checked_numbers()]
+        read = torch.cat([*measured, *sums]).cpu().to(torch.float64).numpy()
+        on_host = read[: len(measured) * len(applied)].reshape(len(measured), len(applied))
+        if not np.isfinite(read).all():
+            self._refuse_divergence(on_host[0], outputs, first_step, step_size)
         self._progress.extend(
             on_host[0],
             None if right is None else on_host[1],
@@ -217,6 +232,24 @@ class Learner:
             self._spec.monitoring.average_decay,
         )
         return float(on_host[0].mean()), None if right is None else float(on_host[1].mean())
+
+    def _checked_numbers(self) -> list[tuple[Diverged, Tensor]]:
+        """Where a step whose predictions are finite may yet have left something that is not."""
+        unseen = self._state.optimizer.overflowing_unseen()
+        return [("parameters", self._state.parameters.flat), *(("optimizer state", slot.flat) for slot in unseen)]
+
+    def _refuse_divergence(
+        self, example_losses: NDArray[np.float64], outputs: Tensor, first_step: int, step_size: int
+    ) -> None:
+        """Raises `DivergenceError` if there is reason to; finite numbers may have a sum that is not."""
+        wrong = ~np.isfinite(example_losses)
+        if wrong.any():
+            example = int(wrong.argmax())
+            what: Diverged = "loss" if bool(outputs[example].isfinite().all()) else "outputs"
+            raise DivergenceError(first_step + example // step_size, what)
+        for what, numbers in self._checked_numbers():
+            if not bool(numbers.isfinite().all()):
+                raise DivergenceError(self._state.steps[0], what)
 
     def predict(self, features: ArrayLike) -> NDArray[np.float32]:
         """[N, C] raw outputs (logits, or predicted values) for [N, I] features. Changes nothing.
@@ -248,6 +281,42 @@ class Learner:
         )
         self._engine.configure([spec])
         self._probe = self._probe.resized(spec.monitoring.probe_size)
+
+    def reset_units(self, layers: Sequence[int], fraction: float) -> dict[str, int]:
+        """Resets the units of least utility in these hidden layers now, whatever rates are set there.
+
+        `fraction`, above 0 and at most 1, is of each layer's units, rounded up to whole units; only mature units are
+        reset, so there may be fewer. Returns how many it reset, by layer. What the rates still owe stays owed.
+
+        Raises `SpecError` if there is no such layer, or the fraction is out of range.
+        """
+        self._refuse_while_training("reset_units")
+        self._check_reset(layers, fraction)
+        # Decimal: 0.07 of 100 units is 7 units, and not the 8 that binary rounding makes of it.
+        share = Decimal(repr(float(fraction)))
+        wanted = [
+            math.ceil(share * width) if layer in layers else 0 for layer, width in enumerate(self._spec.network.hidden)
+        ]
+        [counts] = self._engine.reset_units([wanted])
+        return {self._spec.layer_names[layer]: counts[layer] for layer in sorted(layers)}
+
+    def _check_reset(self, layers: Sequence[int], fraction: float) -> None:
+        hidden = len(self._spec.network.hidden)
+        violations = [
+            FieldViolation(
+                f"layers[{place}]", f"Expected a hidden layer's index, 0 to {hidden - 1}; got {shown(layer)}"
+            )
+            for place, layer in enumerate(layers)
+            if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < hidden
+        ]
+        if not violations and (not layers or len(set(layers)) < len(layers)):
+            violations.append(FieldViolation("layers", "Expected at least one hidden layer, and each at most once"))
+        if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 < fraction <= 1:
+            violations.append(
+                FieldViolation("fraction", f"Expected a number above 0 and at most 1; got {shown(fraction)}")
+            )
+        if violations:
+            raise SpecError(violations)
 
     @torch.inference_mode()
     def sample_plasticity(self) -> PlasticitySample:
@@ -293,23 +362,30 @@ class Learner:
         self._samples.clear()
         return samples
 
-    def snapshot(self) -> LearnerSnapshot:
-        """A copy of everything; restored, it continues bit for bit like this learner."""
+    def snapshot(self, into: LearnerSnapshot | None = None) -> LearnerSnapshot:
+        """A copy of everything; restored, it continues bit for bit like this learner.
+
+        `into` is an earlier snapshot that is not needed any more: where its tensors fit they are written over, which
+        saves the time that fresh memory takes. The initial parameters never change; a learner's snapshots share them,
+        on the CPU also with the learner itself.
+        """
         self._refuse_while_training("snapshot")
         state = self._state
-        tensors = {
+        changing = {
             "units.utility": state.units.utility,
             "units.age": state.units.age,
             "units.mean_activation": state.units.mean_activation,
-            "generator": state.generators[0].get_state(),
             "pending.features": torch.from_numpy(self._pending.features),
             "pending.targets": torch.from_numpy(self._pending.targets),
             "pending.weights": torch.from_numpy(self._pending.weights),
             "probe.features": torch.from_numpy(self._probe.features),
             "probe.targets": torch.from_numpy(self._probe.targets),
         }
-        for part, layers in self._layered_parts().items():
-            tensors |= self._named(part, layers)
+        for part, layers in self._changing_parts().items():
+            changing |= self._named(part, layers)
+        if self._initial_parameters is None:
+            initial = self._named("initial_parameters", state.initial_parameters)
+            self._initial_parameters = {name: tensor.cpu() for name, tensor in initial.items()}
         metadata: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "spec": self._spec.to_plain(),
@@ -320,15 +396,14 @@ class Learner:
             "pending_tasks": [list(run) for run in self._pending.tasks],
             "progress": self._progress.to_plain(),
         }
-        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        return LearnerSnapshot(tensors=copies, metadata=metadata)
+        room = {} if into is None else into.tensors
+        copies = {name: _copy_to_host(tensor, room.get(name)) for name, tensor in changing.items()}
+        constant = self._initial_parameters | {"generator": state.generators[0].get_state()}
+        return LearnerSnapshot(tensors=copies | constant, metadata=metadata)
 
-    def _layered_parts(self) -> dict[str, FlatLayers]:
+    def _changing_parts(self) -> dict[str, FlatLayers]:
         slots = {f"optimizer.{name}": slot for name, slot in self._state.optimizer.slots().items()}
-        return {
-            "parameters": self._state.parameters,
-            "initial_parameters": self._state.initial_parameters,
-        } | slots
+        return {"parameters": self._state.parameters} | slots
 
     def _named(self, part: str, layers: FlatLayers) -> dict[str, Tensor]:
         named = {}
@@ -340,11 +415,8 @@ class Learner:
     @classmethod
     def restore(cls, snapshot: LearnerSnapshot, *, device: torch.device | str = "cpu") -> "Learner":
         """The learner that the snapshot was taken of. Raises `SnapshotError` if anything is missing or does not fit."""
-        version = snapshot.metadata.get("format_version")
-        if version != FORMAT_VERSION:
-            raise SnapshotError(f"The snapshot has format version {version!r}; this package reads {FORMAT_VERSION}")
         try:
-            learner = cls(LearnerSpec.parse(snapshot.metadata["spec"]), device=device)
+            learner = cls(snapshot.read_spec(), device=device)
             learner._load_counters(snapshot.metadata)
             learner._load_tensors(snapshot.tensors, snapshot.metadata)
         except SnapshotError:
@@ -364,7 +436,8 @@ class Learner:
 
     def _load_tensors(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         network = self._spec.network
-        for part, layers in self._layered_parts().items():
+        parts = {"initial_parameters": self._state.initial_parameters} | self._changing_parts()
+        for part, layers in parts.items():
             for name, target in self._named(part, layers).items():
                 target.copy_(take_tensor(tensors, name, target.shape, target.dtype))
         units = self._state.units
@@ -397,6 +470,13 @@ class Learner:
             on_host("probe.features", None, network.in_features),
             on_host("probe.targets", *target_shape, dtype=target_dtype),
         )
+
+
+def _copy_to_host(tensor: Tensor, room: Tensor | None) -> Tensor:
+    """A copy on the CPU, in `room` if that has just the shape and type for it."""
+    if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype or not room.is_contiguous():
+        room = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return room.copy_(tensor)
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,10 @@ class SgdState:
     def slots(self) -> dict[str, FlatLayers]:
         return {} if self.momentum is None else {"momentum": self.momentum}
 
+    def overflowing_unseen(self) -> tuple[FlatLayers, ...]:
+        """What may become infinite while the parameters stay finite; an infinite momentum does not let them."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamState:
@@ -100,6 +104,10 @@ class AdamState:
 
     def slots(self) -> dict[str, FlatLayers]:
         return {"first_moment": self.first_moment, "second_moment": self.second_moment, "steps": self.steps}
+
+    def overflowing_unseen(self) -> tuple[FlatLayers, ...]:
+        """What may become infinite while the parameters stay finite: divided by it, no step moves them any more."""
+        return (self.second_moment,)
 
 
 OptimizerState = SgdState | AdamState

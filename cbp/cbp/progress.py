@@ -4,7 +4,7 @@ Every number is of the prediction made *before* the example was learned from (te
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,6 +55,11 @@ class LearnerProgress:
     def to_plain(self) -> dict[str, Any]:
         """A JSON object."""
         return asdict(self) | {"tasks": [asdict(record) for record in self.tasks]}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "LearnerProgress":
+        """What `to_plain` was called on."""
+        return cls(**{**plain, "tasks": tuple(TaskRecord(**record) for record in plain["tasks"])})
 
 
 @dataclass

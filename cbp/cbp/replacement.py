@@ -288,7 +288,7 @@ def replace_units(
 
     Outgoing weights are zeroed after every layer's incoming weights are drawn: a unit drawn in the next layer at the
     same step must not read a newborn either. Here we depart from the published code, which zeroes first and then draws
-    over it; `published_order` does the same, to follow trajectories recorded from it.
+    over it; `published_order` does the same, to follow trajectories recorded from it and where whole layers go.
     """
     for layer, chosen in enumerate(selected):
         if chosen is None:
@@ -387,11 +387,8 @@ class ReplacementSchedule:
         """Units to replace per hidden layer at this step, counted from 1; None if there are none."""
         any_due = False
         due = [0] * len(self._rates)
-        oldest_immature = step - self._maturity_threshold
+        self._ripen(step)
         for layer, rate in enumerate(self._rates):
-            young = self._young[layer]
-            while young and young[0][0] < oldest_immature:
-                self._mature[layer] += young.popleft()[1]
             if rate == 0.0:
                 continue
             owed = self.accumulated[layer] + rate * self._mature[layer]
@@ -400,6 +397,27 @@ class ReplacementSchedule:
             if whole:
                 any_due = True
                 due[layer] = whole
-                self._mature[layer] -= whole
-                young.append((step, whole))
+                self._rejuvenate(layer, whole, step)
         return tuple(due) if any_due else None
+
+    def replace(self, wanted: Sequence[int], step: int) -> tuple[int, ...]:
+        """Units to replace per hidden layer by hand, after this step: as many as wanted, or as are mature.
+
+        What the rates owe stays owed.
+        """
+        self._ripen(step)
+        counts = tuple(min(count, mature) for count, mature in zip(wanted, self._mature, strict=True))
+        for layer, count in enumerate(counts):
+            if count:
+                self._rejuvenate(layer, count, step)
+        return counts
+
+    def _ripen(self, step: int) -> None:
+        oldest_immature = step - self._maturity_threshold
+        for layer, young in enumerate(self._young):
+            while young and young[0][0] < oldest_immature:
+                self._mature[layer] += young.popleft()[1]
+
+    def _rejuvenate(self, layer: int, count: int, step: int) -> None:
+        self._mature[layer] -= count
+        self._young[layer].append((step, count))

@@ -4,23 +4,29 @@ The plain values travel as one JSON string under the key "cbp" of the file's met
 own.
 """
 
+import io
 import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cbp.errors import SnapshotError
+from cbp.errors import SnapshotError, SpecError
+from cbp.spec import LearnerSpec
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "cbp"
 _CHECKSUM_KEY = "cbp_checksum"
 _HEADER_LENGTH_BYTES = 8
+_ALIGNMENT_BYTES = 8
+_DTYPE_NAMES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +40,28 @@ class LearnerSnapshot:
     extra: dict[str, str] = field(default_factory=dict)
     """What the caller stored beside it."""
 
+    def read_spec(self) -> LearnerSpec:
+        """The learner's specification. Raises `SnapshotError` if this package cannot read it."""
+        version = self.metadata.get("format_version")
+        if version != FORMAT_VERSION:
+            raise SnapshotError(f"The snapshot has format version {version!r}; this package reads {FORMAT_VERSION}")
+        try:
+            return LearnerSpec.parse(self.metadata["spec"])
+        except (KeyError, SpecError) as error:
+            raise SnapshotError(f"The snapshot's specification cannot be read: {error}") from error
+
     def to_bytes(self, extra: Mapping[str, str] | None = None) -> bytes:
-        """A safetensors file; `extra` is added to what the snapshot holds already. Raises `SnapshotError`."""
+        """A safetensors file; `extra` is added to what the snapshot holds already. Raises `SnapshotError`.
+
+        Other threads run meanwhile, whatever the size; the tensors must not change.
+        """
         joined = self.extra | dict(extra or {})
         for key in (_METADATA_KEY, _CHECKSUM_KEY):
             if key in joined:
                 raise SnapshotError(f"extra[{key!r}]: the key is taken by the snapshot itself; choose another")
         metadata = json.dumps(self.metadata, allow_nan=True, separators=(",", ":"))
         own = {_METADATA_KEY: metadata, _CHECKSUM_KEY: _checksum(self.tensors, metadata)}
-        return safetensors.torch.save(self.tensors, joined | own)
+        return _serialize(self.tensors, joined | own)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "LearnerSnapshot":
@@ -62,6 +81,48 @@ class LearnerSnapshot:
             raise SnapshotError(f"The snapshot is damaged: {error}") from error
         extra = {key: value for key, value in header.items() if key not in (_METADATA_KEY, _CHECKSUM_KEY)}
         return cls(tensors=tensors, metadata=metadata, extra=extra)
+
+
+def _serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """What `safetensors.torch.save` makes, which would copy everything twice and let no other thread run meanwhile."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    parts: list[NDArray[np.uint8]] = []
+    start = 0
+    # The widest types first, so that all values are aligned.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise SnapshotError(f"The snapshot's tensor {name!r} is {tensor.dtype}, which no snapshot holds")
+        parts.append(_bytes_of(tensor))
+        end = start + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % _ALIGNMENT_BYTES)
+    head = len(encoded).to_bytes(_HEADER_LENGTH_BYTES, "little") + encoded
+    # Zeroed memory takes no time before it is written to, and `getvalue` hands it over without a copy.
+    file = io.BytesIO(bytes(len(head) + start))
+    with file.getbuffer() as buffer:
+        buffer[: len(head)] = head
+        _write_behind(len(head), parts, buffer)
+    return file.getvalue()
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """[nbytes], the tensor's own memory if it lies in one piece."""
+    contents: NDArray[np.uint8] = tensor.contiguous().numpy().reshape(-1).view(np.uint8)
+    return contents
+
+
+def _write_behind(start: int, parts: Iterable[NDArray[np.uint8]], buffer: memoryview) -> None:
+    room = np.frombuffer(buffer, np.uint8)
+    for part in parts:
+        room[start : start + len(part)] = part
+        start += len(part)
 
 
 def _header_metadata(data: bytes) -> dict[str, str]:
@@ -86,7 +147,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
-        checksum = zlib.crc32(tensor.contiguous().numpy().tobytes(), checksum)
+        checksum = zlib.crc32(_bytes_of(tensor).data, checksum)
     return f"{checksum:08x}"
 
 

@@ -5,7 +5,7 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -17,14 +17,25 @@ from numpy.typing import ArrayLike
 
 from cbp_client import convert
 from cbp_client.errors import AlreadyExists, DeadlineExceeded, Unavailable, error_from_plain
-from cbp_client.rpc import Connection, backoff
+from cbp_client.rpc import Connection, RequestT, UnaryMethod, backoff
 from cbp_client.stream import AsyncTrainingStream, StreamOptions
-from cbp_client.types import LearnerInfo, PlasticitySample, Prediction, WatchUpdate
+from cbp_client.transfer import PathOrFile, download, upload
+from cbp_client.types import (
+    Checkpoint,
+    CheckpointList,
+    Durability,
+    ExportFormat,
+    LearnerInfo,
+    PlasticitySample,
+    Prediction,
+    WatchUpdate,
+)
 from cbp_proto import PlainError, from_plain, to_plain
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2, training_service_pb2
 
 DEFAULT_TARGET = "localhost:50051"
 DEFAULT_TIMEOUT = 30.0
+TRANSFER_TIMEOUT = 600.0
 _PAGE_SIZE = 200
 _IMMUTABLE = ("network", "loss", "batch_size", "seed")
 
@@ -60,6 +71,7 @@ class AsyncLearner:
         resets: Plain | None = None,
         optimizer: Plain | None = None,
         monitoring: Plain | None = None,
+        durability: Durability | None = None,
         if_unchanged: bool = False,
     ) -> LearnerInfo:
         """Change exactly the given entries of a live learner, between two steps; an entry that is None goes back to
@@ -69,6 +81,7 @@ class AsyncLearner:
             resets: such as `{"layers": "first"}`.
             optimizer: hyperparameters, such as `{"lr": 0.01}`.
             monitoring: such as `{"interval": 1000}`.
+            durability: "fsync" or "os", for batches accepted from now on; a learner without a journal stays without.
             if_unchanged: only if nobody has changed the spec since `info` was read.
 
         Raises:
@@ -78,11 +91,13 @@ class AsyncLearner:
         parts = {"resets": resets, "optimizer": optimizer, "monitoring": monitoring}
         given = {part: entries for part, entries in parts.items() if entries is not None}
         learner = learner_pb2.Learner(
-            name=convert.learner_name(self.id),
+            name=self._name,
             spec=_message(given, spec_pb2.LearnerSpec),
-            etag=self._info.etag if if_unchanged else "",
+            etag=self._etag(if_unchanged),
+            durability=convert.durability(durability),
         )
         paths = [f"spec.{part}.{entry}" for part, entries in given.items() for entry in entries]
+        paths += ["durability"] if durability is not None else []
         if not paths:
             return await self.refresh()
         request = learner_service_pb2.UpdateLearnerRequest(learner=learner, update_mask=FieldMask(paths=paths))
@@ -91,18 +106,129 @@ class AsyncLearner:
         self._info = convert.learner_info(answer)
         return self._info
 
-    async def delete(self, *, if_unchanged: bool = False) -> None:
-        """Delete the learner and its checkpoints; if `if_unchanged`, only if its spec is still that of `info`."""
-        request = learner_service_pb2.DeleteLearnerRequest(
-            name=convert.learner_name(self.id), etag=self._info.etag if if_unchanged else ""
+    async def delete(self, *, if_unchanged: bool = False) -> LearnerInfo:
+        """Delete the learner: its id is free. Until the `purge_time` of the answer, `undelete_learner` brings it back.
+
+        Args:
+            if_unchanged: only if its spec is still that of `info`.
+        """
+        request = learner_service_pb2.DeleteLearnerRequest(name=self._name, etag=self._etag(if_unchanged))
+        return await self._changed_by(self._connection.learners.DeleteLearner, request)
+
+    async def fork(self, learner_id: str, *, durability: Durability | None = None) -> Self:
+        """Copy the learner between two of its steps: all of its state under a new id, with no producers.
+
+        Args:
+            learner_id: of the copy.
+            durability: of the copy; None for that of this learner.
+
+        Raises:
+            AlreadyExists: the id is taken.
+        """
+        request = learner_service_pb2.ForkLearnerRequest(
+            name=self._name,
+            learner_id=learner_id,
+            request_id=str(uuid.uuid4()),
+            durability=convert.durability(durability),
         )
-        await self._connection.call(self._connection.learners.DeleteLearner, request, retry=False)
+        answer = await self._connection.call(self._connection.learners.ForkLearner, request, retry=True)
+        return type(self)(self._connection, convert.learner_info(answer))
+
+    async def checkpoint(self) -> Checkpoint:
+        """Save the learner's whole state, and keep it until `delete_checkpoint`."""
+        request = learner_service_pb2.CreateCheckpointRequest(parent=self._name)
+        answer = await self._connection.call(self._connection.learners.CreateCheckpoint, request, retry=False)
+        return convert.checkpoint(answer)
+
+    async def checkpoints(self) -> CheckpointList:
+        """The learner's checkpoints, newest first, and the journal positions that `restore` can reach."""
+        request = learner_service_pb2.ListCheckpointsRequest(parent=self._name, page_size=_PAGE_SIZE)
+        found: list[Checkpoint] = []
+        while True:
+            answer = await self._connection.call(self._connection.learners.ListCheckpoints, request, retry=True)
+            found += [convert.checkpoint(checkpoint) for checkpoint in answer.checkpoints]
+            if not answer.next_page_token:
+                return CheckpointList(tuple(found), answer.first_restorable_position, answer.last_restorable_position)
+            request.page_token = answer.next_page_token
+
+    async def delete_checkpoint(self, number: int) -> None:
+        """Delete a checkpoint.
+
+        Raises:
+            NotFound: there is none of that number.
+            FailedPrecondition: recovery may need it.
+        """
+        request = learner_service_pb2.DeleteCheckpointRequest(name=convert.checkpoint_name(self.id, number))
+        await self._connection.call(self._connection.learners.DeleteCheckpoint, request, retry=False)
+
+    async def restore(
+        self, *, checkpoint: int | None = None, position: int | None = None, if_unchanged: bool = False
+    ) -> LearnerInfo:
+        """Take the learner back to an earlier state. Producers stay where they are: what they sent since is not learnt
+        again. Streams reconnect by themselves; a quarantine ends.
+
+        Args:
+            checkpoint: the number of the checkpoint to go back to; or else
+            position: the position of the learner's journal to go back to.
+            if_unchanged: only if nobody has changed the spec since `info` was read.
+
+        Raises:
+            NotFound: there is no such checkpoint.
+            FailedPrecondition: the position is not held any more; `checkpoints()` says which are.
+            EtagMismatch: somebody has changed the spec.
+        """
+        request = learner_service_pb2.RestoreLearnerRequest(name=self._name, etag=self._etag(if_unchanged))
+        if (checkpoint is None) == (position is None):
+            raise convert.invalid("checkpoint", "give either the number of a checkpoint or a position")
+        if checkpoint is not None:
+            request.checkpoint = convert.checkpoint_name(self.id, checkpoint)
+        elif position is not None:
+            request.journal_position = position
+        return await self._changed_by(self._connection.learners.RestoreLearner, request)
+
+    async def resume(self, *, lr: float | None = None, skip_batch: bool = False) -> LearnerInfo:
+        """Let a quarantined learner go on with the batch that it was quarantined for, and those behind it.
+
+        Args:
+            lr: the learning rate from that batch on; None leaves it as it is.
+            skip_batch: leave that batch out rather than learn it again.
+
+        Raises:
+            FailedPrecondition: the learner is not quarantined.
+        """
+        request = learner_service_pb2.ResumeLearnerRequest(name=self._name, lr=lr, skip_batch=skip_batch)
+        return await self._changed_by(self._connection.learners.ResumeLearner, request)
+
+    async def reset_units(self, layers: str | int | Sequence[str | int], fraction: float) -> dict[str, int]:
+        """Reset units of least utility by hand, between two steps; returns how many, by layer.
+
+        Args:
+            layers: "all", "first", or hidden layers by index or name.
+            fraction: share of each layer's units, more than 0 and at most 1. Only mature units are reset.
+        """
+        request = learner_service_pb2.ResetUnitsRequest(
+            name=self._name, layers=convert.layers(layers), fraction=fraction
+        )
+        answer = await self._connection.call(self._connection.learners.ResetUnits, request, retry=False)
+        return dict(answer.replacements)
+
+    async def export(
+        self, target: PathOrFile, *, format: ExportFormat = "safetensors", timeout: float = TRANSFER_TIMEOUT
+    ) -> int:
+        """Write the learner to a file; returns its size in bytes.
+
+        Args:
+            target: a path, which is replaced once the file is whole, or a file opened in binary mode.
+            format: "safetensors" is the whole state, which `import_learner` takes; "onnx" and "torch_export" are the
+                network alone, for use elsewhere.
+            timeout: seconds for all of it.
+        """
+        request = learner_service_pb2.ExportLearnerRequest(name=self._name, format=convert.export_format(format))
+        return await download(self._connection, request, target, timeout=timeout)
 
     async def predict(self, features: ArrayLike, *, timeout: float | None = None) -> Prediction:
         """Predict for features [N, in_features] with the learner's state between two steps; changes nothing."""
-        request = training_service_pb2.PredictRequest(
-            learner=convert.learner_name(self.id), features=convert.features_tensor(features)
-        )
+        request = training_service_pb2.PredictRequest(learner=self._name, features=convert.features_tensor(features))
         answer = await self._connection.call(self._connection.training.Predict, request, retry=True, timeout=timeout)
         return convert.prediction(answer)
 
@@ -113,9 +239,7 @@ class AsyncLearner:
             history: how many; the server keeps a bounded number.
             fresh: measure now rather than take the last periodic sample.
         """
-        request = learner_service_pb2.GetPlasticityRequest(
-            name=convert.learner_name(self.id), max_samples=history, fresh=fresh
-        )
+        request = learner_service_pb2.GetPlasticityRequest(name=self._name, max_samples=history, fresh=fresh)
         answer = await self._connection.call(self._connection.learners.GetPlasticity, request, retry=True)
         return [convert.plasticity_sample(sample) for sample in answer.samples]
 
@@ -130,6 +254,17 @@ class AsyncLearner:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id}>"
+
+    @property
+    def _name(self) -> str:
+        return convert.learner_name(self.id)
+
+    def _etag(self, if_unchanged: bool) -> str:
+        return self._info.etag if if_unchanged else ""
+
+    async def _changed_by(self, method: UnaryMethod[RequestT, Any], request: RequestT) -> LearnerInfo:
+        self._info = convert.learner_info(await self._connection.call(method, request, retry=False))
+        return self._info
 
 
 class AsyncClient:
@@ -193,6 +328,7 @@ class AsyncClient:
         seed: int | None = None,
         resets: Plain | None = None,
         monitoring: Plain | None = None,
+        durability: Durability | None = None,
         exist_ok: bool = False,
     ) -> AsyncLearner:
         """Create a learner; what is left out takes the server's documented default.
@@ -207,6 +343,8 @@ class AsyncClient:
             seed: of the initial weights and every later draw.
             resets: continual backprop, such as `{"layers": "first", "replacement_rate": 1e-4}`.
             monitoring: how plasticity is measured.
+            durability: what an acknowledged batch survives: "fsync" power loss, "os" a crash of the server, "none"
+                nothing before the next checkpoint.
             exist_ok: return a learner that exists already, unless what it is can't be changed and differs from what
                 is given here: network, loss, batch_size or seed. Other settings stay as they are.
 
@@ -225,7 +363,9 @@ class AsyncClient:
         }
         spec = _message(plain, spec_pb2.LearnerSpec)
         request = learner_service_pb2.CreateLearnerRequest(
-            learner_id=learner_id, learner=learner_pb2.Learner(spec=spec), request_id=str(uuid.uuid4())
+            learner_id=learner_id,
+            learner=learner_pb2.Learner(spec=spec, durability=convert.durability(durability)),
+            request_id=str(uuid.uuid4()),
         )
         try:
             answer = await self._connection.call(self._connection.learners.CreateLearner, request, retry=True)
@@ -245,9 +385,9 @@ class AsyncClient:
         """
         return AsyncLearner(self._connection, await _get(self._connection, learner_id))
 
-    async def list_learners(self) -> AsyncGenerator[AsyncLearner]:
-        """All learners, in the order of their ids."""
-        request = learner_service_pb2.ListLearnersRequest(page_size=_PAGE_SIZE)
+    async def list_learners(self, *, show_deleted: bool = False) -> AsyncGenerator[AsyncLearner]:
+        """All learners, in the order of their ids; if `show_deleted` also those that can be undeleted."""
+        request = learner_service_pb2.ListLearnersRequest(page_size=_PAGE_SIZE, show_deleted=show_deleted)
         while True:
             answer = await self._connection.call(self._connection.learners.ListLearners, request, retry=True)
             for learner in answer.learners:
@@ -256,14 +396,72 @@ class AsyncClient:
                 return
             request.page_token = answer.next_page_token
 
-    async def delete_learner(self, learner_id: str) -> None:
-        """Delete a learner and its checkpoints.
+    async def delete_learner(self, learner_id: str) -> LearnerInfo:
+        """Delete a learner: its id is free. Until the `purge_time` of the answer, `undelete_learner` brings it back.
 
         Raises:
             NotFound: there is none of that id.
         """
         request = learner_service_pb2.DeleteLearnerRequest(name=convert.learner_name(learner_id))
-        await self._connection.call(self._connection.learners.DeleteLearner, request, retry=False)
+        answer = await self._connection.call(self._connection.learners.DeleteLearner, request, retry=False)
+        return convert.learner_info(answer)
+
+    async def undelete_learner(self, learner_id: str, *, uid: str | None = None) -> AsyncLearner:
+        """Bring a deleted learner back as it was.
+
+        Args:
+            learner_id: its id.
+            uid: which of the deleted learners of that id; None for the one deleted last.
+
+        Raises:
+            NotFound: there is none, or it has been purged.
+            AlreadyExists: the id has been taken meanwhile.
+        """
+        request = learner_service_pb2.UndeleteLearnerRequest(name=convert.learner_name(learner_id), uid=uid or "")
+        answer = await self._connection.call(self._connection.learners.UndeleteLearner, request, retry=False)
+        return AsyncLearner(self._connection, convert.learner_info(answer))
+
+    async def purge_learner(self, learner_id: str, *, uid: str | None = None) -> None:
+        """Remove a deleted learner, its checkpoints and its journal for good.
+
+        Args:
+            learner_id: its id.
+            uid: which of the deleted learners of that id; None for all of them.
+
+        Raises:
+            NotFound: there is none.
+            FailedPrecondition: the learner is not deleted.
+        """
+        request = learner_service_pb2.PurgeLearnerRequest(name=convert.learner_name(learner_id), uid=uid or "")
+        await self._connection.call(self._connection.learners.PurgeLearner, request, retry=False)
+
+    async def import_learner(
+        self,
+        learner_id: str,
+        source: PathOrFile,
+        *,
+        durability: Durability | None = None,
+        timeout: float = TRANSFER_TIMEOUT,
+    ) -> AsyncLearner:
+        """Create a learner from a file that `export` made with the format "safetensors".
+
+        Args:
+            learner_id: of the new learner.
+            source: a path, or a file opened in binary mode.
+            durability: as in `create_learner`.
+            timeout: seconds for all of it.
+
+        Raises:
+            AlreadyExists: the id is taken.
+            InvalidArgument: the file is something else, or damaged.
+        """
+        header = learner_service_pb2.ImportHeader(
+            learner_id=learner_id, request_id=str(uuid.uuid4()), durability=convert.durability(durability)
+        )
+        return AsyncLearner(
+            self._connection,
+            convert.learner_info(await upload(self._connection, header, source, timeout=timeout)),
+        )
 
     async def watch(
         self, learner_ids: Iterable[str] | None = None, *, interval: float = 1.0

@@ -1,8 +1,8 @@
 """Between wire messages and what users see: pure functions, nothing else knows both."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
@@ -12,6 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from cbp_client.errors import FieldViolation, InvalidArgument
 from cbp_client.types import (
     BatchResult,
+    Checkpoint,
+    Durability,
+    ExportFormat,
     LayerPlasticity,
     LearnerInfo,
     LearnerProgress,
@@ -19,6 +22,7 @@ from cbp_client.types import (
     PlasticitySample,
     Prediction,
     ProducerPosition,
+    Quarantine,
     TaskRecord,
     WatchedLearner,
     WatchUpdate,
@@ -26,10 +30,25 @@ from cbp_client.types import (
 from cbp_proto import TensorError, decode_tensor, encode_tensor, to_plain
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, tensor_pb2, training_service_pb2
 
+NumberT = TypeVar("NumberT", bound=int)
+
 _NAME_PREFIX = "learners/"
 _STATES: dict[int, LearnerState] = {
     learner_pb2.Learner.STATE_ACTIVE: "active",
     learner_pb2.Learner.STATE_UNAVAILABLE: "unavailable",
+    learner_pb2.Learner.STATE_EVICTED: "evicted",
+    learner_pb2.Learner.STATE_QUARANTINED: "quarantined",
+    learner_pb2.Learner.STATE_DELETED: "deleted",
+}
+_DURABILITIES: dict[learner_pb2.Durability.ValueType, Durability] = {
+    learner_pb2.DURABILITY_FSYNC: "fsync",
+    learner_pb2.DURABILITY_OS: "os",
+    learner_pb2.DURABILITY_NONE: "none",
+}
+_FORMATS: dict[learner_service_pb2.ExportLearnerRequest.Format.ValueType, ExportFormat] = {
+    learner_service_pb2.ExportLearnerRequest.FORMAT_SAFETENSORS: "safetensors",
+    learner_service_pb2.ExportLearnerRequest.FORMAT_ONNX: "onnx",
+    learner_service_pb2.ExportLearnerRequest.FORMAT_TORCH_EXPORT: "torch_export",
 }
 
 # Where unsigned integers of so many bytes go, since the wire has none beyond one byte.
@@ -44,6 +63,34 @@ def learner_name(learner_id: str) -> str:
 def learner_id(name: str) -> str:
     """The id within a wire name."""
     return name.removeprefix(_NAME_PREFIX)
+
+
+def checkpoint_name(learner_id: str, number: int) -> str:
+    """The wire name of a learner's checkpoint."""
+    return f"{learner_name(learner_id)}/checkpoints/{number}"
+
+
+def durability(value: Durability | None) -> learner_pb2.Durability.ValueType:
+    """The wire's word for a durability; unspecified for None.
+
+    Raises:
+        InvalidArgument: there is no such durability.
+    """
+    return learner_pb2.DURABILITY_UNSPECIFIED if value is None else _wire_value("durability", _DURABILITIES, value)
+
+
+def export_format(value: ExportFormat) -> learner_service_pb2.ExportLearnerRequest.Format.ValueType:
+    """The wire's word for a format.
+
+    Raises:
+        InvalidArgument: there is no such format.
+    """
+    return _wire_value("format", _FORMATS, value)
+
+
+def layers(given: str | int | Sequence[str | int]) -> list[str]:
+    """Hidden layers as the wire names them: `all`, `first`, indices and names."""
+    return [str(layer) for layer in ([given] if isinstance(given, str | int) else given)]
 
 
 def learner_info(learner: learner_pb2.Learner) -> LearnerInfo:
@@ -61,6 +108,24 @@ def learner_info(learner: learner_pb2.Learner) -> LearnerInfo:
             ProducerPosition(item.producer, item.epoch, item.applied_sequence, item.durable_sequence)
             for item in learner.producers
         ),
+        durability=_DURABILITIES.get(learner.durability, "fsync"),
+        journal_position=learner.journal_position,
+        quarantine=_quarantine(learner.quarantine) if learner.HasField("quarantine") else None,
+        delete_time=_time(learner.delete_time) if learner.HasField("delete_time") else None,
+        purge_time=_time(learner.purge_time) if learner.HasField("purge_time") else None,
+    )
+
+
+def checkpoint(checkpoint: learner_pb2.Checkpoint) -> Checkpoint:
+    """The record of a checkpoint."""
+    return Checkpoint(
+        number=int(checkpoint.name.rpartition("/")[2]),
+        journal_position=checkpoint.journal_position,
+        step=checkpoint.step,
+        examples=checkpoint.examples,
+        size_bytes=checkpoint.size_bytes,
+        create_time=_time(checkpoint.create_time),
+        pinned=checkpoint.pinned,
     )
 
 
@@ -108,6 +173,12 @@ def batch_result(result: training_service_pb2.BatchResult, *, number: int, task:
         outputs=_float32(result.outputs) if result.HasField("outputs") else None,
         acknowledged=not result.duplicate,
     )
+
+
+def invalid(field: str, description: str, reason: str = "INVALID_REQUEST") -> InvalidArgument:
+    """The error for one field of a request that is not even sent."""
+    violation = FieldViolation(field, description)
+    return InvalidArgument(f"{field}: {description}", reason=reason, violations=[violation])
 
 
 def features_tensor(features: ArrayLike) -> tensor_pb2.Tensor:
@@ -213,8 +284,24 @@ def _float32(tensor: tensor_pb2.Tensor) -> NDArray[np.float32]:
 
 
 def _invalid(field: str, description: str) -> InvalidArgument:
-    violation = FieldViolation(field, description)
-    return InvalidArgument(f"{field}: {description}", reason="INVALID_BATCH", violations=[violation])
+    return invalid(field, description, reason="INVALID_BATCH")
+
+
+def _wire_value(field: str, words: Mapping[NumberT, str], word: str) -> NumberT:
+    for number, known in words.items():
+        if word == known:
+            return number
+    raise invalid(field, f"must be one of {', '.join(words.values())}, not {word}")
+
+
+def _quarantine(quarantine: learner_pb2.Quarantine) -> Quarantine:
+    return Quarantine(
+        journal_position=quarantine.journal_position,
+        producer=quarantine.producer,
+        sequence=quarantine.sequence,
+        reason=quarantine.reason,
+        time=_time(quarantine.quarantine_time),
+    )
 
 
 def _progress(progress: learner_pb2.LearnerProgress) -> LearnerProgress:

@@ -10,7 +10,8 @@ CbpClientError
 ├── FailedPrecondition
 │   ├── SequenceGap            the server expects another sequence than the stream sent
 │   ├── BatchesLost            the server fell back behind the oldest batch that the stream still holds
-│   └── LearnerReplaced        the learner was deleted and created anew while the stream was open
+│   ├── LearnerReplaced        the learner was deleted and created anew while the stream was open
+│   └── LearnerQuarantined     the learner could not learn a batch, and trains again once it is resumed
 ├── Aborted
 │   ├── EtagMismatch           the learner changed since it was read
 │   └── Fenced                 a newer stream of the same producer has taken over
@@ -116,7 +117,7 @@ class MessageTooLarge(InvalidArgument):
 
 
 class NotFound(CbpClientError):
-    """There is no learner of that name."""
+    """There is no learner, or checkpoint, of that name."""
 
 
 class AlreadyExists(CbpClientError):
@@ -165,6 +166,31 @@ class BatchesLost(FailedPrecondition):
 
 class LearnerReplaced(FailedPrecondition):
     """The learner was deleted and created anew while the stream was open."""
+
+
+class LearnerQuarantined(FailedPrecondition):
+    """A batch could not be learnt, such as one that made the loss infinite. The learner predicts with its state before
+    that batch; what was accepted behind it waits until the learner is resumed."""
+
+    @property
+    def learner(self) -> str:
+        """The learner's id."""
+        return self.metadata.get("learner", "")
+
+    @property
+    def journal_position(self) -> int:
+        """Where the batch is in the learner's journal; 0 if the server did not say."""
+        return int(self.metadata.get("journal_position", 0))
+
+    @property
+    def producer(self) -> str:
+        """Whose batch it is."""
+        return self.metadata.get("producer", "")
+
+    @property
+    def sequence(self) -> int:
+        """Which of the producer's batches; 0 if the server did not say."""
+        return int(self.metadata.get("sequence", 0))
 
 
 class Aborted(CbpClientError):
@@ -223,6 +249,8 @@ _BY_CODE: dict[grpc.StatusCode, type[CbpClientError]] = {
 }
 _BY_REASON: dict[str, type[CbpClientError]] = {
     "ETAG_MISMATCH": EtagMismatch,
+    "LEARNER_QUARANTINED": LearnerQuarantined,
+    "LEARNER_REPLACED": LearnerReplaced,
     "MESSAGE_TOO_LARGE": MessageTooLarge,
     "PRODUCER_FENCED": Fenced,
     "SEQUENCE_GAP": SequenceGap,

@@ -1,16 +1,16 @@
 """The book of one producer's batches: which are held, sent, applied and durable. No input or output happens here.
 
-    applied and durable   applied, kept for resending     not applied: sent | waiting
-    ───────────────────┼──────────────────────────────┼──────────────────┼─────────────
-                       durable                        applied            applied + in_flight
+    applied and durable   applied, kept for resending     not applied: in flight | waiting
+    ───────────────────┼──────────────────────────────┼───────────────────────┼─────────────
+                       durable                        settled                 settled + in flight
 
 The server knows batches by sequence, without gaps. A batch gets its sequence when it is sent, from its place in the
 book, so that leaving out a rejected batch renumbers all later ones; those were sent under numbers that the server no
-longer expects, so they have to be sent again on a new stream.
+longer expects, so they have to be sent again on a new stream. Batches that the server has are never sent again: those
+that it had not applied when the stream was opened are in flight from the beginning.
 """
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from cbp_client.errors import AlreadyExists, BatchesLost, Fenced, LearnerReplaced, SequenceGap, ServerError
@@ -34,12 +34,23 @@ class HeldBatch:
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where the producer stands with the server."""
+    """Where the producer stands with the server.
+
+    Attributes:
+        learner_uid: of the learner that the stream writes to.
+        epoch: of the stream's newest connection; higher than that of every older stream of the producer.
+        applied_sequence: every batch up to this one has changed the learner.
+        durable_sequence: every batch up to this one is on the server's disk; it may not be applied yet.
+        next_sequence: what the next batch sent will have. Right after opening: one more than the producer's batches
+            that the server has, also from streams and processes before this one.
+        max_message_bytes: largest message that the server takes.
+    """
 
     learner_uid: str
     epoch: int
     applied_sequence: int
     durable_sequence: int
+    next_sequence: int
     max_message_bytes: int
 
 
@@ -49,18 +60,20 @@ class Ledger:
 
     Attributes:
         resend_bytes: bound on the applied but not yet durable batches that are kept; the oldest go first.
+        position: where the producer stands; None before the stream is opened.
         credits: batches that may be sent now.
-        opens: streams asked for since one was last opened, of which the server may have counted some.
     """
 
     resend_bytes: int
     position: StreamPosition | None = None
     credits: int = 0
-    opens: int = 0
     kept_bytes: int = 0
     waiting_bytes: int = 0
     _kept: deque[HeldBatch] = field(default_factory=deque)
     _waiting: deque[HeldBatch] = field(default_factory=deque)
+    # Every batch up to here is out of this stream's hands: applied once, or taken from a stream before this one.
+    # Never before position.applied_sequence; after it where the server is still applying such batches.
+    _settled: int = 0
     _in_flight: int = 0
     _rejected_sequence: int | None = None
     _unexpected_gap: int | None = None
@@ -73,14 +86,12 @@ class Ledger:
     @property
     def durable(self) -> bool:
         """Whether every batch is applied and on the server's disk."""
-        return not self._waiting and (
-            self.position is None or self.position.durable_sequence >= self.position.applied_sequence
-        )
+        return not self._waiting and (self.position is None or self.position.durable_sequence >= self._settled)
 
     @property
     def must_reopen(self) -> bool:
         """Whether a batch was rejected and all results that were to come before it have come."""
-        return self._rejected_sequence is not None and self._applied_sequence >= self._rejected_sequence - 1
+        return self._rejected_sequence is not None and self._settled >= self._rejected_sequence - 1
 
     def append(self, batch: HeldBatch) -> None:
         """Put a batch behind all others."""
@@ -92,32 +103,11 @@ class Ledger:
         if self.credits == 0 or self._in_flight == len(self._waiting) or self._rejected_sequence is not None:
             return None
         batch = self._waiting[self._in_flight]
-        batch.request.batch.sequence = self._applied_sequence + 1 + self._in_flight
+        batch.request.batch.sequence = self._next_sequence
         self._in_flight += 1
         self.credits -= 1
+        self.position = replace(self._opened_position, next_sequence=self._next_sequence)
         return batch
-
-    def may_open(self, learner_uid: str, epoch: int) -> None:
-        """Check, with what the server says of the producer, that the stream may be opened again.
-
-        Opening ends whichever stream of the producer is open, so one that was replaced while it was disconnected must
-        not even try.
-
-        Raises:
-            LearnerReplaced: the learner is another one than before.
-            Fenced: another stream of the producer has been opened.
-        """
-        before = self._opened_position
-        if learner_uid != before.learner_uid:
-            raise LearnerReplaced(
-                "the learner was deleted and created anew while the stream was open; "
-                f"{self.unapplied} batches were meant for the old one"
-            )
-        if epoch > before.epoch + self.opens:
-            raise Fenced(
-                "another stream of the same producer took over while this one was disconnected",
-                reason="PRODUCER_FENCED",
-            )
 
     def opened(self, opened: training_service_pb2.StreamOpened, credits: int) -> list[HeldBatch]:
         """Begin anew from what the server says it has; the batches that it applied without telling are returned.
@@ -127,29 +117,24 @@ class Ledger:
             BatchesLost: the server lacks batches that are no longer held.
             Fenced: another stream has written for this producer.
         """
-        before = self.position
-        if before is not None:
-            self.may_open(opened.learner_uid, opened.epoch)
-            self._check_held(before.applied_sequence, opened.applied_sequence)
+        accepted = max(opened.next_sequence - 1, opened.applied_sequence)
+        if self.position is None:
+            self._settled = accepted
+        else:
+            self._check_continues(self.position, opened.learner_uid, accepted)
+        self._hold_again(max(0, self._settled - accepted))
+        untold = [self._apply() for _ in range(opened.applied_sequence - self._settled)]
+        self._in_flight = accepted - self._settled
+        self._rejected_sequence = None
+        self.credits = credits
         self.position = StreamPosition(
             learner_uid=opened.learner_uid,
             epoch=opened.epoch,
             applied_sequence=opened.applied_sequence,
             durable_sequence=opened.durable_sequence,
+            next_sequence=self._next_sequence,
             max_message_bytes=opened.max_message_bytes,
         )
-        self.opens = 0
-        self.credits = credits
-        self._in_flight = 0
-        self._rejected_sequence = None
-        if before is None:
-            return []
-        for _ in range(before.applied_sequence - opened.applied_sequence):
-            batch = self._kept.pop()
-            self.kept_bytes -= batch.size
-            self._waiting.appendleft(batch)
-            self.waiting_bytes += batch.size
-        untold = [self._apply() for _ in range(opened.applied_sequence - before.applied_sequence)]
         self._forget_kept()
         return untold
 
@@ -161,7 +146,7 @@ class Ledger:
         """
         position = self._opened_position
         applied = max((result.sequence for result in acknowledgement.results), default=0)
-        newly_applied = max(0, applied - position.applied_sequence)
+        newly_applied = max(0, applied - self._settled)
         if newly_applied > self._in_flight:
             raise ServerError(
                 f"the server acknowledges batch {applied}, which was not sent",
@@ -169,7 +154,7 @@ class Ledger:
             )
         self.position = replace(
             position,
-            applied_sequence=position.applied_sequence + newly_applied,
+            applied_sequence=max(position.applied_sequence, applied),
             durable_sequence=max(position.durable_sequence, acknowledgement.durable_sequence),
         )
         if newly_applied:
@@ -192,13 +177,15 @@ class Ledger:
             if self._rejected_sequence is None:
                 self._note_gap(rejection)
             return None
-        batch = next((batch for batch in self._sent() if batch.sequence == rejection.sequence), None)
-        if batch is None:
+        place = rejection.sequence - self._settled - 1
+        if not 0 <= place < self._in_flight:
             return None
-        self._waiting.remove(batch)
+        batch = self._waiting[place]
+        del self._waiting[place]
         self.waiting_bytes -= batch.size
-        self._in_flight -= 1
-        self._rejected_sequence = min(self._rejected_sequence or rejection.sequence, rejection.sequence)
+        self._in_flight = place  # the server took none of those behind it
+        self._rejected_sequence = rejection.sequence
+        self.position = replace(self._opened_position, next_sequence=self._next_sequence)
         return batch
 
     def abandon(self) -> list[HeldBatch]:
@@ -216,18 +203,33 @@ class Ledger:
         return self.position
 
     @property
-    def _applied_sequence(self) -> int:
-        return self._opened_position.applied_sequence
+    def _next_sequence(self) -> int:
+        return self._settled + self._in_flight + 1
 
-    def _check_held(self, before: int, now: int) -> None:
-        oldest_held = before - len(self._kept) + 1
-        if now + 1 < oldest_held:
-            raise BatchesLost(expected=now + 1, oldest_held=oldest_held)
-        if now - before > len(self._waiting):
+    def _check_continues(self, before: StreamPosition, learner_uid: str, accepted: int) -> None:
+        """Whether what the server has is this stream's, and followed by a batch that is held."""
+        if learner_uid != before.learner_uid:
+            raise LearnerReplaced(
+                "the learner was deleted and created anew while the stream was open; "
+                f"{self.unapplied} batches were meant for the old one"
+            )
+        oldest_held = self._settled - len(self._kept) + 1
+        if accepted + 1 < oldest_held:
+            raise BatchesLost(expected=accepted + 1, oldest_held=oldest_held)
+        if accepted >= self._next_sequence:
             raise Fenced(
-                f"another stream of the same producer wrote batches up to {now} while this one was disconnected",
+                f"another stream of the same producer wrote batches up to {accepted} while this one was disconnected",
                 reason="PRODUCER_FENCED",
             )
+
+    def _hold_again(self, count: int) -> None:
+        """The server has lost the last `count` batches that it had applied."""
+        for _ in range(count):
+            batch = self._kept.pop()
+            self.kept_bytes -= batch.size
+            self._waiting.appendleft(batch)
+            self.waiting_bytes += batch.size
+        self._settled -= count
 
     def _note_gap(self, rejection: training_service_pb2.Rejection) -> None:
         if self._unexpected_gap == rejection.expected_sequence:
@@ -237,21 +239,17 @@ class Ledger:
                 metadata={"expected_sequence": str(rejection.expected_sequence)},
             )
         self._unexpected_gap = rejection.expected_sequence
-        self._rejected_sequence = self._applied_sequence + 1  # reopen at once, and hear from where to go on
-
-    def _sent(self) -> Iterator[HeldBatch]:
-        for index in range(self._in_flight):
-            yield self._waiting[index]
+        self._rejected_sequence = self._settled + 1  # reopen at once, and hear from where to go on
 
     def _apply(self) -> HeldBatch:
         batch = self._waiting.popleft()
         self.waiting_bytes -= batch.size
         self._kept.append(batch)
         self.kept_bytes += batch.size
+        self._settled += 1
         return batch
 
     def _forget_kept(self) -> None:
-        position = self._opened_position
-        not_durable = max(0, position.applied_sequence - position.durable_sequence)
+        not_durable = max(0, self._settled - self._opened_position.durable_sequence)
         while self._kept and (len(self._kept) > not_durable or self.kept_bytes > self.resend_bytes):
             self.kept_bytes -= self._kept.popleft().size

@@ -4,6 +4,7 @@
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from cbp_client.errors import (
 from cbp_client.ledger import HeldBatch, Ledger, StreamPosition
 from cbp_client.rpc import MAX_MESSAGE_BYTES, Connection, backoff
 from cbp_client.types import BatchResult, StreamSummary
-from cbp_proto.v1 import learner_service_pb2, training_service_pb2
+from cbp_proto.v1 import training_service_pb2
 
 _OPEN_TIMEOUT = 30.0
 _CLOSE_TIMEOUT = 2.0
@@ -131,8 +132,9 @@ class AsyncTrainingStream:
     ) -> None:
         self._connection = connection
         connection.streams.add(self)
-        self._open_request = training_service_pb2.OpenStream(learner=learner_name(learner_id), producer=producer)
-        self._get_request = learner_service_pb2.GetLearnerRequest(name=self._open_request.learner)
+        self._open_request = training_service_pb2.OpenStream(
+            learner=learner_name(learner_id), producer=producer, stream_id=str(uuid.uuid4())
+        )
         self._return_outputs = return_outputs
         self._max_in_flight_bytes = max_in_flight_bytes
         self._reconnect_timeout = reconnect_timeout
@@ -184,6 +186,7 @@ class AsyncTrainingStream:
 
         Raises:
             NotFound: there is no such learner.
+            LearnerQuarantined: it does not train until it is resumed.
             Unavailable: no connection within the reconnect timeout.
         """
         if self._conversation is None:
@@ -210,7 +213,7 @@ class AsyncTrainingStream:
         Raises:
             BatchRejected: batches sent earlier were not accepted; this one has not been taken.
             InvalidArgument: this batch can't be sent, such as MessageTooLarge; it has not been taken.
-            Fenced, BatchesLost, LearnerReplaced, Unavailable: the stream is at its end.
+            Fenced, BatchesLost, LearnerReplaced, LearnerQuarantined, Unavailable: the stream is at its end.
         """
         return await self.send_request(self.request(features, targets, weights=weights, task=task))
 
@@ -274,7 +277,7 @@ class AsyncTrainingStream:
         Raises:
             BatchRejected: batches were not accepted; all others are applied or on their way.
             DeadlineExceeded: not done after `timeout` seconds; nothing is lost, and the stream goes on.
-            Fenced, BatchesLost, LearnerReplaced, Unavailable: the stream is at its end.
+            Fenced, BatchesLost, LearnerReplaced, LearnerQuarantined, Unavailable: the stream is at its end.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -351,11 +354,6 @@ class AsyncTrainingStream:
 
     async def _converse(self) -> None:
         """One call to the server, from its opening until it ends or a rejection makes a new one necessary."""
-        if self._ledger.position is not None:
-            learner = await self._connection.call(self._connection.learners.GetLearner, self._get_request, retry=False)
-            epochs = [item.epoch for item in learner.producers if item.producer == self._open_request.producer]
-            self._ledger.may_open(learner.uid, max(epochs, default=0))
-        self._ledger.opens += 1
         call = self._connection.training.Train()
         writer = None
         try:
@@ -389,7 +387,10 @@ class AsyncTrainingStream:
             raise ServerError("the server did not answer the opening of the stream", reason="STREAM_PROTOCOL")
         self._totals.reconnections += self._lost and self._ledger.position is not None
         self._lost = False
-        for batch in self._ledger.opened(response.opened, response.credits):
+        untold = self._ledger.opened(response.opened, response.credits)
+        self._open_request.resumed_epoch = response.opened.epoch
+        self._open_request.learner_uid = response.opened.learner_uid
+        for batch in untold:
             self._finish(batch, training_service_pb2.BatchResult(sequence=batch.sequence, duplicate=True))
         self._connected = True
         self._notify()

@@ -4,17 +4,28 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 from numpy.typing import ArrayLike
 
-from cbp_client.aio import DEFAULT_TARGET, DEFAULT_TIMEOUT, AsyncClient, AsyncLearner, Plain
+from cbp_client.aio import DEFAULT_TARGET, DEFAULT_TIMEOUT, TRANSFER_TIMEOUT, AsyncClient, AsyncLearner, Plain
 from cbp_client.ledger import StreamPosition
 from cbp_client.stream import AsyncTrainingStream, StreamOptions, Ticket
-from cbp_client.types import LearnerInfo, PlasticitySample, Prediction, StreamSummary, WatchUpdate
+from cbp_client.transfer import PathOrFile
+from cbp_client.types import (
+    Checkpoint,
+    CheckpointList,
+    Durability,
+    ExportFormat,
+    LearnerInfo,
+    PlasticitySample,
+    Prediction,
+    StreamSummary,
+    WatchUpdate,
+)
 
 ResultT = TypeVar("ResultT")
 
@@ -127,7 +138,7 @@ class TrainingStream:
         Raises:
             BatchRejected: batches sent earlier were not accepted; this one has not been taken.
             InvalidArgument: this batch can't be sent, such as MessageTooLarge; it has not been taken.
-            Fenced, BatchesLost, LearnerReplaced, Unavailable: the stream is at its end.
+            Fenced, BatchesLost, LearnerReplaced, LearnerQuarantined, Unavailable: the stream is at its end.
         """
         request = self._stream.request(features, targets, weights=weights, task=task)
         return self._loop.run(self._stream.send_request(request))
@@ -198,16 +209,61 @@ class Learner:
         resets: Plain | None = None,
         optimizer: Plain | None = None,
         monitoring: Plain | None = None,
+        durability: Durability | None = None,
         if_unchanged: bool = False,
     ) -> LearnerInfo:
         """Change exactly the given entries of a live learner, between two steps; see `AsyncLearner.update`."""
         return self._loop.run(
-            self._learner.update(resets=resets, optimizer=optimizer, monitoring=monitoring, if_unchanged=if_unchanged)
+            self._learner.update(
+                resets=resets,
+                optimizer=optimizer,
+                monitoring=monitoring,
+                durability=durability,
+                if_unchanged=if_unchanged,
+            )
         )
 
-    def delete(self, *, if_unchanged: bool = False) -> None:
-        """Delete the learner and its checkpoints; if `if_unchanged`, only if its spec is still that of `info`."""
-        self._loop.run(self._learner.delete(if_unchanged=if_unchanged))
+    def delete(self, *, if_unchanged: bool = False) -> LearnerInfo:
+        """Delete the learner, which can be undeleted until `purge_time`; see `AsyncLearner.delete`."""
+        return self._loop.run(self._learner.delete(if_unchanged=if_unchanged))
+
+    def fork(self, learner_id: str, *, durability: Durability | None = None) -> Self:
+        """Copy the learner between two of its steps, under a new id; see `AsyncLearner.fork`."""
+        return type(self)(self._loop, self._loop.run(self._learner.fork(learner_id, durability=durability)))
+
+    def checkpoint(self) -> Checkpoint:
+        """Save the learner's whole state, and keep it until `delete_checkpoint`."""
+        return self._loop.run(self._learner.checkpoint())
+
+    def checkpoints(self) -> CheckpointList:
+        """The learner's checkpoints, newest first, and the journal positions that `restore` can reach."""
+        return self._loop.run(self._learner.checkpoints())
+
+    def delete_checkpoint(self, number: int) -> None:
+        """Delete a checkpoint; see `AsyncLearner.delete_checkpoint`."""
+        self._loop.run(self._learner.delete_checkpoint(number))
+
+    def restore(
+        self, *, checkpoint: int | None = None, position: int | None = None, if_unchanged: bool = False
+    ) -> LearnerInfo:
+        """Take the learner back to a checkpoint or a journal position; see `AsyncLearner.restore`."""
+        return self._loop.run(
+            self._learner.restore(checkpoint=checkpoint, position=position, if_unchanged=if_unchanged)
+        )
+
+    def resume(self, *, lr: float | None = None, skip_batch: bool = False) -> LearnerInfo:
+        """Let a quarantined learner go on; see `AsyncLearner.resume`."""
+        return self._loop.run(self._learner.resume(lr=lr, skip_batch=skip_batch))
+
+    def reset_units(self, layers: str | int | Sequence[str | int], fraction: float) -> dict[str, int]:
+        """Reset units of least utility by hand; returns how many, by layer. See `AsyncLearner.reset_units`."""
+        return self._loop.run(self._learner.reset_units(layers, fraction))
+
+    def export(
+        self, target: PathOrFile, *, format: ExportFormat = "safetensors", timeout: float = TRANSFER_TIMEOUT
+    ) -> int:
+        """Write the learner to a file; returns its size in bytes. See `AsyncLearner.export`."""
+        return self._loop.run(self._learner.export(target, format=format, timeout=timeout))
 
     def predict(self, features: ArrayLike, *, timeout: float | None = None) -> Prediction:
         """Predict for features [N, in_features] with the learner's state between two steps; changes nothing."""
@@ -273,6 +329,7 @@ class Client:
         seed: int | None = None,
         resets: Plain | None = None,
         monitoring: Plain | None = None,
+        durability: Durability | None = None,
         exist_ok: bool = False,
     ) -> Learner:
         """Create a learner; what is left out takes the server's documented default. See `AsyncClient.create_learner`
@@ -289,6 +346,7 @@ class Client:
                     seed=seed,
                     resets=resets,
                     monitoring=monitoring,
+                    durability=durability,
                     exist_ok=exist_ok,
                 )
             ),
@@ -298,14 +356,36 @@ class Client:
         """The learner of that id; raises NotFound if there is none."""
         return Learner(self._loop, self._loop.run(self._client.get_learner(learner_id)))
 
-    def list_learners(self) -> Iterator[Learner]:
-        """All learners, in the order of their ids."""
-        for learner in self._loop.iterate(self._client.list_learners()):
+    def list_learners(self, *, show_deleted: bool = False) -> Iterator[Learner]:
+        """All learners, in the order of their ids; if `show_deleted` also those that can be undeleted."""
+        for learner in self._loop.iterate(self._client.list_learners(show_deleted=show_deleted)):
             yield Learner(self._loop, learner)
 
-    def delete_learner(self, learner_id: str) -> None:
-        """Delete a learner and its checkpoints; raises NotFound if there is none of that id."""
-        self._loop.run(self._client.delete_learner(learner_id))
+    def delete_learner(self, learner_id: str) -> LearnerInfo:
+        """Delete a learner, which can be undeleted until `purge_time`; raises NotFound if there is none of that id."""
+        return self._loop.run(self._client.delete_learner(learner_id))
+
+    def undelete_learner(self, learner_id: str, *, uid: str | None = None) -> Learner:
+        """Bring a deleted learner back as it was; see `AsyncClient.undelete_learner`."""
+        return Learner(self._loop, self._loop.run(self._client.undelete_learner(learner_id, uid=uid)))
+
+    def purge_learner(self, learner_id: str, *, uid: str | None = None) -> None:
+        """Remove a deleted learner for good; see `AsyncClient.purge_learner`."""
+        self._loop.run(self._client.purge_learner(learner_id, uid=uid))
+
+    def import_learner(
+        self,
+        learner_id: str,
+        source: PathOrFile,
+        *,
+        durability: Durability | None = None,
+        timeout: float = TRANSFER_TIMEOUT,
+    ) -> Learner:
+        """Create a learner from a file that `Learner.export` made; see `AsyncClient.import_learner`."""
+        return Learner(
+            self._loop,
+            self._loop.run(self._client.import_learner(learner_id, source, durability=durability, timeout=timeout)),
+        )
 
     def watch(self, learner_ids: Iterable[str] | None = None, *, interval: float = 1.0) -> Iterator[WatchUpdate]:
         """What happens to learners: all watched ones at once, then those that have changed, as they change; see

@@ -1,5 +1,6 @@
 """What the client returns: frozen records, arrays in numpy."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -7,7 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-LearnerState = Literal["active", "unavailable"]
+LearnerState = Literal["active", "unavailable", "evicted", "quarantined", "deleted"]
+Durability = Literal["fsync", "os", "none"]
+ExportFormat = Literal["safetensors", "onnx", "torch_export"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,66 @@ class ProducerPosition:
 
 
 @dataclass(frozen=True)
+class Quarantine:
+    """The batch that a learner could not learn, for which it does not train until it is resumed.
+
+    Attributes:
+        journal_position: where the batch is in the learner's journal.
+        producer: whose batch it is.
+        sequence: which of the producer's.
+        reason: what went wrong, for people.
+    """
+
+    journal_position: int
+    producer: str
+    sequence: int
+    reason: str
+    time: datetime
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A learner's whole state at one position of its journal, kept by the server.
+
+    Attributes:
+        number: counts the learner's checkpoints from 1.
+        size_bytes: of the file.
+        pinned: kept until it is deleted; others are removed when newer ones have taken their place.
+    """
+
+    number: int
+    journal_position: int
+    step: int
+    examples: int
+    size_bytes: int
+    create_time: datetime
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class CheckpointList:
+    """A learner's checkpoints, newest first; iterates over them.
+
+    Attributes:
+        first_restorable_position: the learner can be restored to every journal position from here on,
+        last_restorable_position: up to here, besides those of the checkpoints.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    first_restorable_position: int
+    last_restorable_position: int
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return iter(self.checkpoints)
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    def __getitem__(self, index: int) -> Checkpoint:
+        return self.checkpoints[index]
+
+
+@dataclass(frozen=True)
 class LearnerInfo:
     """A learner as the server described it at one moment.
 
@@ -76,6 +139,14 @@ class LearnerInfo:
         uid: differs from that of any other learner, also of one created under the same id later.
         spec: network, loss, optimizer, batch_size, seed, resets and monitoring, every field filled in.
         etag: changes whenever the spec does.
+        state: "active"; "unavailable" while its engine process starts; "evicted" while it is idle and out of memory,
+            which the first use ends; "quarantined", see below; "deleted", until it is undeleted or purged.
+        durability: what an acknowledged batch survives: "fsync" power loss, "os" a crash of the server, "none" nothing
+            before the next checkpoint.
+        journal_position: of the last entry in the learner's journal.
+        quarantine: why it does not train; None unless the state is "quarantined".
+        delete_time: None unless it is deleted.
+        purge_time: when a deleted learner is removed for good.
     """
 
     id: str
@@ -87,6 +158,11 @@ class LearnerInfo:
     update_time: datetime
     progress: LearnerProgress
     producers: tuple[ProducerPosition, ...]
+    durability: Durability
+    journal_position: int
+    quarantine: Quarantine | None
+    delete_time: datetime | None
+    purge_time: datetime | None
 
     @property
     def tasks(self) -> tuple[TaskRecord, ...]:

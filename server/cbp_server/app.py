@@ -8,9 +8,10 @@ import json
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import structlog
 import uvicorn
@@ -19,22 +20,29 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from cbp import CbpError
-from cbp_server.change_log import ChangeLog
-from cbp_server.engine.messages import EngineOptions
+from cbp_server.checkpointing import CheckpointPolicy
+from cbp_server.engine.messages import EngineOptions, EngineReady
 from cbp_server.engine.process import EngineProcess
-from cbp_server.host import Host
+from cbp_server.errors import EngineUnavailable
+from cbp_server.host import Host, HostOptions
 from cbp_server.metrics import HostMetrics, RpcMetrics, register_server_metrics
 from cbp_server.rpc.convert import journaled_batch
 from cbp_server.rpc.server import RpcServer
 from cbp_server.settings import Settings
+from cbp_server.storage import Storage
+from cbp_server.store.catalog import Catalog
+from cbp_server.store.checkpoints import CheckpointFiles
 from cbp_server.store.database import open_database
 from cbp_server.store.group_commit import GroupCommit
-from cbp_server.store.journal import Journal
+from cbp_server.store.journal import Entry, Journal
 from cbp_server.web.app import create_app
 
 #: Seconds that calls still open after the drain may take to end.
 _STOP_GRACE = 2.0
+#: Seconds between two looks at what is due.
+_LONGEST_PAUSE = 1.0
 _ENDPOINTS = "endpoints.json"
+_CHECKPOINTS = "checkpoints"
 
 log = structlog.get_logger("cbp_server")
 
@@ -80,30 +88,51 @@ class _Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         registry = CollectorRegistry()
-        journal = Journal(_open_database(settings))
         rpc_metrics = RpcMetrics(registry)
-        self._host = Host(
-            max_learners=settings.max_learners,
-            max_message_bytes=settings.max_message_bytes,
-            stream_credits=settings.stream_credits,
-            max_queued_bytes=settings.max_queued_bytes,
-            history_samples=settings.history_samples,
-            observer=HostMetrics(registry),
-            on_readiness=self._readiness_changed,
+        checkpoint_url = settings.checkpoint_url or str(settings.data_dir / _CHECKPOINTS)
+        self._database = _open_database(settings)
+        journal = Journal(self._database)
+        storage = Storage(
+            catalog=Catalog(self._database),
+            journal=journal,
+            commit=GroupCommit(_append(journal), _end_loudly),
+            files=CheckpointFiles(checkpoint_url),
         )
+        self._commit = storage.commit
         self._engine = EngineProcess(
             EngineOptions(
-                data_dir=settings.data_dir,
+                checkpoint_url=checkpoint_url,
                 device=settings.device,
                 threads=settings.engine_threads,
                 log_level=settings.log_level,
                 log_format=settings.log_format,
             ),
-            on_up=self._host.engine_up,
-            on_down=self._host.engine_down,
+            on_up=self._engine_up,
+            on_down=self._engine_down,
         )
-        self._commit = GroupCommit(journal.append)
-        self._host.attach(self._engine, ChangeLog(self._engine, journal, self._commit, journaled_batch))
+        self._host = Host(
+            self._engine,
+            storage,
+            HostOptions(
+                max_learners=settings.max_learners,
+                max_live_learners=settings.max_live_learners,
+                evict_after=settings.evict_after,
+                deleted_retention=settings.deleted_retention,
+                max_message_bytes=settings.max_message_bytes,
+                stream_credits=settings.stream_credits,
+                max_queued_bytes=settings.max_queued_bytes,
+                history_samples=settings.history_samples,
+                checkpoints=CheckpointPolicy(
+                    seconds=settings.checkpoint_interval,
+                    steps=settings.checkpoint_steps,
+                    journal_bytes=settings.checkpoint_bytes,
+                    kept=settings.checkpoints_kept,
+                ),
+            ),
+            decode_batch=journaled_batch,
+            observer=HostMetrics(registry),
+            on_readiness=self._readiness_changed,
+        )
         register_server_metrics(registry, self._host, max_learners=settings.metrics_max_learners)
         self._rpc = RpcServer(
             self._host, rpc_metrics, max_message_bytes=settings.max_message_bytes, limits=settings.limits
@@ -131,13 +160,18 @@ class _Server:
             except OSError as error:
                 raise StartError(str(error)) from error
             stack.push_async_callback(self._rpc.stop, _STOP_GRACE)
+            stack.callback(self._database.dispose)
             stack.push_async_callback(self._engine.stop)
             stack.push_async_callback(self._commit.close)
+            try:
+                await self._host.open()
+            except CbpError as error:
+                raise StartError(str(error)) from error
+            maintenance = asyncio.create_task(self._maintain())
+            stack.push_async_callback(_cancel, maintenance)
             if not await self._started(stopping):
                 yield self
                 return
-            checkpoints = asyncio.create_task(self._checkpoint_periodically())
-            stack.push_async_callback(_cancel, checkpoints)
             endpoints = {"host": settings.host, "grpc_port": grpc_port, "http_port": http_port, "pid": os.getpid()}
             stack.enter_context(_published(settings.data_dir / _ENDPOINTS, endpoints))
             log.info(
@@ -186,13 +220,22 @@ class _Server:
             self._http.should_exit = True
             await serving
 
-    async def _checkpoint_periodically(self) -> None:
+    async def _maintain(self) -> None:
+        pause = min(_LONGEST_PAUSE, self._settings.checkpoint_interval / 2)
         while True:
-            await asyncio.sleep(self._settings.checkpoint_interval)
+            await asyncio.sleep(pause)
             try:
-                await self._host.checkpoint_changed()
+                await self._host.maintain()
+            except EngineUnavailable:
+                pass  # what was to be done is done when the engine is back
             except Exception:  # the next round must come whatever happened in this one
-                log.exception("periodic checkpoint failed")
+                log.exception("maintenance failed")
+
+    async def _engine_up(self, ready: EngineReady) -> None:
+        await self._host.engine_up(ready)
+
+    def _engine_down(self) -> None:
+        self._host.engine_down()
 
     def _readiness_changed(self, reasons: Sequence[str]) -> None:
         task = asyncio.create_task(self._rpc.set_serving(not reasons))
@@ -226,6 +269,19 @@ def _published(path: Path, endpoints: dict[str, object]) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _append(journal: Journal) -> Callable[[Sequence[Entry], bool], None]:
+    def append(entries: Sequence[Entry], sync: bool) -> None:
+        journal.append(entries, sync=sync)
+
+    return append
+
+
+def _end_loudly(reason: str) -> NoReturn:
+    """After a failed fsync nobody knows what is on the disk: what is in memory must not be acknowledged any more."""
+    log.critical("fsync failed; the server ends at once, and starts again from what the disk has", reason=reason)
+    os._exit(os.EX_IOERR)
 
 
 def _open_database(settings: Settings) -> Engine:

@@ -1,31 +1,18 @@
-"""Every change of a learner on its way: into the journal first, then to the engine, and after a crash once more."""
+"""Every change of a learner on its way: into the journal first, then to the engine."""
 
 import asyncio
-import json
-import time
-from collections import deque
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import structlog
-from sqlalchemy.exc import SQLAlchemyError
-
-from cbp import Batch, LearnerSpec
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
-from cbp_server.store.checkpoints import CHECKPOINTS_KEPT
+from cbp_server.records import Durability
 from cbp_server.store.group_commit import GroupCommit
-from cbp_server.store.journal import Entry, EntryKind, Journal
+from cbp_server.store.journal import Entry, EntryKind
 
 AnswerT = TypeVar("AnswerT")
-
-#: Journal entries decoded and under way at a time while a learner is restored.
-_REPLAYED_AT_ONCE = 64
-
-log = structlog.get_logger("cbp_server.store")
 
 
 @dataclass
@@ -33,125 +20,72 @@ class LearnerLog:
     """Where one learner's log stands."""
 
     learner_uid: str
-    position: int  # of the last entry given to the journal
-    checkpoints: deque[int] = field(
-        default_factory=lambda: deque(maxlen=CHECKPOINTS_KEPT)
-    )  # positions of those on disk
+    durability: Durability
+    position: int = 0  # of the last entry given to the journal
+
+    @property
+    def journals_batches(self) -> bool:
+        return self.durability is not Durability.NONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewEntry:
+    """An entry that has no position yet."""
+
+    kind: EntryKind
+    payload: bytes = b""
+    payload_hash: str = ""
+    producer: str | None = None
+    epoch: int | None = None
+    sequence: int | None = None
+
+    def at(self, learner_uid: str, position: int) -> Entry:
+        return Entry(learner_uid=learner_uid, position=position, **vars(self))
 
 
 class ChangeLog:
-    """Takes changes of all learners in order, and the engine through them.
+    """Takes changes of all learners in order, and the engine through them."""
 
-    Args:
-        decode_batch: the batch in an entry's payload.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        journal: Journal,
-        commit: GroupCommit,
-        decode_batch: Callable[[bytes, LearnerSpec], Batch],
-    ) -> None:
+    def __init__(self, engine: Engine, commit: GroupCommit) -> None:
         self._engine = engine
-        self._journal = journal
         self._commit = commit
-        self._decode_batch = decode_batch
 
     def record(
-        self, learner: LearnerLog, request: Callable[[int], messages.Change[AnswerT]], **entry: Any
+        self, log: LearnerLog, entry: NewEntry, request: Callable[[int], messages.Change[AnswerT]]
     ) -> "asyncio.Future[AnswerT]":
-        """Writes a change to the journal, and once it is on disk hands it to the engine.
+        """Writes a change to the journal, and once it is as durable as the learner wants it hands it to the engine.
 
         The order of these calls is the order in the journal, and that in which the engine applies the changes.
 
         Args:
-            request: what the engine shall do, given the entry's position; called when the entry is on disk.
-            entry: fields of the journal's entry, but for learner and position.
+            request: what the engine shall do, given the entry's position; called when the entry is written.
 
         Returns:
-            The engine's answer; fails with `JournalUnavailable` if the entry could not be written.
+            The engine's answer; fails with `JournalUnavailable` if the entry could not be written, and so do all
+            behind it until the log is mended.
         """
-        position = learner.position = learner.position + 1
+        durability = log.durability
+        if entry.kind is not EntryKind.BATCH and durability is Durability.NONE:
+            durability = Durability.FSYNC  # what is rare is kept
+        if durability is not Durability.NONE:
+            log.position += 1
+        position = log.position
         applied: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
-        written = self._commit.add(Entry(learner_uid=learner.learner_uid, position=position, **entry))
-        written.add_done_callback(partial(self._written, learner, position, request, applied))
+        written = self._commit.add(entry.at(log.learner_uid, position), durability)
+        written.add_done_callback(partial(self._written, partial(request, position), applied))
         return applied
 
     def _written(
         self,
-        learner: LearnerLog,
-        position: int,
-        request: Callable[[int], messages.Change[AnswerT]],
+        request: Callable[[], messages.Change[AnswerT]],
         applied: "asyncio.Future[AnswerT]",
         written: "asyncio.Future[None]",
     ) -> None:
         error = written.exception()
         if error is not None:
-            # The log goes on with the first position that failed; everything behind it fails as well.
-            learner.position = min(learner.position, position - 1)
             applied.set_exception(error)
         else:
-            _pass_on(self._engine.submit(request(position)), applied)
-
-    async def replay(self, loaded: messages.LearnerReport) -> messages.LearnerReport:
-        """Applies what the journal has behind the checkpoint; the learner is then the one that never stopped.
-
-        Raises:
-            JournalDamaged: an entry is missing or damaged.
-        """
-        learner_id, started = loaded.identity.learner_id, time.monotonic()
-        entries = self._journal.read(loaded.identity.uid, loaded.journal_position)
-        replayed = 0
-        while chunk := await asyncio.to_thread(lambda: list(islice(entries, _REPLAYED_AT_ONCE))):
-            changes = [self._change(learner_id, entry, loaded.spec) for entry in chunk]
-            await asyncio.gather(*(self._engine.submit(change) for change in changes))
-            replayed += len(chunk)
-        if not replayed:
-            return loaded
-        seconds = round(time.monotonic() - started, 3)
-        log.info("journal replayed", learner=learner_id, entries=replayed, seconds=seconds)
-        return await self._engine.call(messages.Checkpoint(learner_id))
-
-    def _change(self, learner_id: str, entry: Entry, spec: LearnerSpec) -> messages.Change[Any]:
-        producer, epoch = entry.producer or "", entry.epoch or 0
-        match entry.kind:
-            case EntryKind.BATCH:
-                batch = self._decode_batch(entry.payload, spec)
-                sequence = entry.sequence or 0
-                return messages.Train(
-                    learner_id, entry.position, producer, epoch, sequence, entry.payload_hash, batch, False
-                )
-            case EntryKind.UPDATE:
-                plain = json.loads(entry.payload)
-                revised = LearnerSpec.parse(plain["spec"])
-                return messages.Update(learner_id, entry.position, plain["update_time"], revised)
-            case EntryKind.OPEN:
-                return messages.OpenProducer(learner_id, entry.position, producer, epoch)
-
-    async def truncate(self, learner: LearnerLog) -> None:
-        """Removes what every kept checkpoint contains; a failure only leaves more behind."""
-        if len(learner.checkpoints) == CHECKPOINTS_KEPT:
-            await self._tidy(partial(self._journal.truncate, learner.learner_uid, learner.checkpoints[0]))
-
-    async def forget(self, learner_uid: str) -> None:
-        """Removes the entries of a learner that is gone; a failure only leaves them behind."""
-        await self._tidy(partial(self._journal.forget, learner_uid))
-
-    async def forget_others(self, present: Collection[str]) -> None:
-        """Removes what learners left behind whose deletion was cut short."""
-
-        def forget() -> None:
-            for learner_uid in self._journal.learners().difference(present):
-                self._journal.forget(learner_uid)
-
-        await self._tidy(forget)
-
-    async def _tidy(self, action: Callable[[], None]) -> None:
-        try:
-            await asyncio.to_thread(action)
-        except SQLAlchemyError as error:
-            log.warning("journal not tidied", error=str(error))
+            _pass_on(self._engine.submit(request()), applied)
 
 
 def _pass_on(source: "asyncio.Future[AnswerT]", target: "asyncio.Future[AnswerT]") -> None:

@@ -9,6 +9,12 @@ CbpError                       (cbp) root of all
     ├── MalformedRequest       bytes that are no message of the method
     ├── LearnerNotFound
     ├── LearnerExists
+    ├── LearnerReplaced        the stream was opened for another learner of that name
+    ├── LearnerQuarantined     it does not train until it is resumed
+    ├── LearnerNotQuarantined
+    ├── CheckpointNotFound
+    ├── CheckpointNeeded       recovery may need it
+    ├── PositionNotHeld        the journal does not reach back so far
     ├── RequestIdReused        one request_id, two different requests
     ├── EtagMismatch           the learner changed since the caller read it
     ├── LimitReached           as many learners as the settings allow
@@ -19,7 +25,10 @@ CbpError                       (cbp) root of all
     ├── SequenceReused         one sequence, two different payloads
     ├── ProducerFenced         a newer stream of the producer took over
     ├── EngineUnavailable      the engine process is down or starting
+    ├── NotInEngine            the learner is not in the engine's memory: evicted, or being restored
+    ├── BatchNotLearnt         a batch made the learner diverge, or training it failed
     ├── EngineFault            the engine failed at one request and lives on
+    ├── ExportFailed
     ├── CheckpointFailed       state could not be written
     ├── JournalUnavailable     a change could not be written to the journal
     ├── JournalDamaged         the journal is not what was written to it
@@ -30,6 +39,7 @@ The catalog below is total over this tree; a test proves it. Raisers know no tra
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any
@@ -38,6 +48,7 @@ import grpc
 
 from cbp import BatchError, CbpError, FieldViolation, SnapshotError, SpecError
 from cbp.errors import shown
+from cbp_server.records import Quarantine
 
 
 class ServiceError(CbpError):
@@ -82,6 +93,55 @@ class LearnerExists(ServiceError):
     def __init__(self, learner_id: str) -> None:
         super().__init__(f"a learner '{learner_id}' exists already; choose another id or delete that one")
         self.metadata = {"learner": learner_id}
+
+
+class LearnerReplaced(ServiceError):
+    def __init__(self, learner_id: str, uid: str) -> None:
+        super().__init__(f"learner '{learner_id}' was deleted and created anew; it is another learner now")
+        self.metadata = {"learner": learner_id, "uid": uid}
+
+
+class LearnerQuarantined(ServiceError):
+    def __init__(self, learner_id: str, quarantine: Quarantine) -> None:
+        super().__init__(
+            f"learner '{learner_id}' is quarantined: it could not learn batch {quarantine.sequence} of producer "
+            f"'{quarantine.producer}' ({quarantine.reason}). It predicts as before that batch; resume it, with a lower "
+            "learning rate or without that batch, or restore it"
+        )
+        self.metadata = {
+            "learner": learner_id,
+            "journal_position": str(quarantine.position),
+            "producer": quarantine.producer,
+            "sequence": str(quarantine.sequence),
+        }
+
+
+class LearnerNotQuarantined(ServiceError):
+    def __init__(self, learner_id: str) -> None:
+        super().__init__(f"learner '{learner_id}' is not quarantined, so there is nothing to resume")
+        self.metadata = {"learner": learner_id}
+
+
+class CheckpointNotFound(ServiceError):
+    def __init__(self, learner_id: str, number: int) -> None:
+        super().__init__(f"learner '{learner_id}' has no checkpoint {number}; list those it has")
+        self.metadata = {"learner": learner_id}
+
+
+class CheckpointNeeded(ServiceError):
+    def __init__(self, learner_id: str, number: int) -> None:
+        super().__init__(
+            f"checkpoint {number} of learner '{learner_id}' is one that recovery may need; it goes by itself"
+        )
+        self.metadata = {"learner": learner_id}
+
+
+class PositionNotHeld(ServiceError):
+    def __init__(self, learner_id: str, first: int, last: int) -> None:
+        super().__init__(
+            f"learner '{learner_id}' can be restored to journal positions {first} to {last}, and to its checkpoints"
+        )
+        self.metadata = {"learner": learner_id, "first": str(first), "last": str(last)}
 
 
 class RequestIdReused(ServiceError):
@@ -143,6 +203,28 @@ class EngineUnavailable(ServiceError):
         super().__init__(reason)
 
 
+class NotInEngine(ServiceError):
+    def __init__(self) -> None:
+        super().__init__("the learner is being brought back into memory; try again in a moment")
+
+
+class BatchNotLearnt(ServiceError):
+    """The learner is no longer in the engine: it has to be brought back to where it was before the batch."""
+
+    def __init__(self, position: int, producer: str, sequence: int, reason: str, *, diverged: bool = False) -> None:
+        super().__init__(reason)
+        self.position, self.producer, self.sequence = position, producer, sequence
+        self.diverged = diverged  # so it would the next time; what else went wrong may not be the batch's fault
+
+    def quarantine(self, position: int) -> Quarantine:
+        """For this batch, which stands in the journal at `position`."""
+        return Quarantine(position, self.producer, self.sequence, str(self), datetime.now(UTC))
+
+
+class ExportFailed(ServiceError):
+    pass
+
+
 class EngineFault(ServiceError):
     """The engine raised where it should not have; the text is the engine's own."""
 
@@ -199,6 +281,24 @@ CATALOG: Mapping[type[CbpError], CatalogEntry] = {
     LearnerExists: CatalogEntry(
         grpc.StatusCode.ALREADY_EXISTS, HTTPStatus.CONFLICT, "LEARNER_EXISTS", "Learner exists already"
     ),
+    LearnerReplaced: CatalogEntry(
+        grpc.StatusCode.FAILED_PRECONDITION, HTTPStatus.CONFLICT, "LEARNER_REPLACED", "Learner was created anew"
+    ),
+    LearnerQuarantined: CatalogEntry(
+        grpc.StatusCode.FAILED_PRECONDITION, HTTPStatus.CONFLICT, "LEARNER_QUARANTINED", "Learner is quarantined"
+    ),
+    LearnerNotQuarantined: CatalogEntry(
+        grpc.StatusCode.FAILED_PRECONDITION, HTTPStatus.CONFLICT, "LEARNER_NOT_QUARANTINED", "Nothing to resume"
+    ),
+    CheckpointNotFound: CatalogEntry(
+        grpc.StatusCode.NOT_FOUND, HTTPStatus.NOT_FOUND, "CHECKPOINT_NOT_FOUND", "Checkpoint not found"
+    ),
+    CheckpointNeeded: CatalogEntry(
+        grpc.StatusCode.FAILED_PRECONDITION, HTTPStatus.CONFLICT, "CHECKPOINT_NEEDED", "Checkpoint is needed"
+    ),
+    PositionNotHeld: CatalogEntry(
+        grpc.StatusCode.FAILED_PRECONDITION, HTTPStatus.CONFLICT, "POSITION_NOT_HELD", "Journal position is not held"
+    ),
     RequestIdReused: CatalogEntry(
         grpc.StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST, "REQUEST_ID_REUSED", "Request id used before"
     ),
@@ -226,6 +326,15 @@ CATALOG: Mapping[type[CbpError], CatalogEntry] = {
     ProducerFenced: CatalogEntry(grpc.StatusCode.ABORTED, HTTPStatus.CONFLICT, "PRODUCER_FENCED", "Producer fenced"),
     EngineUnavailable: CatalogEntry(
         grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "ENGINE_UNAVAILABLE", "Engine unavailable", 0.5
+    ),
+    NotInEngine: CatalogEntry(
+        grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "LEARNER_RESTORING", "Learner is coming back", 0.2
+    ),
+    BatchNotLearnt: CatalogEntry(
+        grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "LEARNER_RESTORING", "Learner is rolled back", 0.2
+    ),
+    ExportFailed: CatalogEntry(
+        grpc.StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR, "EXPORT_FAILED", "Export failed"
     ),
     EngineFault: CatalogEntry(
         grpc.StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR, "ENGINE_FAULT", "Engine fault"

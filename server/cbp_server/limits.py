@@ -21,6 +21,11 @@ class Limits:
     max_pending_bytes: int
     max_activation_bytes: int
 
+    @property
+    def max_import_bytes(self) -> int:
+        """Of a learner's file: with Adam four values a parameter, the examples that wait, the probe, and some text."""
+        return 4 * _FLOAT_BYTES * self.max_parameters + 2 * self.max_pending_bytes + self.max_activation_bytes + 2**24
+
 
 def check_spec(spec: LearnerSpec, limits: Limits) -> None:
     """Raises `SpecError` if a learner of this spec is larger than the server hosts."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from cbp_server.engine.messages import HASHES_KEPT, Position, TrainReport
 from cbp_server.errors import ProducerFenced, SequenceGap, SequenceReused
@@ -19,6 +19,7 @@ class Producer:
     def __init__(self, name: str, position: Position | None = None) -> None:
         self.name = name
         self.epoch = position.epoch if position else 0
+        self.stream_id = position.stream_id if position else ""
         self.accepted = self.applied = self.durable = position.sequence if position else 0
         self._hashes: OrderedDict[int, str] = OrderedDict(position.hashes if position else ())
         self._under_way: dict[int, asyncio.Future[TrainReport]] = {}
@@ -28,12 +29,24 @@ class Producer:
         return ProducerRecord(self.name, self.epoch, self.applied, self.durable)
 
     @property
-    def under_way(self) -> Iterable[asyncio.Future[TrainReport]]:
-        return self._under_way.values()
+    def under_way(self) -> Mapping[int, asyncio.Future[TrainReport]]:
+        """Batches accepted and not yet applied, by sequence, in order."""
+        return self._under_way
 
-    def open(self) -> int:
-        """A new epoch, which fences every stream opened before."""
-        self.epoch += 1
+    def open(self, stream_id: str = "", resumed_epoch: int = 0) -> int:
+        """A new epoch, which fences every stream opened before.
+
+        Args:
+            stream_id: names the stream through its reconnections.
+            resumed_epoch: the epoch that the stream had before; 0 if it takes the producer over.
+
+        Raises:
+            ProducerFenced: the stream is resumed, but another one has been opened since.
+        """
+        if resumed_epoch and self.epoch > resumed_epoch and stream_id != self.stream_id:
+            raise ProducerFenced(self.name, self.epoch)
+        self.epoch = max(self.epoch, resumed_epoch) + 1
+        self.stream_id = stream_id
         return self.epoch
 
     def check_epoch(self, epoch: int) -> None:

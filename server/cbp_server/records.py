@@ -79,6 +79,11 @@ class LearnerRecord:
     samples: deque[SampleRecord]  # oldest first, bounded
     producers: dict[str, ProducerRecord] = field(default_factory=dict)
     checkpoint: CheckpointRecord | None = None
+    durability: Durability = Durability.FSYNC
+    quarantine: Quarantine | None = None
+    delete_time: datetime | None = None
+    purge_time: datetime | None = None
+    journal_position: int = 0  # of the last entry given to the journal
     queued_batches: int = 0  # accepted, not yet applied
     version: int = 0  # grows with every change that a watcher may want to see
 

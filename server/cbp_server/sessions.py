@@ -41,7 +41,12 @@ class Ended:
     error: Exception | None
 
 
-Event = Accepted | Rejected | Ended
+@dataclass(frozen=True)
+class Durable:
+    """What was applied before has become durable since."""
+
+
+Event = Accepted | Rejected | Durable | Ended
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class BatchSink(Protocol):
 class TrainSession:
     """Decides about each incoming batch and keeps the order in which the client hears of it.
 
+    Made when the producer has just been opened, so that its epoch is this session's.
+
     Args:
         credits: batches that may be unanswered at a time.
         max_message_bytes: largest batch.
@@ -87,7 +94,7 @@ class TrainSession:
     ) -> None:
         self.record = record
         self.producer = producer
-        self.epoch = producer.open()
+        self.epoch = producer.epoch
         self.acknowledged_sequence = producer.applied
         self.credits = credits
         self._max_message_bytes = max_message_bytes
@@ -95,9 +102,13 @@ class TrainSession:
         self.wait_for_room = wait_for_room
         self._on_rejected = on_rejected
         self._on_close = on_close
-        self._unanswered = 0
         self._ended = False
-        self._events: deque[Event] = deque()
+        # What an earlier stream of the producer has sent is answered on this one.
+        self._events: deque[Event] = deque(
+            Accepted(sequence, applied, duplicate=False) for sequence, applied in producer.under_way.items()
+        )
+        self._unanswered = len(self._events)
+        self.next_sequence = producer.accepted + 1
         self._arrived = asyncio.Event()
 
     def offer(self, incoming: IncomingBatch) -> None:
@@ -132,6 +143,16 @@ class TrainSession:
         if not self._ended:
             self._ended = True
             self._push(Ended(error))
+
+    def note_durable(self) -> None:
+        """The producer's durable sequence has grown without a batch being applied."""
+        if not self._ended:
+            self._push(Durable())
+
+    @property
+    def unused_credits(self) -> int:
+        """Batches that the client may send now."""
+        return max(0, self.credits - self._unanswered)
 
     def _push(self, event: Event) -> None:
         self._events.append(event)

@@ -42,8 +42,27 @@ class Settings(BaseSettings):
         "auto", description="where learners train; auto takes a GPU if there is one"
     )
     engine_threads: int = Field(1, ge=1, le=1024, description="threads torch uses within one operation on the CPU")
+    checkpoint_url: str = Field(
+        "", description="where checkpoints are kept, any fsspec URL such as s3://bucket/cbp; empty: the data directory"
+    )
     checkpoint_interval: float = Field(
-        30.0, gt=0, description="seconds between two checkpoints of a learner that is training"
+        30.0, gt=0, description="seconds after which a learner that has changed is saved"
+    )
+    checkpoint_steps: int = Field(0, ge=0, description="steps after which it is saved, too; 0 for any number")
+    checkpoint_bytes: int = Field(
+        256 * 2**20, ge=0, description="bytes of journal after which it is saved, too; 0 for any number"
+    )
+    checkpoints_kept: int = Field(
+        2, ge=1, le=1000, description="newest checkpoints kept of each learner, besides those made by request"
+    )
+    deleted_retention: float = Field(
+        7 * 86_400.0, ge=0, description="seconds during which a deleted learner can be undeleted; 0 removes it at once"
+    )
+    max_live_learners: int = Field(
+        1000, ge=0, description="learners in memory before idle ones are evicted to disk; 0 for any number"
+    )
+    evict_after: float = Field(
+        3600.0, ge=0, description="seconds after which an idle learner is evicted from memory; 0 for never"
     )
     drain_timeout: float = Field(
         20.0, gt=0, description="seconds that accepted batches may take to finish after SIGTERM"

@@ -12,10 +12,11 @@ from cbp.spec import Initializer, Utility
 
 REPOSITORY = Path(__file__).parents[2]
 ALGORITHM = (REPOSITORY / "docs" / "algorithm.md").read_text(encoding="utf-8")
+EXPORT = (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
 README = (REPOSITORY / "cbp" / "README.md").read_text(encoding="utf-8")
 EXAMPLES = [
     pytest.param(code, id=f"{name}-{index}")
-    for name, text in (("algorithm", ALGORITHM), ("readme", README))
+    for name, text in (("algorithm", ALGORITHM), ("export", EXPORT), ("readme", README))
     for index, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 ]
 
@@ -26,7 +27,7 @@ def test_examples_run(code: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 5
 
 
 @pytest.mark.parametrize("name", [*get_args(Utility), *get_args(Initializer)])

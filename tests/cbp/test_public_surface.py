@@ -1,9 +1,9 @@
 import cbp
 
 EXPECTED = """
-AdamSpec AdamWSpec Batch BatchError CbpError ContinualBackprop FieldViolation LayerPlasticity Learner LearnerProgress
-LearnerSnapshot LearnerSpec LossSpec MlpSpec MonitoringSpec PlasticitySample ResetSpec SgdSpec SnapshotError SpecError
-TaskRecord TrainResult
+AdamSpec AdamWSpec Batch BatchError CbpError ContinualBackprop DivergenceError FieldViolation LayerPlasticity Learner
+LearnerProgress LearnerSnapshot LearnerSpec LossSpec MlpSpec MonitoringSpec PlasticitySample ResetSpec SgdSpec
+SnapshotError SpecError TaskRecord TrainResult
 """
 
 

@@ -55,16 +55,6 @@ def test_a_restored_learner_continues_bit_for_bit(
     assert sum(restored.progress.replacements.values()) > 5
 
 
-def test_weights_alone_are_not_enough(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
-    spec = make_spec(optimizer={"kind": "adam", "lr": 0.01})
-    learner, weights_only = Learner(spec), Learner(spec)
-    learner.train(make_batch(spec, 60))
-    weights_only._state.parameters.flat.copy_(learner._state.parameters.flat)
-    for each in (learner, weights_only):
-        each.train(make_batch(spec, 60, seed=1))
-    assert not torch.allclose(learner._state.parameters.flat, weights_only._state.parameters.flat, atol=1e-3)
-
-
 def test_a_snapshot_is_a_copy(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
     spec = make_spec(batch_size=3)
     learner = Learner(spec)

@@ -5,6 +5,7 @@ first feature of a batch's first example is the payload by which tests recognise
 """
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
@@ -30,12 +31,19 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 @dataclass
 class Producer:
-    """What a server knows of a producer. `durable` batches survive `ScriptedServer.crash`."""
+    """What a server knows of a producer. `pending` batches are accepted and not yet applied; `durable` ones survive
+    `ScriptedServer.crash`."""
 
     epoch: int = 0
+    stream_id: str = ""
     applied: list[float] = field(default_factory=list)
+    pending: deque[training_service_pb2.TrainBatch] = field(default_factory=deque)
     durable: int = 0
     session: "Session | None" = None
+
+    @property
+    def accepted(self) -> list[float]:
+        return [*self.applied, *(payload(batch) for batch in self.pending)]
 
 
 @dataclass(eq=False)
@@ -55,10 +63,14 @@ class ScriptedServer(
     Attributes:
         credits: what a stream is granted when it opens; each answer grants one more.
         rejects: which payloads are rejected as invalid.
-        answering: while it is clear, nothing is answered, and batches are received but not applied.
+        answering: while it is clear, nothing is answered, and batches are received but not accepted.
+        applying: if False, batches are accepted but wait for `apply`.
+        opens: how the streams were opened, in order.
         most_in_flight: largest number of unanswered batches that any stream had.
         received: payload and sequence of each batch, in the order of arrival, over all streams.
         applied_ahead: added to the applied sequence of acknowledgements, as if later batches were applied as well.
+        export_parts: what an export consists of.
+        imported: the file that the last import sent.
         lost_answers: acknowledgements to leave out, so that the client does not hear of batches that are applied.
     """
 
@@ -69,7 +81,9 @@ class ScriptedServer(
         self.rejects: Callable[[float], bool] = lambda _: False
         self.answering = asyncio.Event()
         self.answering.set()
+        self.applying = True
         self.producers: dict[str, Producer] = {}
+        self.opens: list[training_service_pb2.OpenStream] = []
         self.most_in_flight = 0
         self.received: list[tuple[float, int]] = []
         self.arrived = asyncio.Condition()
@@ -78,6 +92,8 @@ class ScriptedServer(
         self.open_errors: list[BaseException] = []
         self.unary_errors: list[BaseException] = []
         self.requests: list[Any] = []
+        self.export_parts = [b"first", b"second"]
+        self.imported = b""
         self.port = 0
         self._server: grpc.aio.Server | None = None
 
@@ -104,13 +120,26 @@ class ScriptedServer(
         """Stop, and forget all that is not durable."""
         await self.stop()
         for producer in self.producers.values():
+            producer.pending.clear()
             del producer.applied[producer.durable :]
 
-    async def drain(self) -> None:
-        """End every stream as a server does that is shutting down."""
+    def end_streams(self, failure: BaseException) -> None:
+        """End every stream with an error."""
         for producer in self.producers.values():
             if producer.session is not None:
-                producer.session.outbox.put_nowait(error(grpc.StatusCode.UNAVAILABLE, "SERVER_DRAINING"))
+                producer.session.outbox.put_nowait(failure)
+
+    def drain(self) -> None:
+        """End every stream as a server does that is shutting down."""
+        self.end_streams(error(grpc.StatusCode.UNAVAILABLE, "SERVER_DRAINING"))
+
+    def apply(self, count: int = 1_000_000, name: str = "web") -> None:
+        """Apply at most so many accepted batches; whichever stream is open hears of it."""
+        producer = self.producer(name)
+        for _ in range(min(count, len(producer.pending))):
+            batch = producer.pending.popleft()
+            producer.applied.append(payload(batch))
+            self._tell(producer, self._result(batch))
 
     async def make_durable(self, name: str = "web") -> None:
         """A checkpoint: everything applied is durable, and the client hears of it."""
@@ -139,19 +168,24 @@ class ScriptedServer(
             await self.stop()
 
     async def Train(self, request_iterator: Any, context: Any) -> AsyncIterator[training_service_pb2.TrainResponse]:  # noqa: N802
-        request = await anext(request_iterator)
-        assert request.open.learner == "learners/clicks"
-        producer = self.producer(request.open.producer)
-        producer.epoch += 1
+        opening = (await anext(request_iterator)).open
+        assert opening.learner == "learners/clicks"
+        self.opens.append(opening)
+        producer = self.producer(opening.producer)
+        if opening.learner_uid not in ("", self.uid):
+            raise await abort(context, error(grpc.StatusCode.FAILED_PRECONDITION, "LEARNER_REPLACED"))
+        if opening.resumed_epoch not in (0, producer.epoch) and opening.stream_id != producer.stream_id:
+            raise await abort(context, error(grpc.StatusCode.ABORTED, "PRODUCER_FENCED"))
+        producer.epoch, producer.stream_id = producer.epoch + 1, opening.stream_id
         if self.open_errors:
             raise await abort(context, self.open_errors.pop(0))
         if producer.session is not None:
             producer.session.outbox.put_nowait(error(grpc.StatusCode.ABORTED, "PRODUCER_FENCED"))
-        session = producer.session = Session(producer.epoch)
+        session = producer.session = Session(producer.epoch, unanswered=len(producer.pending))
         inbox: asyncio.Queue[training_service_pb2.TrainBatch] = asyncio.Queue()
         tasks = [
             asyncio.create_task(self._read(request_iterator, session, inbox)),
-            asyncio.create_task(self._apply_all(producer, session, inbox)),
+            asyncio.create_task(self._accept_all(producer, session, inbox)),
         ]
         try:
             yield training_service_pb2.TrainResponse(
@@ -161,8 +195,9 @@ class ScriptedServer(
                     durable_sequence=producer.durable,
                     learner_uid=self.uid,
                     max_message_bytes=self.max_message_bytes,
+                    next_sequence=len(producer.accepted) + 1,
                 ),
-                credits=self.credits,
+                credits=self.credits - len(producer.pending),
             )
             while True:
                 answer = await session.outbox.get()
@@ -191,42 +226,55 @@ class ScriptedServer(
         await inbox.join()
         session.outbox.put_nowait(StopAsyncIteration())
 
-    async def _apply_all(
+    async def _accept_all(
         self, producer: Producer, session: Session, inbox: asyncio.Queue[training_service_pb2.TrainBatch]
     ) -> None:
         while True:
             batch = await inbox.get()
             await self.answering.wait()
-            answer = self._apply(producer, session, batch)
-            if self.lost_answers:
-                self.lost_answers -= 1
-            else:
+            answer = self._accept(producer, session, batch)
+            if answer is not None:
                 session.outbox.put_nowait(answer)
+            elif self.applying:
+                self.apply(name=next(name for name, item in self.producers.items() if item is producer))
             inbox.task_done()
 
-    def _apply(
+    def _accept(
         self, producer: Producer, session: Session, batch: training_service_pb2.TrainBatch
-    ) -> training_service_pb2.TrainResponse | BaseException:
+    ) -> training_service_pb2.TrainResponse | BaseException | None:
+        """The answer to a batch that is not accepted, or was before."""
         if session.epoch != producer.epoch:
             return error(grpc.StatusCode.ABORTED, "PRODUCER_FENCED")
-        expected = len(producer.applied) + 1
+        expected = len(producer.accepted) + 1
         if batch.sequence > expected:
             return rejection(batch.sequence, expected, "SEQUENCE_GAP", code_pb2.FAILED_PRECONDITION)
-        if batch.sequence < expected and producer.applied[batch.sequence - 1] != payload(batch):
+        if batch.sequence < expected and producer.accepted[batch.sequence - 1] != payload(batch):
             return rejection(batch.sequence, expected, "SEQUENCE_REUSED", code_pb2.ALREADY_EXISTS)
         if self.rejects(payload(batch)):
             return rejection(batch.sequence, expected, "INVALID_BATCH", code_pb2.INVALID_ARGUMENT)
-        duplicate = batch.sequence < expected
-        if not duplicate:
-            producer.applied.append(payload(batch))
+        if batch.sequence < expected:
+            repeated = training_service_pb2.BatchResult(sequence=batch.sequence, step=batch.sequence, duplicate=True)
+            return self._acknowledgement(producer, session, [repeated])
+        producer.pending.append(batch)
+        return None
+
+    def _result(self, batch: training_service_pb2.TrainBatch) -> training_service_pb2.BatchResult:
         examples = batch.features.shape[0]
-        result = training_service_pb2.BatchResult(sequence=batch.sequence, step=batch.sequence, duplicate=duplicate)
-        if not duplicate:
-            result.steps = result.examples = examples
-            result.loss, result.accuracy = payload(batch), 0.5
-            if batch.return_outputs:
-                result.outputs.CopyFrom(batch.features)
-        return self._acknowledgement(producer, session, [result])
+        return training_service_pb2.BatchResult(
+            sequence=batch.sequence,
+            step=batch.sequence,
+            steps=examples,
+            examples=examples,
+            loss=payload(batch),
+            accuracy=0.5,
+            outputs=batch.features if batch.return_outputs else None,
+        )
+
+    def _tell(self, producer: Producer, result: training_service_pb2.BatchResult) -> None:
+        if self.lost_answers:
+            self.lost_answers -= 1
+        elif producer.session is not None:
+            producer.session.outbox.put_nowait(self._acknowledgement(producer, producer.session, [result]))
 
     def _acknowledgement(
         self, producer: Producer, session: Session, results: list[training_service_pb2.BatchResult]
@@ -245,12 +293,7 @@ class ScriptedServer(
         return await self._answer(request, context, training_service_pb2.PredictResponse(outputs=request.features))
 
     async def GetLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
-        positions = [
-            learner_pb2.ProducerPosition(producer=name, epoch=producer.epoch)
-            for name, producer in self.producers.items()
-        ]
-        learner = learner_pb2.Learner(name=request.name, uid=self.uid, producers=positions)
-        return await self._answer(request, context, learner)
+        return await self._answer(request, context, learner_pb2.Learner(name=request.name, uid=self.uid))
 
     async def CreateLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
         learner = learner_pb2.Learner(name=f"learners/{request.learner_id}", uid=self.uid, spec=request.learner.spec)
@@ -266,8 +309,65 @@ class ScriptedServer(
         answer = learner_service_pb2.ListLearnersResponse(learners=learners, next_page_token=token)
         return await self._answer(request, context, answer)
 
-    async def DeleteLearner(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def DeleteLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        deleted = learner_pb2.Learner(name=request.name, uid=self.uid, state=learner_pb2.Learner.STATE_DELETED)
+        deleted.delete_time.FromJsonString("2026-11-22T10:00:00Z")
+        deleted.purge_time.FromJsonString("2026-11-29T10:00:00Z")
+        return await self._answer(request, context, deleted)
+
+    async def UndeleteLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        return await self._answer(request, context, learner_pb2.Learner(name=request.name, uid=request.uid))
+
+    async def PurgeLearner(self, request: Any, context: Any) -> Empty:  # noqa: N802
         return await self._answer(request, context, Empty())
+
+    async def ForkLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        fork = learner_pb2.Learner(name=f"learners/{request.learner_id}", durability=request.durability)
+        return await self._answer(request, context, fork)
+
+    async def CreateCheckpoint(self, request: Any, context: Any) -> learner_pb2.Checkpoint:  # noqa: N802
+        return await self._answer(request, context, checkpoint(request.parent, 12, pinned=True))
+
+    async def ListCheckpoints(self, request: Any, context: Any) -> learner_service_pb2.ListCheckpointsResponse:  # noqa: N802
+        first = int(request.page_token or 0)
+        answer = learner_service_pb2.ListCheckpointsResponse(
+            checkpoints=[checkpoint(request.parent, 4 - number) for number in range(first, first + 2)],
+            next_page_token="" if first else "2",
+            first_restorable_position=10,
+            last_restorable_position=99,
+        )
+        return await self._answer(request, context, answer)
+
+    async def DeleteCheckpoint(self, request: Any, context: Any) -> Empty:  # noqa: N802
+        return await self._answer(request, context, Empty())
+
+    async def RestoreLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        return await self._answer(request, context, learner_pb2.Learner(name=request.name, journal_position=100))
+
+    async def ResumeLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        return await self._answer(request, context, learner_pb2.Learner(name=request.name))
+
+    async def ResetUnits(self, request: Any, context: Any) -> learner_service_pb2.ResetUnitsResponse:  # noqa: N802
+        answer = learner_service_pb2.ResetUnitsResponse(replacements={"hidden_0": 4, "hidden_1": 0})
+        return await self._answer(request, context, answer)
+
+    async def ExportLearner(  # noqa: N802
+        self, request: Any, context: Any
+    ) -> AsyncIterator[learner_service_pb2.ExportLearnerResponse]:
+        self.requests.append(request)
+        for part in self.export_parts:
+            yield learner_service_pb2.ExportLearnerResponse(data=part)
+            if self.unary_errors:
+                raise await abort(context, self.unary_errors.pop(0))
+            await self.answering.wait()
+
+    async def ImportLearner(self, request_iterator: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
+        header = (await anext(request_iterator)).header
+        self.requests.append(header)
+        if self.unary_errors:
+            raise await abort(context, self.unary_errors.pop(0))
+        self.imported = b"".join([request.data async for request in request_iterator])
+        return learner_pb2.Learner(name=f"learners/{header.learner_id}", durability=header.durability)
 
     async def GetPlasticity(self, request: Any, context: Any) -> learner_service_pb2.GetPlasticityResponse:  # noqa: N802
         return await self._answer(request, context, learner_service_pb2.GetPlasticityResponse())
@@ -281,6 +381,20 @@ class ScriptedServer(
         if self.unary_errors:
             raise await abort(context, self.unary_errors.pop(0))
         return answer
+
+
+def checkpoint(parent: str, number: int, *, pinned: bool = False) -> learner_pb2.Checkpoint:
+    """A checkpoint whose facts follow from its number."""
+    made = learner_pb2.Checkpoint(
+        name=f"{parent}/checkpoints/{number}",
+        journal_position=10 * number,
+        step=100 * number,
+        examples=200 * number,
+        size_bytes=1000,
+        pinned=pinned,
+    )
+    made.create_time.FromJsonString("2026-11-22T10:00:00Z")
+    return made
 
 
 def payload(batch: training_service_pb2.TrainBatch) -> float:

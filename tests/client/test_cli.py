@@ -175,7 +175,7 @@ def test_a_second_run_trains_again_unless_it_resumes(cbp: Run, server: Server, l
             assert client.get_learner(learner).info.progress.examples == examples
     beyond = cbp(*command, "--resume")
     assert beyond.status == 1
-    assert "the producer has 8 messages applied but the file makes 4" in beyond.err
+    assert "the producer has sent 8 messages but the file makes 4" in beyond.err
 
 
 def test_a_rejected_message_names_its_rows_and_the_corrected_file_resumes(

@@ -2,43 +2,58 @@
 
 from collections import deque
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cbp_client import BatchesLost, Fenced, LearnerReplaced
 from cbp_client.ledger import HeldBatch, Ledger
 from cbp_proto.v1 import training_service_pb2 as pb
 
-_EVENTS = st.sampled_from(["append", "send", "send", "arrive", "arrive", "answer", "answer", "lose", "crash", "save"])
+_ORDINARY = ["append", "send", "send", "arrive", "arrive", "apply", "apply", "answer", "answer", "save", "tell"]
+_EVENTS = st.sampled_from([*_ORDINARY, "lose", "crash", "fall_back", "start_anew"])
 
 
 class World:
-    """A ledger, a server, and the wire between them; batches carry their number in `task`."""
+    """A ledger, a server, and the wire between them; batches carry their number in `task`.
 
-    def __init__(self, rejected: frozenset[int], credits: int) -> None:
-        self.ledger = Ledger(resend_bytes=10**9)
+    The server accepts a batch, then applies it. Of the batches that it has accepted, the first `durable` survive a
+    crash, and the first `applied` have been applied.
+    """
+
+    def __init__(self, rejected: frozenset[int], limit: int) -> None:
         self.rejected = rejected
-        self.credits = credits
-        self.applied: list[int] = []
-        self.durable = 0
+        self.limit = limit
+        self.accepted: list[int] = []
+        self.applied = self.durable = 0
         self.epoch = 0
         self.appended = 0
-        self.to_server: deque[pb.TrainBatch] = deque()
-        self.to_client: deque[pb.TrainResponse] = deque()
+        self.heard_rejected: set[int] = set()
+        self.begin_stream()
+
+    def begin_stream(self) -> None:
+        self.ledger = Ledger(resend_bytes=10**9)
         self.heard_applied: list[int] = []
-        self.heard_rejected: list[int] = []
-        self.unanswered = 0
         self.open()
+        self.begun_behind = len(self.accepted)
+        position = self.ledger.position
+        assert position is not None
+        assert position.next_sequence == len(self.accepted) + 1
 
     def append(self) -> None:
         self.appended += 1
-        request = pb.TrainRequest(batch=pb.TrainBatch(task=str(self.appended)))
-        self.ledger.append(HeldBatch(number=self.appended, request=request, size=request.ByteSize()))
+        self.hold(self.appended)
+
+    def hold(self, number: int) -> None:
+        request = pb.TrainRequest(batch=pb.TrainBatch(task=str(number)))
+        self.ledger.append(HeldBatch(number=number, request=request, size=request.ByteSize()))
 
     def send(self) -> None:
         batch = self.ledger.take_next()
         if batch is not None:
             self.unanswered += 1
-            assert self.unanswered <= self.credits
+            assert self.unanswered <= self.limit
+            assert batch.sequence > self.accepted_at_opening, "what the server has is not sent again"
             sent = pb.TrainBatch()
             sent.CopyFrom(batch.request.batch)
             self.to_server.append(sent)
@@ -47,28 +62,37 @@ class World:
         if not self.to_server:
             return
         batch = self.to_server.popleft()
-        expected, number = len(self.applied) + 1, int(batch.task)
+        expected, number = len(self.accepted) + 1, int(batch.task)
         if batch.sequence == expected and number not in self.rejected:
-            self.applied.append(number)
-            results = [pb.BatchResult(sequence=expected)]
-            acknowledgement = pb.Acknowledgement(durable_sequence=self.durable, results=results)
-            self.to_client.append(pb.TrainResponse(acknowledgement=acknowledgement, credits=1))
+            self.accepted.append(number)
             return
-        assert batch.sequence >= expected, "nothing that is applied is sent again while the stream is open"
+        assert batch.sequence >= expected, "nothing that is accepted is sent again"
         reason = "INVALID_BATCH" if batch.sequence == expected else "SEQUENCE_GAP"
         rejection = pb.Rejection(sequence=batch.sequence, reason=reason, expected_sequence=expected)
         self.to_client.append(pb.TrainResponse(rejection=rejection, credits=1))
+
+    def apply(self) -> None:
+        if self.applied == len(self.accepted):
+            return
+        self.applied += 1
+        acknowledgement = pb.Acknowledgement(
+            applied_sequence=self.applied,
+            durable_sequence=self.durable,
+            results=[pb.BatchResult(sequence=self.applied)],
+        )
+        self.to_client.append(pb.TrainResponse(acknowledgement=acknowledgement, credits=1))
 
     def answer(self) -> None:
         if not self.to_client:
             return
         response = self.to_client.popleft()
-        self.unanswered -= 1
+        self.unanswered -= response.credits
         self.ledger.credits += response.credits
         if response.HasField("rejection"):
             batch = self.ledger.rejected(response.rejection)
             if batch is not None:
-                self.heard_rejected.append(batch.number)
+                assert batch.number not in self.heard_rejected or batch.number in self.rejected
+                self.heard_rejected.add(batch.number)
         else:
             self.hear(self.ledger.acknowledged(response.acknowledgement))
         if self.ledger.must_reopen:
@@ -81,51 +105,168 @@ class World:
                 self.heard_applied.append(batch.number)
 
     def open(self) -> None:
-        self.to_server.clear()
-        self.to_client.clear()
-        self.unanswered = 0
+        self.to_server: deque[pb.TrainBatch] = deque()
+        self.to_client: deque[pb.TrainResponse] = deque()
+        self.accepted_at_opening = len(self.accepted)
+        self.unanswered = len(self.accepted) - self.applied
         self.epoch += 1
-        self.ledger.opens += 1
         opened = pb.StreamOpened(
             epoch=self.epoch,
-            applied_sequence=len(self.applied),
+            applied_sequence=self.applied,
             durable_sequence=self.durable,
             learner_uid="uid",
             max_message_bytes=1000,
+            next_sequence=len(self.accepted) + 1,
         )
-        self.hear(self.ledger.opened(opened, self.credits))
+        self.hear(self.ledger.opened(opened, max(0, self.limit - self.unanswered)))
 
     def lose(self) -> None:
+        """The connection is lost."""
         self.open()
 
     def crash(self) -> None:
-        del self.applied[self.durable :]
+        """The server comes back with what is durable, and has applied it again."""
+        if self.durable < self.begun_behind:
+            return  # batches of an earlier stream would be lost, which no stream can mend: see below
+        del self.accepted[self.durable :]
+        self.applied = len(self.accepted)
+        self.open()
+
+    def fall_back(self) -> None:
+        """The engine comes back with an older state, and applies again what is in the journal."""
+        if self.durable < self.begun_behind:
+            return
+        del self.accepted[self.durable :]
+        self.applied = min(self.applied, self.durable) // 2
         self.open()
 
     def save(self) -> None:
-        self.durable = len(self.applied)
+        self.durable = len(self.accepted)
+
+    def tell(self) -> None:
+        """An acknowledgement without results."""
+        acknowledgement = pb.Acknowledgement(applied_sequence=self.applied, durable_sequence=self.durable)
+        self.to_client.append(pb.TrainResponse(acknowledgement=acknowledgement))
+
+    def start_anew(self) -> None:
+        """The client's process ends; the next one goes on in its source behind what the server has."""
+        last = self.accepted[-1] if self.accepted else 0
+        self.begin_stream()
+        for number in range(last + 1, self.appended + 1):
+            self.hold(number)
 
     def settle(self) -> None:
         while self.ledger.unapplied:
             self.send()
             self.arrive()
+            self.apply()
             self.answer()
 
 
 @settings(max_examples=400, deadline=None)
 @given(
-    st.lists(_EVENTS, max_size=120),
+    st.lists(_EVENTS, max_size=150),
     st.frozensets(st.integers(min_value=1, max_value=20), max_size=6),
     st.integers(min_value=1, max_value=8),
 )
-def test_each_batch_is_applied_once_and_in_order(events: list[str], rejected: frozenset[int], credits: int) -> None:
-    world = World(rejected, credits)
+def test_each_batch_is_applied_once_and_in_order(events: list[str], rejected: frozenset[int], limit: int) -> None:
+    world = World(rejected, limit)
     for event in events:
         getattr(world, event)()
     world.settle()
 
-    accepted = [number for number in range(1, world.appended + 1) if number not in rejected]
-    assert world.applied == accepted
-    assert world.heard_applied == accepted
-    assert sorted(world.heard_rejected) == [number for number in range(1, world.appended + 1) if number in rejected]
+    wanted = [number for number in range(1, world.appended + 1) if number not in rejected]
+    assert world.accepted == wanted
+    assert world.heard_applied == wanted[world.begun_behind :]
     assert world.ledger.waiting_bytes == 0
+    position = world.ledger.position
+    assert position is not None
+    assert position.next_sequence == len(wanted) + 1
+    world.save()
+    world.tell()
+    while world.to_client:
+        world.answer()
+    assert world.ledger.durable
+    assert world.ledger.kept_bytes == 0
+
+
+def held(count: int, resend_bytes: int = 10**9) -> Ledger:
+    """A ledger whose `count` batches were sent after the server had 10 of an earlier stream."""
+    ledger = Ledger(resend_bytes=resend_bytes)
+    ledger.opened(opened(applied=7, next_sequence=11), credits=100)
+    for number in range(1, count + 1):
+        ledger.append(HeldBatch(number=number, request=pb.TrainRequest(batch=pb.TrainBatch()), size=10))
+        ledger.take_next()
+    return ledger
+
+
+def opened(*, applied: int, next_sequence: int, uid: str = "uid") -> pb.StreamOpened:
+    return pb.StreamOpened(learner_uid=uid, applied_sequence=applied, next_sequence=next_sequence)
+
+
+def results(*sequences: int) -> pb.Acknowledgement:
+    return pb.Acknowledgement(results=[pb.BatchResult(sequence=sequence) for sequence in sequences])
+
+
+@pytest.mark.parametrize(
+    ("applied", "next_sequence", "untold", "sent_again"),
+    [
+        (7, 16, [], []),  # it has everything, and has applied none of it
+        (7, 13, [], [13, 14, 15]),
+        (12, 14, [1, 2], [14, 15]),
+        (15, 16, [1, 2, 3, 4, 5], []),
+        (10, 11, [], [11, 12, 13, 14, 15]),
+    ],
+)
+def test_only_what_the_server_lacks_is_sent_again(
+    applied: int, next_sequence: int, untold: list[int], sent_again: list[int]
+) -> None:
+    ledger = held(5)
+
+    assert [batch.number for batch in ledger.opened(opened(applied=applied, next_sequence=next_sequence), 9)] == untold
+    assert [batch.sequence for batch in iter(ledger.take_next, None)] == sent_again
+    assert ledger.credits == 9 - len(sent_again)
+    assert [batch.number for batch in ledger.acknowledged(results(15))] == list(range(len(untold) + 1, 6))
+
+
+def test_a_server_may_apply_again_what_is_no_longer_held_as_long_as_it_has_it() -> None:
+    ledger = held(5, resend_bytes=0)
+    ledger.acknowledged(results(11, 12, 13))
+
+    assert ledger.opened(opened(applied=8, next_sequence=15), 9) == []
+    assert ledger.acknowledged(results(9, 10, 11)) == [], "heard of before"
+    assert [batch.sequence for batch in iter(ledger.take_next, None)] == [15]
+    assert [batch.number for batch in ledger.acknowledged(results(14, 15))] == [4, 5]
+
+
+@pytest.mark.parametrize("next_sequence", [10, 13])
+def test_what_is_neither_held_nor_with_the_server_is_lost(next_sequence: int) -> None:
+    ledger = held(5, resend_bytes=0)
+    ledger.acknowledged(results(13))
+
+    with pytest.raises(BatchesLost) as caught:
+        ledger.opened(opened(applied=8, next_sequence=next_sequence), 9)
+    assert (caught.value.expected, caught.value.oldest_held) == (next_sequence, 14)
+
+
+def test_more_than_was_ever_sent_is_another_streams() -> None:
+    ledger = held(5)
+    ledger.append(HeldBatch(number=6, request=pb.TrainRequest(), size=10))
+
+    with pytest.raises(Fenced):
+        ledger.opened(opened(applied=7, next_sequence=17), 9)
+
+
+def test_what_was_sent_behind_a_rejected_batch_was_not_taken() -> None:
+    ledger = held(5)
+    rejected = ledger.rejected(pb.Rejection(sequence=13, reason="INVALID_BATCH", expected_sequence=13))
+    assert rejected is not None
+    assert rejected.number == 3
+
+    with pytest.raises(Fenced):
+        ledger.opened(opened(applied=7, next_sequence=14), 9)
+
+
+def test_another_learner_is_not_written_to() -> None:
+    with pytest.raises(LearnerReplaced, match="5 batches"):
+        held(5).opened(opened(applied=0, next_sequence=1, uid="another"), 9)

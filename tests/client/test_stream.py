@@ -20,6 +20,7 @@ from cbp_client import (
     Fenced,
     FieldViolation,
     InvalidArgument,
+    LearnerQuarantined,
     LearnerReplaced,
     MessageTooLarge,
     NotFound,
@@ -124,7 +125,7 @@ async def test_a_draining_server_is_left_and_found_again(scripted: ScriptedServe
         for payload in range(6):
             await stream.send(*batch(payload))
             if payload == 2:
-                await scripted.drain()
+                scripted.drain()
 
     assert scripted.producer().applied == list(range(6))
     assert stream.summary.reconnections == 1
@@ -137,7 +138,7 @@ async def test_a_lost_acknowledgement_does_not_apply_a_batch_twice(
     async with learner.stream("web") as stream:
         tickets = [await stream.send(*batch(payload)) for payload in range(2)]
         await scripted.wait_until(lambda: len(scripted.producer().applied) == 2)
-        await scripted.drain()
+        scripted.drain()
         results = [await ticket for ticket in tickets]
 
     assert scripted.received == [(0, 1), (1, 2)]
@@ -264,21 +265,150 @@ async def test_a_stream_that_is_taken_over_while_it_writes_does_not_take_back(
     assert new.summary.reconnections == 0
 
 
+@pytest.mark.parametrize("server_tells", [True, False])
 async def test_what_another_stream_wrote_meanwhile_is_not_taken_for_ones_own(
-    scripted: ScriptedServer, learner: AsyncLearner
+    scripted: ScriptedServer, learner: AsyncLearner, server_tells: bool
 ) -> None:
     scripted.answering.clear()
     async with learner.stream("web") as stream:
         await stream.send(*batch(0))
         await scripted.wait_for_batches(1)
         await scripted.stop()
-        scripted.producer().epoch += 1
-        scripted.producer().applied.append(99)
+        if server_tells:
+            scripted.producer().epoch, scripted.producer().stream_id = 2, "another"
+        else:  # but has more than this stream ever sent
+            scripted.producer().applied += [98, 99]
         scripted.answering.set()
         await scripted.start()
-        with pytest.raises(Fenced, match="another stream"):
+        with pytest.raises(Fenced) as caught:
             await stream.flush()
+        assert caught.value.reason == "PRODUCER_FENCED"
         await stream.abort()
+
+
+async def test_reopening_names_the_stream_its_epoch_and_its_learner(
+    scripted: ScriptedServer, learner: AsyncLearner
+) -> None:
+    async with learner.stream("web") as stream:
+        scripted.drain()
+        await (await stream.send(*batch(0)))
+    async with learner.stream("web"):
+        pass
+
+    first, second, other = scripted.opens
+    assert (first.resumed_epoch, first.learner_uid) == (0, "")
+    assert (second.resumed_epoch, second.learner_uid) == (1, "uid-1")
+    assert (other.resumed_epoch, other.learner_uid) == (0, "")
+    assert first.stream_id == second.stream_id != other.stream_id
+    assert len(scripted.requests) == 1, "nothing but the fixture's GetLearner"
+
+
+async def test_an_opening_whose_answer_was_lost_does_not_fence_its_own_stream(
+    scripted: ScriptedServer, learner: AsyncLearner
+) -> None:
+    async with learner.stream("web") as stream:
+        scripted.open_errors = [error(grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE") for _ in range(2)]
+        scripted.drain()
+        await (await stream.send(*batch(0)))
+
+    assert [opening.resumed_epoch for opening in scripted.opens] == [0, 1, 1, 1]
+    assert scripted.producer().applied == [0]
+
+
+async def test_batches_that_the_server_has_are_not_sent_again(scripted: ScriptedServer, learner: AsyncLearner) -> None:
+    scripted.applying = False
+    scripted.credits = 6
+    async with learner.stream("web") as stream:
+        tickets = [await stream.send(*batch(payload)) for payload in range(5)]
+        await scripted.wait_until(lambda: len(scripted.producer().accepted) == 5)
+        scripted.apply(1)
+        scripted.drain()
+        await scripted.wait_until(lambda: len(scripted.opens) == 2)
+        await scripted.wait_until(lambda: stream.connected)
+        assert stream.position.applied_sequence == 1
+        assert stream.position.next_sequence == 6
+        tickets += [await stream.send(*batch(payload)) for payload in range(5, 12)]
+        await scripted.wait_for_batches(7)
+        assert scripted.most_in_flight == 6, "credits are for batches beyond those that the server has"
+        scripted.applying = True
+        scripted.apply()
+        results = [await ticket for ticket in tickets]
+
+    assert scripted.received == [(payload, payload + 1) for payload in range(12)]
+    assert [result.loss for result in results[1:]] == list(range(1, 12))
+    assert scripted.most_in_flight == 6
+
+
+async def test_a_stream_goes_on_behind_what_is_on_its_way_from_another(
+    scripted: ScriptedServer, learner: AsyncLearner
+) -> None:
+    scripted.applying = False
+    old = learner.stream("web")
+    await old.open()
+    for payload in range(3):
+        await old.send(*batch(payload))
+    await scripted.wait_until(lambda: len(scripted.producer().accepted) == 3)
+    await old.abort()
+
+    async with learner.stream("web") as stream:
+        assert (stream.position.applied_sequence, stream.position.next_sequence) == (0, 4)
+        await stream.flush()  # these are not its own
+        ticket = await stream.send(*batch(3))
+        await scripted.wait_until(lambda: len(scripted.producer().accepted) == 4)
+        assert stream.position.next_sequence == 5
+        scripted.apply(2)
+        await scripted.wait_until(lambda: stream.position.applied_sequence == 2)
+        assert not ticket.done()
+        scripted.apply()
+        assert (await ticket).sequence == 4
+
+    assert scripted.received == [(payload, payload + 1) for payload in range(4)]
+    assert stream.summary.batches == 1
+
+
+async def test_a_server_that_lost_what_another_stream_sent_is_told_apart(
+    scripted: ScriptedServer, learner: AsyncLearner
+) -> None:
+    scripted.applying = False
+    old = learner.stream("web")
+    await old.open()
+    for payload in range(2):
+        await old.send(*batch(payload))
+    await scripted.wait_until(lambda: len(scripted.producer().accepted) == 2)
+    await old.abort()
+
+    async with learner.stream("web") as stream:
+        await scripted.crash()
+        await scripted.start()
+        await stream.send(*batch(2))
+        with pytest.raises(BatchesLost) as caught:
+            await stream.flush()
+        assert (caught.value.expected, caught.value.oldest_held) == (1, 3)
+        await stream.abort()
+
+
+async def test_a_quarantined_learner_ends_the_stream(scripted: ScriptedServer, learner: AsyncLearner) -> None:
+    scripted.applying = False
+    facts = {"learner": "clicks", "journal_position": "17", "producer": "web", "sequence": "2"}
+    quarantined = error(grpc.StatusCode.FAILED_PRECONDITION, "LEARNER_QUARANTINED", metadata=facts)
+    async with learner.stream("web") as stream:
+        tickets = [await stream.send(*batch(payload)) for payload in range(3)]
+        await scripted.wait_until(lambda: len(scripted.producer().accepted) == 3)
+        scripted.apply(1)
+        scripted.end_streams(quarantined)
+        with pytest.raises(LearnerQuarantined) as caught:
+            await stream.flush()
+        with pytest.raises(LearnerQuarantined):
+            await tickets[1]
+        assert (await tickets[0]).loss == 0
+        await stream.abort()
+    error_found = caught.value
+    assert (error_found.learner, error_found.journal_position) == ("clicks", 17)
+    assert (error_found.producer, error_found.sequence) == ("web", 2)
+
+    scripted.open_errors = [quarantined]
+    with pytest.raises(LearnerQuarantined):
+        await learner.stream("web").open()
 
 
 async def test_rejected_batches_are_reported_once_and_the_others_move_up(
@@ -415,7 +545,7 @@ async def test_no_more_batches_are_in_flight_than_the_server_granted(
         for payload in range(50):
             await stream.send(*batch(payload))
             if payload == 25:
-                await scripted.drain()
+                scripted.drain()
 
     assert scripted.most_in_flight <= 3
     assert scripted.producer().applied == list(range(50))

@@ -151,6 +151,21 @@ class TorchEngine:
         )
         self._replace_due_units()
 
+    @torch.inference_mode()
+    def reset_units(self, wanted: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Replaces units between two steps: [learner][hidden layer] so many, or as many as are mature.
+
+        Returns how many it replaced. Newborns do read newborns here: where all units of two layers go at once, the
+        second would otherwise have no inputs and nothing behind it, and never learn.
+        """
+        state = self.state
+        counts = [
+            schedule.replace(wanted_of_one, step)
+            for schedule, wanted_of_one, step in zip(state.schedules, wanted, state.steps, strict=True)
+        ]
+        self._replace(counts, published_order=True)
+        return counts
+
     def _replace_due_units(self) -> None:
         state = self.state
         due: list[tuple[int, ...] | None] = []
@@ -161,6 +176,12 @@ class TorchEngine:
             return
         hidden = len(self._layout.widths)
         counts = [counts_of_one or (0,) * hidden for counts_of_one in due]
+        self._replace(counts, published_order=self._published_order)
+
+    def _replace(self, counts: Sequence[tuple[int, ...]], *, published_order: bool) -> None:
+        """Replaces counts[learner][hidden layer] units; so many must be mature."""
+        state = self.state
+        hidden = len(self._layout.widths)
         for learner, counts_of_one in enumerate(counts):
             for layer, count in enumerate(counts_of_one):
                 state.replacements[learner][layer] += count
@@ -176,5 +197,5 @@ class TorchEngine:
             state.parameters,
             list(state.optimizer.slots().values()),
             self._draws,
-            published_order=self._published_order,
+            published_order=published_order,
         )

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from cbp_client.aio import DEFAULT_TARGET
-from cbp_client.cli import learners, predict, train, watch
-from cbp_client.cli.session import CommandError, Session, print_error
+from cbp_client.cli import learners, lifecycle, predict, train, watch
+from cbp_client.cli.session import CommandError, Session, explained, print_error
 from cbp_client.errors import CbpClientError
 
 app = typer.Typer(
@@ -18,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+for name, command in lifecycle.COMMANDS.items():
+    learners.app.command(name)(command)
 app.add_typer(learners.app, name="learners")
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
@@ -64,7 +66,10 @@ def main() -> None:
     """Run the command line. Errors become one line on stderr and exit status 1; wrong usage is exit status 2."""
     try:
         app()
-    except (CbpClientError, CommandError) as error:
+    except CbpClientError as error:
+        print_error(explained(error))
+        sys.exit(1)
+    except CommandError as error:
         print_error(str(error))
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough

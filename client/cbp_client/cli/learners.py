@@ -1,20 +1,29 @@
-"""cbp learners: list, create, show, change and delete."""
+"""cbp learners: list, create, show and change. What saves, copies and removes them is in lifecycle.py."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.table import Table
 
-from cbp_client.cli.session import CommandError, as_json, messages, number, output, percent, session
-from cbp_client.types import LearnerInfo, PlasticitySample
+from cbp_client.cli.session import CommandError, as_json, messages, moment, number, output, percent, session
+from cbp_client.types import Durability, LearnerInfo, PlasticitySample, Quarantine
 
-app = typer.Typer(help="List, create, show, change and delete learners.", no_args_is_help=True)
+app = typer.Typer(help="List, create, change, save, copy and delete learners.", no_args_is_help=True)
 
 LearnerId = Annotated[str, typer.Argument(metavar="ID", help="The learner's id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DurabilityOption = Annotated[
+    str | None,
+    typer.Option(
+        "--durability",
+        metavar="LEVEL",
+        help="What an acknowledged batch survives: fsync power loss, os a crash of the server, none nothing before the "
+        "next checkpoint.",
+    ),
+]
 Learning = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="Weight decay.")]
 Momentum = Annotated[float | None, typer.Option("--momentum", help="Momentum, for sgd.")]
@@ -48,16 +57,22 @@ Interval = Annotated[
 
 
 @app.command("list")
-def list_learners(context: typer.Context, json_output: AsJson = False) -> None:
+def list_learners(
+    context: typer.Context,
+    deleted: Annotated[bool, typer.Option("--deleted", help="Also list those that can be undeleted.")] = False,
+    json_output: AsJson = False,
+) -> None:
     """List all learners."""
     with session(context).connect() as client:
-        infos = [learner.info for learner in client.list_learners()]
+        infos = [learner.info for learner in client.list_learners(show_deleted=deleted)]
     if json_output:
         typer.echo(as_json(infos))
         return
     table = Table("learner", "state", "network", "resets", box=None, pad_edge=False)
     for heading in ("step", "examples", "loss", "accuracy", "tasks"):
         table.add_column(heading, justify="right")
+    for heading in ("purged", "uid") if deleted else ():
+        table.add_column(heading)
     for info in infos:
         progress = info.progress
         table.add_row(
@@ -70,6 +85,7 @@ def list_learners(context: typer.Context, json_output: AsJson = False) -> None:
             number(progress.loss),
             percent(progress.accuracy),
             str(progress.task_count),
+            *(("–" if info.purge_time is None else moment(info.purge_time), info.uid) if deleted else ()),
         )
     output().print(table)
 
@@ -99,6 +115,7 @@ def create(
     utility: Utility = None,
     bias_compensation: Compensation = None,
     monitoring_interval: Interval = None,
+    durability: DurabilityOption = None,
     spec: Annotated[
         Path | None,
         typer.Option(
@@ -121,7 +138,7 @@ def create(
     if "network" not in whole:
         raise typer.BadParameter("give --network, such as 64-100-100-10, or --spec")
     with session(context).connect() as client:
-        learner = client.create_learner(learner_id, **whole, exist_ok=exist_ok)
+        learner = client.create_learner(learner_id, **whole, durability=level(durability), exist_ok=exist_ok)
     if json_output:
         typer.echo(as_json(learner.info))
     else:
@@ -159,6 +176,7 @@ def update(
     utility: Utility = None,
     bias_compensation: Compensation = None,
     monitoring_interval: Interval = None,
+    durability: DurabilityOption = None,
     json_output: AsJson = False,
 ) -> None:
     """Change a live learner, between two of its steps."""
@@ -167,11 +185,14 @@ def update(
         "resets": _resets(resets, replacement_rate, maturity_threshold, decay_rate, utility, bias_compensation),
         "monitoring": _without_none({"interval": monitoring_interval}),
     }
-    if not any(changes.values()):
+    if not any(changes.values()) and durability is None:
         raise typer.BadParameter("name at least one setting to change")
     with session(context).connect() as client:
         info = client.get_learner(learner_id).update(
-            optimizer=changes["optimizer"], resets=changes["resets"], monitoring=changes["monitoring"]
+            optimizer=changes["optimizer"],
+            resets=changes["resets"],
+            monitoring=changes["monitoring"],
+            durability=level(durability),
         )
     if json_output:
         typer.echo(as_json(info))
@@ -179,18 +200,15 @@ def update(
         messages().print(f"updated learner {info.id}")
 
 
-@app.command("delete")
-def delete(
-    context: typer.Context,
-    learner_id: LearnerId,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
-) -> None:
-    """Delete a learner and its checkpoints."""
-    if not yes:
-        typer.confirm(f"Delete learner {learner_id} with all that it has learnt?", abort=True)
-    with session(context).connect() as client:
-        client.delete_learner(learner_id)
-    messages().print(f"deleted learner {learner_id}")
+def level(durability: str | None) -> Durability | None:
+    """What --durability says."""
+    known: tuple[Durability, ...] = get_args(Durability)
+    for word in known:
+        if durability == word:
+            return word
+    if durability is not None:
+        raise typer.BadParameter(f"--durability must be one of {', '.join(known)}, not {durability}")
+    return None
 
 
 def _layers_of(network: str | None) -> dict[str, Any]:
@@ -274,13 +292,22 @@ def _facts(info: LearnerInfo) -> Table:
     table.add_row("optimizer", f"{optimizer.pop('kind')} {_settings(optimizer)}")
     table.add_row("batch size", str(info.spec["batch_size"]))
     table.add_row("resets", f"{','.join(resets.pop('layers'))} {_settings(resets)}")
-    table.add_row("created", info.create_time.astimezone().isoformat(sep=" ", timespec="seconds"))
+    table.add_row("durability", info.durability)
+    table.add_row("created", moment(info.create_time))
     table.add_row("step", f"{progress.step}, after {progress.examples} examples, {progress.pending_examples} pending")
     table.add_row("online", f"loss {number(progress.loss)}, accuracy {percent(progress.accuracy)}")
+    table.add_row("journal", f"position {info.journal_position}")
+    if info.quarantine is not None:
+        table.add_row("quarantine", _reason(info.id, info.quarantine))
     for producer in info.producers:
         position = f"applied {producer.applied_sequence}, durable {producer.durable_sequence}"
         table.add_row("producer", f"{producer.producer}: {position}")
     return table
+
+
+def _reason(learner_id: str, quarantine: Quarantine) -> str:
+    batch = f"batch {quarantine.sequence} of {quarantine.producer}, journal position {quarantine.journal_position}"
+    return f"since {moment(quarantine.time)}: {batch}: {quarantine.reason}; go on with cbp learners resume {learner_id}"
 
 
 def _settings(entries: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from cbp_client.errors import CbpClientError
 from cbp_client.sync import Client
 
 
@@ -47,6 +48,21 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+#: The command that puts an error right, by the server's reason.
+_FIXES = {
+    "CHECKPOINT_NOT_FOUND": "see cbp learners checkpoints {learner}",
+    "LEARNER_NOT_DELETED": "first: cbp learners delete {learner}",
+    "LEARNER_QUARANTINED": "go on with cbp learners resume {learner}, perhaps with --lr or --skip-batch",
+    "POSITION_NOT_HELD": "see cbp learners checkpoints {learner}",
+}
+
+
+def explained(error: CbpClientError) -> str:
+    """What went wrong, and the command that puts it right, if there is one."""
+    fix = _FIXES.get(error.reason)
+    return str(error) if fix is None else f"{error}; {fix.format(learner=error.metadata.get('learner', 'ID'))}"
+
+
 def print_error(text: str) -> None:
     """One line on stderr."""
     typer.echo(f"cbp: {' '.join(text.split())}", err=True)
@@ -60,6 +76,11 @@ def as_json(value: Any) -> str:
 def number(value: float | None) -> str:
     """A metric for people: four significant digits; a dash if there is none."""
     return "–" if value is None else f"{value:.4g}"
+
+
+def moment(time: datetime) -> str:
+    """A time for people, in their own time zone."""
+    return time.astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def percent(value: float | None) -> str:

@@ -37,7 +37,7 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Skip the messages that the server has applied; for a producer that only ever sent this file, "
+            help="Skip the messages that the server has; for a producer that only ever sent this file, "
             "with the same message size.",
         ),
     ] = False,
@@ -92,7 +92,7 @@ def _train(
 
         with learner.stream(producer, on_result=advance, on_rejection=describe) as stream:
             if resume:
-                skipped = _applied(stream.position.applied_sequence, len(parts))
+                skipped = _received(stream.position.next_sequence - 1, len(parts))
                 progress.update(bar, completed=parts[skipped][0].start if skipped < len(parts) else len(examples))
             for rows, task in parts[skipped:]:
                 weights = None if examples.weights is None else examples.weights[rows]
@@ -100,10 +100,10 @@ def _train(
     return stream.summary
 
 
-def _applied(sequence: int, parts: int) -> int:
+def _received(sequence: int, parts: int) -> int:
     if sequence > parts:
         raise CommandError(
-            f"the producer has {sequence} messages applied but the file makes {parts}: it was used for another file "
+            f"the producer has sent {sequence} messages but the file makes {parts}: it was used for another file "
             "or message size, so there is nothing to resume; use another producer or leave --resume out"
         )
     return sequence

@@ -35,18 +35,18 @@ class Inbox:
                     self.aborting = True
                     self._drop_training()
                     self._urgent.append(call)
-                case Checkpoint(learner_id=learner_id):
-                    self._queue(learner_id).insert(learner_id in self._begun, call)
+                case Checkpoint(learner=learner):
+                    self._queue(learner).insert(learner in self._begun, call)
                 case request:
-                    self._queue(request.learner_id).append(call)
+                    self._queue(request.learner).append(call)
             self._condition.notify()
 
     def put_back(self, call: Call) -> None:
         """Returns a request that is half done: first of its learner's, when the others have had their turns."""
         with self._condition:
-            learner_id = call.request.learner_id
-            self._begun.add(learner_id)
-            self._queue(learner_id).appendleft(call)
+            learner = call.request.learner
+            self._begun.add(learner)
+            self._queue(learner).appendleft(call)
 
     def close(self) -> None:
         """Ends `take` at once; what still waits is dropped."""
@@ -87,41 +87,41 @@ class Inbox:
         """Whether anybody waits for a turn, or the training under way is to be given up."""
         return bool(self._turns) or self.aborting
 
-    def has_training(self, learner_id: str) -> bool:
+    def has_training(self, learner: str) -> bool:
         """Whether another batch of the learner waits."""
         with self._condition:
-            return any(isinstance(call.request, Train) for call in self._waiting.get(learner_id, ()))
+            return any(isinstance(call.request, Train) for call in self._waiting.get(learner, ()))
 
-    def _queue(self, learner_id: str) -> deque[Call]:
-        queue = self._waiting.get(learner_id)
+    def _queue(self, learner: str) -> deque[Call]:
+        queue = self._waiting.get(learner)
         if queue is None:
-            queue = self._waiting[learner_id] = deque()
-            self._turns.append(learner_id)
+            queue = self._waiting[learner] = deque()
+            self._turns.append(learner)
         return queue
 
     def _take_turn(self) -> Call:
-        learner_id = self._turns.popleft()
-        queue = self._waiting[learner_id]
+        learner = self._turns.popleft()
+        queue = self._waiting[learner]
         call = queue.popleft()
-        self._begun.discard(learner_id)
+        self._begun.discard(learner)
         if queue:
-            self._turns.append(learner_id)
+            self._turns.append(learner)
         else:
-            del self._waiting[learner_id]
+            del self._waiting[learner]
         return call
 
     def _drop_training(self) -> None:
         """Takes out every batch that has not begun; those that have are given up by whoever began them."""
-        for learner_id, queue in list(self._waiting.items()):
+        for learner, queue in list(self._waiting.items()):
             kept = deque[Call]()
             for index, call in enumerate(queue):
-                begun = index == 0 and learner_id in self._begun
+                begun = index == 0 and learner in self._begun
                 if isinstance(call.request, Train) and not begun:
                     self._dropped.append(call)
                 else:
                     kept.append(call)
             if kept:
-                self._waiting[learner_id] = kept
+                self._waiting[learner] = kept
             else:
-                del self._waiting[learner_id]
-                self._turns.remove(learner_id)
+                del self._waiting[learner]
+                self._turns.remove(learner)

@@ -6,8 +6,7 @@ in the order in which they were sent. Values are pickled: both ends are this pac
 
 import pickle
 import struct
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -26,23 +25,11 @@ HEADER_BYTES = _HEADER.size
 class EngineOptions:
     """Settings of the engine process."""
 
-    data_dir: Path
+    checkpoint_url: str
     device: str
     threads: int
     log_level: str
     log_format: str
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What is true of a learner besides its state, kept in its checkpoints. Times are ISO 8601, UTC."""
-
-    learner_id: str
-    uid: str
-    create_time: str
-    update_time: str
-    request_id: str = ""
-    request_digest: str = ""
 
 
 #: Payload hashes kept per producer, to tell a repeated batch from a reused sequence.
@@ -51,15 +38,22 @@ HASHES_KEPT = 256
 
 @dataclass(frozen=True)
 class Position:
-    """Where a producer stands: its newest epoch, the last sequence applied, payload hashes of the latest sequences."""
+    """Where a producer stands: its newest epoch and the stream that has it, the last sequence applied, payload hashes
+    of the latest sequences."""
 
     epoch: int = 0
     sequence: int = 0
     hashes: tuple[tuple[int, str], ...] = ()
+    stream_id: str = ""
+
+    def opened(self, epoch: int, stream_id: str) -> "Position":
+        """The position after a stream was opened."""
+        return replace(self, epoch=epoch, stream_id=stream_id)
 
     def advance(self, epoch: int, sequence: int, payload_hash: str) -> "Position":
         """The position after one more batch."""
-        return Position(epoch, sequence, (*self.hashes, (sequence, payload_hash))[-HASHES_KEPT:])
+        hashes = (*self.hashes, (sequence, payload_hash))[-HASHES_KEPT:]
+        return replace(self, epoch=epoch, sequence=sequence, hashes=hashes)
 
 
 # -- answers --
@@ -70,28 +64,17 @@ class EngineReady:
     """The engine process is up."""
 
     device: str
-    stored_learners: tuple[str, ...]  # ids of the learners on disk
-
-
-@dataclass(frozen=True)
-class CheckpointReport:
-    """A checkpoint on disk."""
-
-    size_bytes: int
-    time: float  # when it was written, seconds since the epoch
-    seconds: float  # writing it took
 
 
 @dataclass(frozen=True)
 class LearnerReport:
-    """A learner as the engine held it when the checkpoint was taken."""
+    """A learner as the engine held it between two requests."""
 
-    identity: Identity
     spec: LearnerSpec
+    update_time: str  # of the spec; ISO 8601, UTC, empty if it is the one it was made with
     progress: LearnerProgress
     positions: dict[str, Position]
     journal_position: int  # of the last entry that the learner contains
-    checkpoint: CheckpointReport
 
 
 @dataclass(frozen=True)
@@ -100,6 +83,16 @@ class LoadReport:
 
     learner: LearnerReport
     samples: tuple[SampleRecord, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """A checkpoint that is whole and durable, and the learner as it holds it."""
+
+    learner: LearnerReport
+    size_bytes: int
+    time: float  # when it was written, seconds since the epoch
+    seconds: float  # writing it took
 
 
 @dataclass(frozen=True)
@@ -126,20 +119,75 @@ class PredictReport:
 class Request(Generic[AnswerT_co]):
     """A call that is answered with an `AnswerT_co` or an exception."""
 
-    learner_id: str
+    learner: str  # uid
 
 
 @dataclass(frozen=True)
 class Create(Request[LearnerReport]):
-    """Make a learner and write its first checkpoint."""
+    """Make the newborn that the spec describes."""
 
-    identity: Identity
     spec: LearnerSpec
 
 
 @dataclass(frozen=True)
 class Load(Request[LoadReport]):
-    """Bring a learner back from its newest readable checkpoint."""
+    """Bring a learner back from a checkpoint; it takes the place of one that is there."""
+
+    number: int
+    stored_as: str  # uid of the learner whose checkpoint it is
+
+
+@dataclass(frozen=True)
+class Import(Request[LearnerReport]):
+    """Make a learner of a snapshot's bytes, with no producers."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Copy(Request[LearnerReport]):
+    """Make a copy of the learner, with no producers, behind what waits; answers what the copy is."""
+
+    to: str  # uid of the copy
+
+
+@dataclass(frozen=True)
+class Describe(Request[LearnerReport]):
+    """Say where the learner stands, behind what waits."""
+
+
+@dataclass(frozen=True)
+class Export(Request[bytes]):
+    """The learner's snapshot as bytes."""
+
+
+@dataclass(frozen=True)
+class Drop(Request[None]):
+    """Take the learner out of memory, behind what waits; nothing is saved."""
+
+
+@dataclass(frozen=True)
+class Rename(Request[None]):
+    """Let the learner take the place of another one, with these producers and this position."""
+
+    place_of: str  # uid
+
+
+@dataclass(frozen=True)
+class Place(Request[LearnerReport]):
+    """Set where the learner stands in a journal: that of the learner whose earlier state it is."""
+
+    positions: dict[str, Position]
+    journal_position: int
+    update_time: str
+
+
+@dataclass(frozen=True)
+class Revise(Request[None]):
+    """Go on with another spec, by a decision that stands in the journal further behind."""
+
+    update_time: str
+    spec: LearnerSpec
 
 
 @dataclass(frozen=True)
@@ -159,6 +207,17 @@ class Train(Change[TrainReport]):
     payload_hash: str
     batch: Batch
     return_outputs: bool
+    journaled: bool = True  # otherwise journal_position is that of the entry before it
+
+
+@dataclass(frozen=True)
+class Skip(Change[None]):
+    """Move the producer's position as if the batch had been applied."""
+
+    producer: str
+    epoch: int
+    sequence: int
+    payload_hash: str
 
 
 @dataclass(frozen=True)
@@ -167,6 +226,28 @@ class OpenProducer(Change[None]):
 
     producer: str
     epoch: int
+    stream_id: str
+
+
+@dataclass(frozen=True)
+class Update(Change[None]):
+    """Change a live learner's spec."""
+
+    update_time: str
+    spec: LearnerSpec
+
+
+@dataclass(frozen=True)
+class ResetUnits(Change[dict[str, int]]):
+    """Reset units by hand; answers how many of each layer."""
+
+    layers: tuple[int, ...]
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Pass(Change[None]):
+    """Note an entry that does nothing by itself."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +257,7 @@ class AbortTraining(Request[None]):
     A batch that has begun counts as applied: the examples it has left wait in its learner, as a remainder does.
     """
 
-    learner_id: str = ""
+    learner: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,21 +273,11 @@ class Sample(Request[SampleRecord]):
 
 
 @dataclass(frozen=True)
-class Update(Change[None]):
-    """Change a live learner's spec."""
-
-    update_time: str
-    spec: LearnerSpec
-
-
-@dataclass(frozen=True)
-class Checkpoint(Request[LearnerReport]):
+class Checkpoint(Request[CheckpointReport]):
     """Write the learner's whole state."""
 
-
-@dataclass(frozen=True)
-class Delete(Request[None]):
-    """Drop the learner and its files."""
+    number: int
+    stored_as: str  # uid of the learner whose checkpoint it becomes
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class EngineProcess:
         self._waiting: dict[int, asyncio.Future[object]] = {}
         self._next_number = 0
         self._device = options.device
+        self._was_ready = False  # once
         self._restarts = 0
         self._train_seconds = 0.0
         self._steps = 0
@@ -72,7 +73,7 @@ class EngineProcess:
         )
 
     async def start(self) -> None:
-        """Starts the process and its supervision; returns when it is ready for calls.
+        """Starts the process and its supervision; returns when it is ready and `on_up` has returned.
 
         Raises:
             EngineUnavailable: the first process ended before it was ready; its own message is on standard error.
@@ -120,7 +121,7 @@ class EngineProcess:
                 log.exception("engine supervision failed")
             if self._stopping.is_set():
                 break
-            if not first_up.done():
+            if not self._was_ready:
                 first_up.set_exception(EngineUnavailable("the engine process could not start; see its message above"))
                 break
             failures = 0 if loop.time() - started > _HEALTHY_SECONDS else failures + 1
@@ -149,6 +150,7 @@ class EngineProcess:
             ready = cast(messages.EngineReady, await _read_frame(reader))
             self._device = ready.device
             self._writer = writer
+            self._was_ready = True
             log.info("engine process ready", pid=self._process.pid, device=ready.device)
             up = asyncio.create_task(self._announce(ready, first_up))
             while True:

@@ -6,7 +6,6 @@ ends when the front closes its end of the socket, so it never outlives the front
 
 import contextlib
 import json
-import os
 import pickle
 import signal
 import socket
@@ -16,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, cast
@@ -24,14 +23,23 @@ from typing import Any, cast
 import structlog
 import torch
 
-from cbp import CbpError, Learner, LearnerProgress, LearnerSnapshot, PlasticitySample, SnapshotError
+from cbp import (
+    CbpError,
+    DivergenceError,
+    Learner,
+    LearnerProgress,
+    LearnerSnapshot,
+    PlasticitySample,
+    SnapshotError,
+)
 from cbp_server.engine import messages
 from cbp_server.engine.inbox import Inbox
+from cbp_server.engine.spares import SpareSnapshots
 from cbp_server.engine.training import StopTrainingError, TrainingJob
-from cbp_server.errors import CheckpointFailed, EngineFault, LearnerExists, LearnerNotFound, SequenceGap, ServerDraining
+from cbp_server.errors import BatchNotLearnt, CheckpointFailed, EngineFault, NotInEngine, SequenceGap, ServerDraining
 from cbp_server.logs import configure_logging
 from cbp_server.records import SampleRecord
-from cbp_server.store.checkpoints import CheckpointDirectory
+from cbp_server.store.checkpoints import CheckpointFiles
 
 #: Seconds between two full progress reports of a learner that has more batches waiting.
 _PROGRESS_INTERVAL = 0.25
@@ -47,7 +55,7 @@ class HostedLearner:
     """A learner and what its checkpoints say besides its state."""
 
     learner: Learner
-    identity: messages.Identity
+    update_time: str = ""
     positions: dict[str, messages.Position] = field(default_factory=dict)
     journal_position: int = 0
     samples: deque[SampleRecord] = field(default_factory=lambda: deque(maxlen=_SAMPLES_SAVED))
@@ -57,12 +65,25 @@ class HostedLearner:
         """The learner contains this entry of the journal now."""
         self.journal_position = change.journal_position
 
+    def position(self, producer: str) -> messages.Position:
+        return self.positions.get(producer, messages.Position())
+
     def stamp(self, samples: Iterable[PlasticitySample]) -> tuple[SampleRecord, ...]:
         """The samples with the present time, kept for the next checkpoint."""
         now = datetime.now(UTC)
         stamped = tuple(SampleRecord(sample, now) for sample in samples)
         self.samples.extend(stamped)
         return stamped
+
+    @property
+    def report(self) -> messages.LearnerReport:
+        return messages.LearnerReport(
+            self.learner.spec,
+            self.update_time,
+            self.learner.progress,
+            dict(self.positions),
+            self.journal_position,
+        )
 
 
 class EngineWorker:
@@ -76,7 +97,8 @@ class EngineWorker:
         self, options: messages.EngineOptions, inbox: Inbox, answer: Callable[[messages.Answer], None]
     ) -> None:
         self._device = _resolve_device(options.device)
-        self._checkpoints = CheckpointDirectory(options.data_dir)
+        self._files = CheckpointFiles(options.checkpoint_url)
+        self._spares = SpareSnapshots()
         self._inbox = inbox
         self._answer = answer
         self._hosted: dict[str, HostedLearner] = {}
@@ -86,7 +108,7 @@ class EngineWorker:
 
     @property
     def ready(self) -> messages.EngineReady:
-        return messages.EngineReady(self._device, tuple(self._checkpoints.learner_ids()))
+        return messages.EngineReady(self._device)
 
     def run(self) -> None:
         """Carries out requests until the inbox closes, then finishes the checkpoints under way."""
@@ -100,24 +122,18 @@ class EngineWorker:
                 self._reply(call, partial(self._predict, request))
             case messages.Train() as request:
                 self._train(call, request)
-            case messages.OpenProducer() as request:
-                self._reply(call, partial(self._open_producer, request))
             case messages.AbortTraining():
                 self._reply(call, self._abort_training)
             case messages.Sample() as request:
                 self._reply(call, partial(self._sample, request))
-            case messages.Create() as request:
-                self._reply(call, partial(self._create, request))
-            case messages.Load() as request:
-                self._reply(call, partial(self._load, request))
-            case messages.Update() as request:
-                self._reply(call, partial(self._update, request))
+            case messages.Change() as request:
+                self._reply(call, partial(self._change, request))
             case messages.Checkpoint() as request:
                 self._checkpoint(call, request)
-            case messages.Delete() as request:
-                self._reply(call, partial(self._delete, request))
-            case request:
-                raise TypeError(f"the engine knows no request {type(request).__name__}")
+            case messages.Export() as request:
+                self._export(call, request)
+            case messages.Request() as request:
+                self._reply(call, partial(self._administer, request))
 
     def _reply(self, call: messages.Call, action: Callable[[], object]) -> None:
         try:
@@ -129,7 +145,7 @@ class EngineWorker:
 
     def _train(self, call: messages.Call, request: messages.Train) -> None:
         """Learns a batch, or the next part of one that has begun, and answers when it is finished."""
-        job = self._begun.pop(request.learner_id, None)
+        job = self._begun.pop(request.learner, None)
         try:
             if job is None:
                 job = self._begin(request)
@@ -138,33 +154,41 @@ class EngineWorker:
             return
         started = time.perf_counter()
         try:
-            self._run(job)
-        except StopTrainingError:
-            self._give_up(call, request, job)
+            stopped = self._run_or_give_up(job)
+        except Exception as error:
+            # Some of the batch's steps may have been made. The only whole state left is the checkpoint.
+            del self._hosted[request.learner]
+            self._answer(messages.Answer(call.number, error=_not_learnt(error, request)))
             return
-        except Exception:
-            # Some of the batch's steps may have been made. The only whole state left is the checkpoint, so this
-            # process ends, and the one that the front starts next restores it.
-            log.exception("training failed half-way; ending the engine process", learner=request.learner_id)
-            os._exit(70)  # EX_SOFTWARE; exiting by exception would let the writer save the half-trained state
         job.seconds += time.perf_counter() - started
-        if job.finished:
+        if stopped:  # it counts as applied: what is left of it waits in the learner, and is in its last checkpoint
+            self._advance(self._get(request.learner), request)
+            self._answer(messages.Answer(call.number, error=ServerDraining()))
+        elif job.finished:
             self._reply(call, partial(self._finish, request, job))
         else:
-            self._begun[request.learner_id] = job
+            self._begun[request.learner] = job
             self._inbox.put_back(call)
 
     def _begin(self, request: messages.Train) -> TrainingJob:
-        hosted = self._get_for(request)
-        position = hosted.positions.get(request.producer, messages.Position())
-        if request.sequence != position.sequence + 1:  # one before it was refused here: nothing may overtake that
-            raise SequenceGap(request.sequence, position.sequence + 1)
+        hosted = self._get(request.learner)
+        _check_order(hosted, request.journal_position - request.journaled)
+        _check_sequence(hosted, request)
         return TrainingJob(
             hosted.learner,
             request.batch,
             return_outputs=request.return_outputs,
             between_steps=self._between_steps,
         )
+
+    def _run_or_give_up(self, job: TrainingJob) -> bool:
+        """Whether the batch was given up."""
+        try:
+            self._run(job)
+        except StopTrainingError:
+            job.give_up()
+            return True
+        return False
 
     def _run(self, job: TrainingJob) -> None:
         """Goes on with the batch until it is finished or somebody else wants a turn."""
@@ -177,7 +201,7 @@ class EngineWorker:
             self._answer_predictions()
 
     def _finish(self, request: messages.Train, job: TrainingJob) -> messages.TrainReport:
-        hosted = self._get(request.learner_id)
+        hosted = self._get(request.learner)
         self._advance(hosted, request)
         result = job.result()
         return messages.TrainReport(
@@ -185,34 +209,46 @@ class EngineWorker:
             step=result.first_step + result.steps - 1,
             seconds=job.seconds,
             samples=hosted.stamp(hosted.learner.take_samples()),
-            progress=self._due_progress(hosted),
+            progress=self._due_progress(request.learner, hosted),
         )
 
-    def _give_up(self, call: messages.Call, request: messages.Train, job: TrainingJob) -> None:
-        """The batch counts as applied: what is left of it waits in the learner, and is in its last checkpoint."""
-        job.give_up()
-        self._advance(self._hosted[request.learner_id], request)
-        self._answer(messages.Answer(call.number, error=ServerDraining()))
-
-    def _advance(self, hosted: HostedLearner, request: messages.Train) -> None:
-        position = hosted.positions.get(request.producer, messages.Position())
+    def _advance(self, hosted: HostedLearner, request: messages.Train | messages.Skip) -> None:
+        position = hosted.position(request.producer)
         hosted.positions[request.producer] = position.advance(request.epoch, request.sequence, request.payload_hash)
         hosted.applied(request)
 
-    def _open_producer(self, request: messages.OpenProducer) -> None:
-        hosted = self._get_for(request)
-        position = hosted.positions.get(request.producer, messages.Position())
-        hosted.positions[request.producer] = replace(position, epoch=request.epoch)
+    def _change(self, request: messages.Change[Any]) -> object:
+        """Applies an entry of the journal other than a batch."""
+        hosted = self._get(request.learner)
+        _check_order(hosted, request.journal_position - 1)
+        answer: object = None
+        match request:
+            case messages.OpenProducer():
+                opened = hosted.position(request.producer).opened(request.epoch, request.stream_id)
+                hosted.positions[request.producer] = opened
+            case messages.Update():
+                hosted.learner.update(request.spec)
+                hosted.update_time = request.update_time
+            case messages.ResetUnits():
+                answer = hosted.learner.reset_units(request.layers, request.fraction)
+            case messages.Skip():
+                _check_sequence(hosted, request)
+                self._advance(hosted, request)
+            case messages.Pass():
+                pass
+            case _:
+                raise TypeError(f"the engine knows no change {type(request).__name__}")
         hosted.applied(request)
+        return answer
 
     def _abort_training(self) -> None:
         for call in self._inbox.take_dropped():
             self._answer(messages.Answer(call.number, error=ServerDraining()))
         # Batches between two slices come up again by themselves, and are given up at the end of one more slice.
 
-    def _due_progress(self, hosted: HostedLearner) -> LearnerProgress | None:
+    def _due_progress(self, uid: str, hosted: HostedLearner) -> LearnerProgress | None:
         now = time.monotonic()
-        waiting = self._inbox.has_training(hosted.identity.learner_id)
+        waiting = self._inbox.has_training(uid)
         if waiting and now - hosted.reported_at < _PROGRESS_INTERVAL:
             return None
         hosted.reported_at = now
@@ -233,131 +269,147 @@ class EngineWorker:
         self._learn_until = ended + (ended - started)
 
     def _predict(self, request: messages.Predict) -> messages.PredictReport:
-        learner = self._get(request.learner_id).learner
+        learner = self._get(request.learner).learner
         return messages.PredictReport(learner.predict(request.features), learner.progress.step)
 
     def _sample(self, request: messages.Sample) -> SampleRecord:
-        hosted = self._get(request.learner_id)
+        hosted = self._get(request.learner)
         return hosted.stamp([hosted.learner.sample_plasticity()])[0]
 
-    # -- life and death --
+    # -- coming and going --
 
-    def _create(self, request: messages.Create) -> messages.LearnerReport:
-        if request.learner_id in self._hosted:
-            raise LearnerExists(request.learner_id)
-        hosted = HostedLearner(Learner(request.spec, device=self._device), request.identity)
-        report = self._write_now(hosted)
-        self._hosted[request.learner_id] = hosted
-        return report
+    def _administer(self, request: messages.Request[Any]) -> object:
+        match request:
+            case messages.Create():
+                return self._take_up(request.learner, Learner(request.spec, device=self._device))
+            case messages.Import():
+                return self._take_up(request.learner, self._restored(LearnerSnapshot.from_bytes(request.data)))
+            case messages.Copy():
+                source = self._get(request.learner)
+                report = self._take_up(request.to, self._restored(source.learner.snapshot()))
+                self._hosted[request.to].update_time = source.update_time
+                return report
+            case messages.Load():
+                return self._load(request)
+            case messages.Describe():
+                return self._get(request.learner).report
+            case messages.Drop():
+                self._hosted.pop(request.learner, None)
+                return None
+            case messages.Rename():
+                self._hosted[request.place_of] = self._hosted.pop(request.learner)
+                return None
+            case messages.Place():
+                return self._place(request)
+            case messages.Revise():
+                hosted = self._get(request.learner)
+                hosted.learner.update(request.spec)
+                hosted.update_time = request.update_time
+                return None
+            case _:
+                raise TypeError(f"the engine knows no request {type(request).__name__}")
 
-    def _update(self, request: messages.Update) -> None:
-        hosted = self._get_for(request)
-        hosted.learner.update(request.spec)
-        hosted.identity = replace(hosted.identity, update_time=request.update_time)
-        hosted.applied(request)
+    def _take_up(self, uid: str, learner: Learner) -> messages.LearnerReport:
+        hosted = self._hosted[uid] = HostedLearner(learner)
+        return hosted.report
+
+    def _restored(self, snapshot: LearnerSnapshot) -> Learner:
+        return Learner.restore(snapshot, device=self._device)
 
     def _load(self, request: messages.Load) -> messages.LoadReport:
-        failures = []
-        for path in self._checkpoints.paths(request.learner_id):
-            try:
-                data = path.read_bytes()
-                snapshot = LearnerSnapshot.from_bytes(data)
-                learner = Learner.restore(snapshot, device=self._device)
-                service = json.loads(snapshot.extra[_SERVICE_KEY])
-                identity = messages.Identity(**service["identity"])
-                positions = {name: messages.Position(**value) for name, value in service["positions"].items()}
-                journal_position = int(service["journal_position"])
-                samples = [_sample_from_plain(plain) for plain in service["samples"]]
-                if identity.learner_id != request.learner_id:
-                    raise SnapshotError(
-                        f"it is a checkpoint of learner '{identity.learner_id}', in the wrong directory"
-                    )
-            except (SnapshotError, OSError, KeyError, TypeError, ValueError) as error:
-                log.warning("checkpoint unreadable", learner=request.learner_id, file=path.name, error=str(error))
-                failures.append(f"{path.name}: {error}")
-                continue
-            hosted = self._hosted[request.learner_id] = HostedLearner(learner, identity, positions, journal_position)
-            hosted.samples.extend(samples)
-            written = messages.CheckpointReport(len(data), path.stat().st_mtime, 0.0)
-            return messages.LoadReport(_describe(hosted, written), tuple(samples))
-        raise SnapshotError(f"no checkpoint of learner '{request.learner_id}' is readable: {'; '.join(failures)}")
-
-    def _delete(self, request: messages.Delete) -> None:
-        hosted = self._get(request.learner_id)
-        delete = partial(self._checkpoints.delete, request.learner_id, hosted.identity.uid)
         try:
-            # Behind the checkpoints under way, so that none of them brings the directory back.
-            self._writer.submit(delete).result()
-        except OSError as error:
-            raise CheckpointFailed(f"learner '{request.learner_id}' could not be removed: {error}") from error
-        del self._hosted[request.learner_id]
+            snapshot = LearnerSnapshot.from_bytes(self._files.read(request.stored_as, request.number))
+            service = json.loads(snapshot.extra[_SERVICE_KEY])
+            hosted = HostedLearner(
+                self._restored(snapshot),
+                str(service["update_time"]),
+                {name: _position_from_plain(plain) for name, plain in service["positions"].items()},
+                int(service["journal_position"]),
+            )
+            hosted.samples.extend(_sample_from_plain(plain) for plain in service["samples"])
+            if service["learner"] != request.stored_as:
+                raise SnapshotError("it is another learner's checkpoint, under the wrong name")
+        except (SnapshotError, OSError, KeyError, TypeError, ValueError) as error:
+            raise SnapshotError(f"checkpoint {request.number} is unreadable: {error}") from error
+        self._hosted[request.learner] = hosted
+        return messages.LoadReport(hosted.report, tuple(hosted.samples))
+
+    def _place(self, request: messages.Place) -> messages.LearnerReport:
+        hosted = self._get(request.learner)
+        hosted.positions = dict(request.positions)
+        hosted.journal_position = request.journal_position
+        hosted.update_time = request.update_time
+        return hosted.report
 
     # -- checkpoints --
 
     def _checkpoint(self, call: messages.Call, request: messages.Checkpoint) -> None:
         """Copies the learner's state between two steps; the copy is written while the learner goes on."""
         try:
-            hosted = self._get(request.learner_id)
-            copy = _Copy(hosted)
+            hosted = self._get(request.learner)
+            copy = _Copy(hosted, self._spares.take(hosted.learner.spec))
         except Exception as error:
             self._answer(messages.Answer(call.number, error=_for_front(error, call)))
             return
-        self._writer.submit(self._reply, call, partial(self._write, copy))
+        self._writer.submit(self._reply, call, partial(self._write, request, copy))
 
-    def _write_now(self, hosted: HostedLearner) -> messages.LearnerReport:
-        """Writes the learner's state in turn with the other writes, and waits for it."""
-        return self._writer.submit(self._write, _Copy(hosted)).result()
-
-    def _write(self, copy: "_Copy") -> messages.LearnerReport:
+    def _write(self, request: messages.Checkpoint, copy: "_Copy") -> messages.CheckpointReport:
         started = time.perf_counter()
-        described = copy.described
+        report = copy.report
         service = {
-            "identity": asdict(described.identity),
-            "positions": {name: asdict(position) for name, position in described.positions.items()},
-            "journal_position": described.journal_position,
+            "learner": request.stored_as,
+            "update_time": report.update_time,
+            "positions": {name: asdict(position) for name, position in report.positions.items()},
+            "journal_position": report.journal_position,
             "samples": [_sample_to_plain(sample) for sample in copy.samples],
         }
         data = copy.snapshot.to_bytes(extra={_SERVICE_KEY: json.dumps(service)})
-        learner_id = described.identity.learner_id
+        self._spares.give(report.spec, copy.snapshot)
         try:
-            self._checkpoints.write(learner_id, data)
+            self._files.write(request.stored_as, request.number, data)
         except OSError as error:
-            raise CheckpointFailed(f"learner '{learner_id}' could not be saved: {error}") from error
-        written = messages.CheckpointReport(len(data), time.time(), time.perf_counter() - started)
-        return replace(described, checkpoint=written)
+            raise CheckpointFailed(f"the checkpoint could not be written: {error}") from error
+        return messages.CheckpointReport(report, len(data), time.time(), time.perf_counter() - started)
 
-    def _get_for(self, change: messages.Change[Any]) -> HostedLearner:
-        """The learner that `change` is the next change of."""
-        hosted = self._get(change.learner_id)
-        if change.journal_position != hosted.journal_position + 1:
-            raise EngineFault(f"journal position {change.journal_position} came behind {hosted.journal_position}")
-        return hosted
+    def _export(self, call: messages.Call, request: messages.Export) -> None:
+        try:
+            snapshot = self._get(request.learner).learner.snapshot()
+        except Exception as error:
+            self._answer(messages.Answer(call.number, error=_for_front(error, call)))
+            return
+        self._writer.submit(self._reply, call, snapshot.to_bytes)
 
-    def _get(self, learner_id: str) -> HostedLearner:
-        hosted = self._hosted.get(learner_id)
+    def _get(self, uid: str) -> HostedLearner:
+        hosted = self._hosted.get(uid)
         if hosted is None:
-            raise LearnerNotFound(learner_id)
+            raise NotInEngine
         return hosted
 
 
-def _describe(hosted: HostedLearner, checkpoint: messages.CheckpointReport) -> messages.LearnerReport:
-    return messages.LearnerReport(
-        hosted.identity,
-        hosted.learner.spec,
-        hosted.learner.progress,
-        dict(hosted.positions),
-        hosted.journal_position,
-        checkpoint,
-    )
+def _check_order(hosted: HostedLearner, before: int) -> None:
+    """`before` is the position of the entry before the one to be applied."""
+    if before != hosted.journal_position:
+        raise EngineFault(f"the change behind position {before} came when the learner was at {hosted.journal_position}")
+
+
+def _check_sequence(hosted: HostedLearner, request: messages.Train | messages.Skip) -> None:
+    expected = hosted.position(request.producer).sequence + 1
+    if request.sequence != expected:  # one before it was refused here: nothing may overtake that
+        raise SequenceGap(request.sequence, expected)
 
 
 class _Copy:
     """A learner as it was between two steps, for the writer to write while it goes on."""
 
-    def __init__(self, hosted: HostedLearner) -> None:
-        self.snapshot = hosted.learner.snapshot()
-        self.described = _describe(hosted, messages.CheckpointReport(0, 0.0, 0.0))
+    def __init__(self, hosted: HostedLearner, spare: LearnerSnapshot | None) -> None:
+        self.snapshot = hosted.learner.snapshot(into=spare)
+        self.report = hosted.report
         self.samples = tuple(hosted.samples)
+
+
+def _position_from_plain(plain: Mapping[str, Any]) -> messages.Position:
+    hashes = tuple((int(sequence), str(payload_hash)) for sequence, payload_hash in plain["hashes"])
+    return messages.Position(int(plain["epoch"]), int(plain["sequence"]), hashes, str(plain["stream_id"]))
 
 
 def _sample_to_plain(record: SampleRecord) -> dict[str, Any]:
@@ -368,12 +420,21 @@ def _sample_from_plain(plain: Mapping[str, Any]) -> SampleRecord:
     return SampleRecord(PlasticitySample.from_plain(plain), datetime.fromisoformat(plain["time"]))
 
 
+def _not_learnt(error: Exception, request: messages.Train) -> BatchNotLearnt:
+    """Why the batch could not be learnt, in words for an operator."""
+    diverged = isinstance(error, DivergenceError)
+    if not diverged:
+        log.exception("training failed half-way", learner=request.learner, exc_info=error)
+    reason = str(error) if isinstance(error, CbpError) else f"{type(error).__name__}: {error}"
+    return BatchNotLearnt(request.journal_position, request.producer, request.sequence, reason, diverged=diverged)
+
+
 def _for_front(error: Exception, call: messages.Call) -> Exception:
     """`error` if it belongs to the service's vocabulary; otherwise logged here and named briefly."""
     if isinstance(error, CbpError):
         return error
     request = type(call.request).__name__
-    log.exception("request failed", request=request, learner=call.request.learner_id, exc_info=error)
+    log.exception("request failed", request=request, learner=call.request.learner, exc_info=error)
     return EngineFault(f"{request} failed in the engine: {type(error).__name__}: {error}")
 
 

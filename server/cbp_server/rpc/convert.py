@@ -1,6 +1,7 @@
 """Messages to domain values and back. Pure; nothing here decides about learners."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -14,17 +15,19 @@ from cbp import Batch, BatchError, FieldViolation, LayerPlasticity, LearnerSpec,
 from cbp.errors import shown
 from cbp.plasticity import QUANTILES
 from cbp_proto import TensorError, decode_tensor, encode_tensor, from_plain, to_plain
-from cbp_proto.v1 import learner_pb2, spec_pb2, tensor_pb2, training_service_pb2
+from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2, tensor_pb2, training_service_pb2
 from cbp_server.engine.messages import TrainReport
 from cbp_server.errors import InvalidRequest
 from cbp_server.limits import Limits, check_prediction, check_spec, check_training
-from cbp_server.records import LearnerRecord, LearnerState, SampleRecord
+from cbp_server.records import Durability, LearnerRecord, LearnerState, Quarantine, SampleRecord
 from cbp_server.rpc.errors import brief_description
 from cbp_server.sessions import Accepted, IncomingBatch, Rejected
+from cbp_server.store.catalog import StoredCheckpoint
 
 _COLLECTION = "learners/"
 _PRESETS = ("all", "first", "none")
 _WHOLE_SPEC = ("*", "spec")
+_DURABILITY = "durability"
 _UPDATABLE = {"optimizer", "resets", "monitoring"}
 #: In bytes; one of 64 layers with a rate for each has about 2000.
 _LARGEST_SPEC = 2**16
@@ -32,6 +35,21 @@ _DIMENSIONS_HASHED = 9
 _STATES = {
     LearnerState.ACTIVE: learner_pb2.Learner.STATE_ACTIVE,
     LearnerState.UNAVAILABLE: learner_pb2.Learner.STATE_UNAVAILABLE,
+    LearnerState.EVICTED: learner_pb2.Learner.STATE_EVICTED,
+    LearnerState.QUARANTINED: learner_pb2.Learner.STATE_QUARANTINED,
+    LearnerState.DELETED: learner_pb2.Learner.STATE_DELETED,
+}
+_DURABILITIES = {
+    Durability.FSYNC: learner_pb2.DURABILITY_FSYNC,
+    Durability.OS: learner_pb2.DURABILITY_OS,
+    Durability.NONE: learner_pb2.DURABILITY_NONE,
+}
+_CHECKPOINTS = "checkpoints/"
+_FORMATS: dict[int, str] = {
+    learner_service_pb2.ExportLearnerRequest.FORMAT_UNSPECIFIED: "safetensors",
+    learner_service_pb2.ExportLearnerRequest.FORMAT_SAFETENSORS: "safetensors",
+    learner_service_pb2.ExportLearnerRequest.FORMAT_ONNX: "onnx",
+    learner_service_pb2.ExportLearnerRequest.FORMAT_TORCH_EXPORT: "torch_export",
 }
 
 
@@ -45,6 +63,44 @@ def learner_id_of(name: str, field: str) -> str:
 
 def learner_name(learner_id: str) -> str:
     return f"{_COLLECTION}{learner_id}"
+
+
+def checkpoint_of(name: str, field: str) -> tuple[str, int]:
+    """The learner's id and the checkpoint's number in a resource name."""
+    learner, _, number = name.removeprefix(_COLLECTION).partition(f"/{_CHECKPOINTS}")
+    if not name.startswith(_COLLECTION) or not learner or not re.fullmatch(r"[1-9][0-9]{0,17}", number):
+        description = f"must have the form learners/{{learner_id}}/checkpoints/{{number}}, not {shown(name)}"
+        raise InvalidRequest(FieldViolation(field, description))
+    return learner, int(number)
+
+
+def durability_of(value: int, field: str) -> Durability | None:
+    """None if it is left to the server."""
+    if value == learner_pb2.DURABILITY_UNSPECIFIED:
+        return None
+    for durability, number in _DURABILITIES.items():
+        if number == value:
+            return durability
+    raise InvalidRequest(FieldViolation(field, f"is no Durability: {value}"))
+
+
+def export_format(value: int) -> str:
+    if value not in _FORMATS:
+        raise InvalidRequest(FieldViolation("format", f"is no Format: {value}"))
+    return _FORMATS[value]
+
+
+def updated_durability(request: learner_service_pb2.UpdateLearnerRequest) -> tuple[Durability | None, FieldMask, bool]:
+    """The durability that an update asks for, the mask without it, and whether it asks for anything else."""
+    wanted = durability_of(request.learner.durability, "learner.durability")
+    paths = list(request.update_mask.paths)
+    if not paths:
+        return wanted, FieldMask(), True
+    named = _DURABILITY in paths
+    if named and wanted is None:
+        wanted = Durability.FSYNC  # the default
+    rest = FieldMask(paths=[path for path in paths if path != _DURABILITY])
+    return wanted if named or "*" in paths else None, rest, bool(rest.paths)
 
 
 # -- specs --
@@ -75,7 +131,9 @@ def revised_spec(present: LearnerSpec, changes: spec_pb2.LearnerSpec, mask: Fiel
     paths = set(mask.paths)
     for path in sorted(paths - set(_WHOLE_SPEC)):
         if not _is_spec_path(path):
-            description = f"{shown(path)} is not a field of a learner's spec, like spec.resets.layers, nor '*'"
+            description = (
+                f"{shown(path)} is not a field of a learner's spec, like spec.resets.layers, nor durability or '*'"
+            )
             raise InvalidRequest(FieldViolation("update_mask", description))
     if not paths:
         plain = _merged(plain, given)
@@ -277,6 +335,33 @@ def learner_to_message(record: LearnerRecord) -> learner_pb2.Learner:
             )
             for producer in record.producers.values()
         ],
+        durability=_DURABILITIES[record.durability],
+        quarantine=None if record.quarantine is None else _quarantine(record.quarantine),
+        delete_time=None if record.delete_time is None else _timestamp(record.delete_time),
+        purge_time=None if record.purge_time is None else _timestamp(record.purge_time),
+        journal_position=record.journal_position,
+    )
+
+
+def _quarantine(quarantine: Quarantine) -> learner_pb2.Quarantine:
+    return learner_pb2.Quarantine(
+        journal_position=quarantine.position,
+        producer=quarantine.producer,
+        sequence=quarantine.sequence,
+        reason=quarantine.reason,
+        quarantine_time=_timestamp(quarantine.time),
+    )
+
+
+def checkpoint_to_message(learner_id: str, checkpoint: StoredCheckpoint) -> learner_pb2.Checkpoint:
+    return learner_pb2.Checkpoint(
+        name=f"{learner_name(learner_id)}/{_CHECKPOINTS}{checkpoint.number}",
+        journal_position=checkpoint.position,
+        step=checkpoint.step,
+        examples=checkpoint.examples,
+        size_bytes=checkpoint.size_bytes,
+        create_time=_timestamp(checkpoint.time),
+        pinned=checkpoint.pinned,
     )
 
 

@@ -58,6 +58,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         }
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(self._around_unary(method, handler.unary_unary), **coding)
+        if handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(self._around_unary(method, handler.stream_unary), **coding)
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(self._around_stream(method, handler.unary_stream), **coding)
         if handler.stream_stream:
@@ -67,15 +69,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _around_unary(self, method: str, behaviour: Any) -> Any:
         async def unary(request: Any, context: "Context") -> Any:
             async with self._call(method, context):
-                return await behaviour(_decoded(request), context)
+                return await behaviour(_requests(request), context)
 
         return unary
 
     def _around_stream(self, method: str, behaviour: Any) -> Any:
         async def stream(request: Any, context: "Context") -> AsyncIterator[Any]:
             async with self._call(method, context):
-                requests = _all_decoded(request) if hasattr(request, "__aiter__") else _decoded(request)
-                responses = behaviour(requests, context)
+                responses = behaviour(_requests(request), context)
                 if not hasattr(responses, "__aiter__"):  # reads and writes through the context, as health does
                     await responses
                     return
@@ -119,6 +120,11 @@ def _decoding(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] |
             return _Malformed(message_type.DESCRIPTOR.full_name if message_type else "protobuf")
 
     return decode_or_mark
+
+
+def _requests(request: Any) -> Any:
+    """One request or a stream of them, decoded."""
+    return _all_decoded(request) if hasattr(request, "__aiter__") else _decoded(request)
 
 
 def _decoded(request: Any) -> Any:

@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import grpc
 from google.protobuf.empty_pb2 import Empty
 
-from cbp import FieldViolation
+from cbp import FieldViolation, LearnerSpec
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, learner_service_pb2_grpc
-from cbp_server.errors import InvalidRequest, ServerDraining
+from cbp_server.errors import InvalidRequest, ServerDraining, StreamProtocolError
 from cbp_server.host import Host
-from cbp_server.limits import Limits
-from cbp_server.records import LearnerRecord
+from cbp_server.limits import Limits, check_spec
+from cbp_server.paging import checkpoints_page_of
+from cbp_server.records import Durability, LearnerRecord
 from cbp_server.rpc import convert
 
 _DEFAULT_WATCH_SECONDS, _LEAST_WATCH_SECONDS, _LONGEST_NAP_SECONDS = 1.0, 0.05, 0.2
 #: Learners in one message of a watch: with all their tasks they stay well below the 4 MiB that clients take.
 _MOST_WATCHED = 50
+#: Bytes of a file in one message, well below the 4 MiB that clients take.
+_EXPORTED_AT_ONCE = 2**20
 
 if TYPE_CHECKING:  # generic in the type stubs only
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -34,7 +37,10 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         self, request: learner_service_pb2.CreateLearnerRequest, context: "Context"
     ) -> learner_pb2.Learner:
         spec = convert.spec_from_message(request.learner.spec, self._limits)
-        record = await self._host.create(request.learner_id, spec, request_id=request.request_id)
+        durability = convert.durability_of(request.learner.durability, "learner.durability")
+        record = await self._host.create(
+            request.learner_id, spec, durability=durability or Durability.FSYNC, request_id=request.request_id
+        )
         return convert.learner_to_message(record)
 
     async def GetLearner(
@@ -45,23 +51,144 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     async def ListLearners(
         self, request: learner_service_pb2.ListLearnersRequest, context: "Context"
     ) -> learner_service_pb2.ListLearnersResponse:
-        records, token = self._host.page(request.page_size, request.page_token)
+        records, token = self._host.page(request.page_size, request.page_token, deleted=request.show_deleted)
         learners = [convert.learner_to_message(record) for record in records]
         return learner_service_pb2.ListLearnersResponse(learners=learners, next_page_token=token)
 
     async def UpdateLearner(
         self, request: learner_service_pb2.UpdateLearnerRequest, context: "Context"
     ) -> learner_pb2.Learner:
+        durability, mask, revises = convert.updated_durability(request)
+
+        def revise(present: LearnerSpec) -> LearnerSpec:
+            return convert.revised_spec(present, request.learner.spec, mask, self._limits) if revises else present
+
         record = await self._host.update(
             convert.learner_id_of(request.learner.name, "learner.name"),
-            lambda present: convert.revised_spec(present, request.learner.spec, request.update_mask, self._limits),
+            revise,
+            durability=durability,
             etag=request.learner.etag,
         )
         return convert.learner_to_message(record)
 
-    async def DeleteLearner(self, request: learner_service_pb2.DeleteLearnerRequest, context: "Context") -> Empty:
-        await self._host.delete(convert.learner_id_of(request.name, "name"), etag=request.etag)
+    async def DeleteLearner(
+        self, request: learner_service_pb2.DeleteLearnerRequest, context: "Context"
+    ) -> learner_pb2.Learner:
+        record = await self._host.delete(convert.learner_id_of(request.name, "name"), etag=request.etag)
+        return convert.learner_to_message(record)
+
+    async def UndeleteLearner(
+        self, request: learner_service_pb2.UndeleteLearnerRequest, context: "Context"
+    ) -> learner_pb2.Learner:
+        record = await self._host.undelete(convert.learner_id_of(request.name, "name"), request.uid)
+        return convert.learner_to_message(record)
+
+    async def PurgeLearner(self, request: learner_service_pb2.PurgeLearnerRequest, context: "Context") -> Empty:
+        await self._host.purge(convert.learner_id_of(request.name, "name"), request.uid)
         return Empty()
+
+    async def ForkLearner(
+        self, request: learner_service_pb2.ForkLearnerRequest, context: "Context"
+    ) -> learner_pb2.Learner:
+        record = await self._host.fork(
+            convert.learner_id_of(request.name, "name"),
+            request.learner_id,
+            durability=convert.durability_of(request.durability, "durability"),
+            request_id=request.request_id,
+        )
+        return convert.learner_to_message(record)
+
+    async def CreateCheckpoint(
+        self, request: learner_service_pb2.CreateCheckpointRequest, context: "Context"
+    ) -> learner_pb2.Checkpoint:
+        learner_id = convert.learner_id_of(request.parent, "parent")
+        return convert.checkpoint_to_message(learner_id, await self._host.create_checkpoint(learner_id))
+
+    async def ListCheckpoints(
+        self, request: learner_service_pb2.ListCheckpointsRequest, context: "Context"
+    ) -> learner_service_pb2.ListCheckpointsResponse:
+        learner_id = convert.learner_id_of(request.parent, "parent")
+        checkpoints, first, last = await self._host.checkpoints(learner_id)
+        page, token = checkpoints_page_of(checkpoints, request.page_size, request.page_token)
+        return learner_service_pb2.ListCheckpointsResponse(
+            checkpoints=[convert.checkpoint_to_message(learner_id, checkpoint) for checkpoint in page],
+            next_page_token=token,
+            first_restorable_position=first,
+            last_restorable_position=last,
+        )
+
+    async def DeleteCheckpoint(self, request: learner_service_pb2.DeleteCheckpointRequest, context: "Context") -> Empty:
+        await self._host.delete_checkpoint(*convert.checkpoint_of(request.name, "name"))
+        return Empty()
+
+    async def RestoreLearner(
+        self, request: learner_service_pb2.RestoreLearnerRequest, context: "Context"
+    ) -> learner_pb2.Learner:
+        learner_id = convert.learner_id_of(request.name, "name")
+        number = position = None
+        match request.WhichOneof("target"):
+            case "checkpoint":
+                owner, number = convert.checkpoint_of(request.checkpoint, "checkpoint")
+                if owner != learner_id:
+                    description = f"is a checkpoint of learner '{owner}'; fork that one, or name one of '{learner_id}'"
+                    raise InvalidRequest(FieldViolation("checkpoint", description))
+            case "journal_position":
+                position = request.journal_position
+            case _:
+                raise InvalidRequest(FieldViolation("checkpoint", "name a checkpoint, or a journal_position"))
+        record = await self._host.restore(learner_id, number=number, position=position, etag=request.etag)
+        return convert.learner_to_message(record)
+
+    async def ResumeLearner(
+        self, request: learner_service_pb2.ResumeLearnerRequest, context: "Context"
+    ) -> learner_pb2.Learner:
+        lr = request.lr if request.HasField("lr") else None
+        learner_id = convert.learner_id_of(request.name, "name")
+        return convert.learner_to_message(await self._host.resume(learner_id, lr, skip_batch=request.skip_batch))
+
+    async def ResetUnits(
+        self, request: learner_service_pb2.ResetUnitsRequest, context: "Context"
+    ) -> learner_service_pb2.ResetUnitsResponse:
+        learner_id = convert.learner_id_of(request.name, "name")
+        counts = await self._host.reset_units(learner_id, request.layers, request.fraction)
+        return learner_service_pb2.ResetUnitsResponse(replacements=counts)
+
+    async def ExportLearner(
+        self, request: learner_service_pb2.ExportLearnerRequest, context: "Context"
+    ) -> AsyncIterator[learner_service_pb2.ExportLearnerResponse]:
+        learner_id = convert.learner_id_of(request.name, "name")
+        data = await self._host.export(learner_id, convert.export_format(request.format))
+        for start in range(0, len(data), _EXPORTED_AT_ONCE):
+            yield learner_service_pb2.ExportLearnerResponse(data=data[start : start + _EXPORTED_AT_ONCE])
+
+    async def ImportLearner(
+        self, request_iterator: AsyncIterator[learner_service_pb2.ImportLearnerRequest], context: "Context"
+    ) -> learner_pb2.Learner:
+        first = await anext(request_iterator, None)
+        if first is None or not first.HasField("header"):
+            raise StreamProtocolError("the first message of ImportLearner must be `header`")
+        header = first.header
+        durability = convert.durability_of(header.durability, "header.durability") or Durability.FSYNC
+        data = await self._received(request_iterator)
+        record = await self._host.import_(
+            header.learner_id,
+            data,
+            durability=durability,
+            request_id=header.request_id,
+            check_spec=lambda spec: check_spec(spec, self._limits),
+        )
+        return convert.learner_to_message(record)
+
+    async def _received(self, requests: AsyncIterator[learner_service_pb2.ImportLearnerRequest]) -> bytes:
+        data, limit = bytearray(), self._limits.max_import_bytes
+        async for request in requests:
+            if not request.HasField("data"):
+                raise StreamProtocolError("after `header`, every message of ImportLearner must be `data`")
+            data += request.data
+            if len(data) > limit:
+                description = f"has more than {limit} bytes, which no learner within --max-parameters has"
+                raise InvalidRequest(FieldViolation("data", description))
+        return bytes(data)
 
     async def GetPlasticity(
         self, request: learner_service_pb2.GetPlasticityRequest, context: "Context"

@@ -12,7 +12,7 @@ from cbp_server.errors import MessageTooLarge, StreamProtocolError
 from cbp_server.host import Host
 from cbp_server.limits import Limits
 from cbp_server.rpc import convert
-from cbp_server.sessions import Accepted, Ended, Rejected, TrainSession
+from cbp_server.sessions import Accepted, Durable, Ended, Rejected, TrainSession
 
 #: Results in one response at most, so that none grows beyond what clients take.
 _LARGEST_ACKNOWLEDGEMENT = 64
@@ -43,7 +43,7 @@ class TrainingServicer(training_service_pb2_grpc.TrainingServiceServicer):
     async def Train(
         self, request_iterator: AsyncIterator[training_service_pb2.TrainRequest], context: "Context"
     ) -> AsyncIterator[training_service_pb2.TrainResponse]:
-        session = self._open(await anext(request_iterator, None))
+        session = await self._open(await anext(request_iterator, None))
         reading = asyncio.create_task(_read(request_iterator, session, self._limits))
         try:
             yield self._opened(session)
@@ -56,23 +56,30 @@ class TrainingServicer(training_service_pb2_grpc.TrainingServiceServicer):
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
-    def _open(self, request: training_service_pb2.TrainRequest | None) -> TrainSession:
+    async def _open(self, request: training_service_pb2.TrainRequest | None) -> TrainSession:
         if request is None or not request.HasField("open"):
             raise StreamProtocolError("the first message of a Train stream must be `open`")
-        learner_id = convert.learner_id_of(request.open.learner, "open.learner")
-        return self._host.open_stream(learner_id, request.open.producer)
+        stream = request.open
+        return await self._host.open_stream(
+            convert.learner_id_of(stream.learner, "open.learner"),
+            stream.producer,
+            stream_id=stream.stream_id,
+            resumed_epoch=stream.resumed_epoch,
+            learner_uid=stream.learner_uid,
+        )
 
     def _opened(self, session: TrainSession) -> training_service_pb2.TrainResponse:
         producer = session.producer.record
         return training_service_pb2.TrainResponse(
             opened=training_service_pb2.StreamOpened(
                 epoch=session.epoch,
-                applied_sequence=producer.applied_sequence,
+                applied_sequence=session.acknowledged_sequence,
                 durable_sequence=producer.durable_sequence,
                 learner_uid=session.record.uid,
                 max_message_bytes=self._max_message_bytes,
+                next_sequence=session.next_sequence,
             ),
-            credits=session.credits,
+            credits=session.unused_credits,
         )
 
 
@@ -93,14 +100,16 @@ async def _read(
         session.end(None)
 
 
-async def _answer(session: TrainSession, event: Accepted | Rejected) -> training_service_pb2.TrainResponse:
+async def _answer(session: TrainSession, event: Accepted | Rejected | Durable) -> training_service_pb2.TrainResponse:
     """The response to `event`, together with those behind it that can be answered by now."""
     if isinstance(event, Rejected):
         session.answered(1)
         return convert.rejection(event)
-    if event.applied is not None:
-        await asyncio.shield(event.applied)
-    batches = [event]
+    batches: list[Accepted] = []
+    if isinstance(event, Accepted):
+        if event.applied is not None:
+            await asyncio.shield(event.applied)
+        batches.append(event)
     while len(batches) < _LARGEST_ACKNOWLEDGEMENT and (behind := session.take_applied()) is not None:
         batches.append(behind)
     session.acknowledge(batches)

@@ -2,111 +2,193 @@
 
 import asyncio
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError
 
 from cbp_server.errors import JournalUnavailable
+from cbp_server.records import Durability
 from cbp_server.store.journal import Entry
 
 #: Bounds of one transaction; more entries wait for the next one.
 _MOST_ENTRIES = 512
 _MOST_BYTES = 32 * 2**20
 
+#: After these nobody knows what is on disk, and asking again would hide it: the kernel reports a failed fsync once.
+_FSYNC_ERRORS = {"SQLITE_IOERR_FSYNC", "SQLITE_IOERR_DIR_FSYNC"}
+
 log = structlog.get_logger("cbp_server.store")
 
-_Waiting = tuple[Entry, "asyncio.Future[None]"]
-_Outcome = tuple["asyncio.Future[None]", JournalUnavailable | None]
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    entry: Entry
+    durability: Durability
+    written: "asyncio.Future[None]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Mend:
+    learner_uid: str
+    mended: "asyncio.Future[None]"
+
+
+#: What went wrong by learner.
+_Failures = dict[str, JournalUnavailable]
 
 
 class GroupCommit:
     """Appends entries on a thread of its own, in the order in which they were given.
 
-    After a failure the entries of the same learner that were given behind the failed ones fail as well, since the log
-    has no gaps: `add` goes on for a learner with the position that failed first.
+    A failed write may have reached the disk nevertheless (a connection lost during the commit), so every further entry
+    of its learners fails until `mend`; the caller then reads where the journal ends before it goes on.
 
     Args:
-        append: writes entries in one transaction.
+        append: writes entries in one transaction, which is on disk when it returns if the second argument says so.
+        on_fatal: called on that thread with the reason when an fsync has failed. It ends the process; should it return,
+            nothing is written any more.
     """
 
-    def __init__(self, append: Callable[[Sequence[Entry]], None]) -> None:
+    def __init__(self, append: Callable[[Sequence[Entry], bool], None], on_fatal: Callable[[str], None]) -> None:
         self._append = append
+        self._on_fatal = on_fatal
         self._loop = asyncio.get_running_loop()
-        self._waiting: SimpleQueue[_Waiting | None] = SimpleQueue()
-        self._failed: dict[str, int] = {}  # by learner: the position that the log goes on with
+        self._queue: SimpleQueue[_Waiting | _Mend | None] = SimpleQueue()
+        self._closed = False
+        # The thread's own:
+        self._failed: set[str] = set()  # learners to be mended
+        self._fatal: str | None = None
+        self._down_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
         self._thread.start()
 
-    def add(self, entry: Entry) -> "asyncio.Future[None]":
-        """Completes when the entry is on disk, or fails with `JournalUnavailable`. Futures complete in order."""
+    def add(self, entry: Entry, durability: Durability = Durability.FSYNC) -> "asyncio.Future[None]":
+        """Completes when the entry is as durable as asked for; with `NONE` it is not written, and only takes its turn.
+
+        Futures complete in the order of the calls. They fail with `JournalUnavailable`.
+        """
         written: asyncio.Future[None] = self._loop.create_future()
-        self._waiting.put((entry, written))
+        if self._closed:
+            written.set_exception(JournalUnavailable("the server is shutting down"))
+        else:
+            self._queue.put(_Waiting(entry, durability, written))
         return written
+
+    def mend(self, learner_uid: str) -> "asyncio.Future[None]":
+        """Takes entries of a learner again; completes when everything that was given before has been dealt with."""
+        mended: asyncio.Future[None] = self._loop.create_future()
+        if self._closed:
+            mended.set_result(None)
+        else:
+            self._queue.put(_Mend(learner_uid, mended))
+        return mended
 
     async def close(self) -> None:
         """Writes what waits, then ends the thread."""
-        self._waiting.put(None)
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        ended = False
-        while not ended:
-            group, ended = self._next_group()
-            accepted: list[_Waiting] = []
-            refused: list[_Waiting] = []
-            for waiting in group:
-                (accepted if self._continues(waiting[0]) else refused).append(waiting)
-            error = self._write([entry for entry, _ in accepted])
-            if error is not None:
-                for entry, _ in accepted:
-                    self._failed.setdefault(entry.learner_uid, entry.position)
-            outcome: list[_Outcome] = [(future, error) for _, future in accepted]
-            outcome += [
-                (future, JournalUnavailable("an entry before it could not be written")) for _, future in refused
-            ]
-            self._loop.call_soon_threadsafe(_settle, outcome)
+        while True:
+            group, behind = self._next_group()
+            if group:
+                self._loop.call_soon_threadsafe(_settle, self._commit(group))
+            if isinstance(behind, _Mend):
+                self._failed.discard(behind.learner_uid)
+                self._loop.call_soon_threadsafe(_settle, [(behind.mended, None)])
+            elif not group:
+                return
 
-    def _write(self, entries: Sequence[Entry]) -> JournalUnavailable | None:
-        if not entries:
-            return None
-        try:
-            self._append(entries)
-        except SQLAlchemyError as error:
-            reason = str(getattr(error, "orig", None) or error)
-            log.error("journal not written", entries=len(entries), error=reason)
-            return JournalUnavailable(reason)
-        return None
-
-    def _continues(self, entry: Entry) -> bool:
-        expected = self._failed.get(entry.learner_uid)
-        if expected is None:
-            return True
-        if entry.position != expected:
-            return False
-        del self._failed[entry.learner_uid]
-        return True
-
-    def _next_group(self) -> tuple[list[_Waiting], bool]:
-        """What waits now, waiting for the first; and whether the end has come."""
-        first = self._waiting.get()
-        if first is None:
-            return [], True
-        group, size = [first], len(first[0].payload)
-        while len(group) < _MOST_ENTRIES and size < _MOST_BYTES:
-            try:
-                item = self._waiting.get_nowait()
-            except Empty:
-                break
-            if item is None:
-                return group, True
+    def _next_group(self) -> tuple[list[_Waiting], _Mend | None]:
+        """What waits now, waiting for the first, up to a mending; nothing of either at the end."""
+        item = self._queue.get()
+        group: list[_Waiting] = []
+        size = 0
+        while isinstance(item, _Waiting):
             group.append(item)
-            size += len(item[0].payload)
-        return group, False
+            size += len(item.entry.payload)
+            if len(group) == _MOST_ENTRIES or size >= _MOST_BYTES:
+                return group, None
+            try:
+                item = self._queue.get_nowait()
+            except Empty:
+                return group, None
+        if item is None and group:
+            self._queue.put(None)  # the end, once more
+        return group, item
+
+    def _commit(self, group: Sequence[_Waiting]) -> "list[tuple[asyncio.Future[None], JournalUnavailable | None]]":
+        """Writes what can be written; says how it went with each, in order."""
+        accepted = [
+            waiting
+            for waiting in group
+            if waiting.durability is not Durability.NONE and waiting.entry.learner_uid not in self._failed
+        ]
+        sync = any(waiting.durability is Durability.FSYNC for waiting in accepted)
+        failures = self._write([waiting.entry for waiting in accepted], sync)
+        written = set(map(id, accepted))
+        outcome: list[tuple[asyncio.Future[None], JournalUnavailable | None]] = []
+        for waiting in group:
+            uid, error = waiting.entry.learner_uid, None
+            if id(waiting) in written:
+                error = failures.get(uid)
+            elif uid in self._failed:
+                error = JournalUnavailable("an entry before it could not be written")
+            if error is not None:
+                self._failed.add(uid)
+            outcome.append((waiting.written, error))
+        return outcome
+
+    def _write(self, entries: Sequence[Entry], sync: bool) -> _Failures:
+        if not entries:
+            return {}
+        by_learner: dict[str, list[Entry]] = defaultdict(list)
+        for entry in entries:
+            by_learner[entry.learner_uid].append(entry)
+        if self._fatal is not None:
+            return dict.fromkeys(by_learner, JournalUnavailable(self._fatal))
+        try:
+            self._append(entries, sync)
+        except (IntegrityError, DataError) as error:
+            # One learner's entry is refused, and nothing was written. The others shall not suffer for it.
+            if len(by_learner) > 1:
+                failures: _Failures = {}
+                for own in by_learner.values():
+                    failures |= self._write(own, sync)
+                return failures
+            reason = _reason(error)
+            log.error("journal entry refused", learner_uid=entries[0].learner_uid, error=reason)
+            return dict.fromkeys(by_learner, JournalUnavailable(reason))
+        except Exception as error:  # whatever it is, whoever waits must hear of it
+            return dict.fromkeys(by_learner, self._unavailable(error))
+        if self._down_since is not None:
+            log.info("journal is written again", seconds=round(time.monotonic() - self._down_since, 3))
+            self._down_since = None
+        return {}
+
+    def _unavailable(self, error: Exception) -> JournalUnavailable:
+        reason = _reason(error)
+        if getattr(getattr(error, "orig", None), "sqlite_errorname", "") in _FSYNC_ERRORS:
+            self._fatal = reason
+            self._on_fatal(reason)
+        if self._down_since is None:
+            self._down_since = time.monotonic()
+            log.error("journal not written; nothing is acknowledged until it can be", error=reason)
+        return JournalUnavailable(reason)
 
 
-def _settle(outcome: Sequence[_Outcome]) -> None:
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "orig", None) or error).strip()
+
+
+def _settle(outcome: "Sequence[tuple[asyncio.Future[None], JournalUnavailable | None]]") -> None:
     for future, error in outcome:
         if future.done():
             continue

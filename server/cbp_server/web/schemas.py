@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, Field
 from cbp import LayerPlasticity, LearnerProgress
 from cbp.plasticity import QUANTILES
 from cbp_server.records import CheckpointRecord, LearnerRecord, ProducerRecord, SampleRecord
+from cbp_server.records import Quarantine as QuarantineRecord
 
 
 def _finite(value: float | None) -> float | None:
@@ -154,6 +155,26 @@ class Checkpoint(BaseModel):
         return cls(step=record.step, time=record.time, size_bytes=record.size_bytes)
 
 
+class Quarantine(BaseModel):
+    """Why a learner does not train."""
+
+    journal_position: int
+    producer: str
+    sequence: int
+    reason: str
+    time: datetime
+
+    @classmethod
+    def of(cls, record: QuarantineRecord) -> "Quarantine":
+        return cls(
+            journal_position=record.position,
+            producer=record.producer,
+            sequence=record.sequence,
+            reason=record.reason,
+            time=record.time,
+        )
+
+
 class Learner(BaseModel):
     """A named model that never stops training."""
 
@@ -161,7 +182,13 @@ class Learner(BaseModel):
     name: str = Field(description="learners/{id}, as in gRPC.")
     uid: str = Field(description="Differs from that of any other learner, also of one created under the same id later.")
     etag: str = Field(description="Changes whenever the spec does.")
-    state: str = Field(description="`active`, or `unavailable` while its engine process is down or restoring it.")
+    state: str = Field(
+        description="`active`; `unavailable` while its engine process is down or restoring it; `evicted`: idle, and out "
+        "of memory until it is used; `quarantined`: predicts, and trains again once it is resumed."
+    )
+    durability: str = Field(description="What an acknowledged batch survives: `fsync`, `os` or `none`.")
+    quarantine: Quarantine | None = Field(description="The batch that it could not learn; null if there is none.")
+    journal_position: int = Field(description="Of the last entry in its journal.")
     spec: dict[str, Any] = Field(description="What the learner is, every field filled in.")
     create_time: datetime
     update_time: datetime
@@ -179,6 +206,9 @@ class Learner(BaseModel):
             uid=record.uid,
             etag=record.etag,
             state=record.state.value,
+            durability=record.durability.value,
+            quarantine=None if record.quarantine is None else Quarantine.of(record.quarantine),
+            journal_position=record.journal_position,
             spec=record.spec.to_plain(),
             create_time=record.create_time,
             update_time=record.update_time,

@@ -99,12 +99,6 @@ def test_what_was_appended_survives_kill_9(tmp_path):
     assert positions(Journal(open_database("", tmp_path))) == [1]
 
 
-def test_sqlite_commits_are_fsynced(tmp_path):
-    with open_database("", tmp_path).connect() as connection:
-        assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
-        assert connection.execute(text("PRAGMA synchronous")).scalar() == 2  # FULL
-
-
 class Recorder:
     """Stands in for the database where groups and failures are to be chosen by the test."""
 

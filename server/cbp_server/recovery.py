@@ -1,0 +1,279 @@
+"""Brings a learner back to where its journal ends: newest readable checkpoint, and what comes behind it."""
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import structlog
+
+from cbp import Batch, CbpError, LearnerSpec, SnapshotError
+from cbp_server.engine import messages
+from cbp_server.engine.protocol import Engine
+from cbp_server.errors import BatchNotLearnt, EngineUnavailable, JournalDamaged
+from cbp_server.records import Quarantine, SampleRecord
+from cbp_server.storage import Storage
+from cbp_server.store.catalog import StoredLearner
+from cbp_server.store.journal import Entry, EntryKind
+
+#: Entries read and decoded at a time, and the most that are under way to the engine meanwhile.
+_DECODED_AT_ONCE = 64
+_UNDER_WAY = 128
+_BYTES_UNDER_WAY = 64 * 2**20
+#: Deaths of the engine process while it applied one and the same entry, and nothing else, that convict the entry.
+_DEATHS_THAT_CONVICT = 3
+_PROGRESS_SECONDS = 5.0
+
+log = structlog.get_logger("cbp_server.recovery")
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A learner in the engine, as its journal says."""
+
+    report: messages.LearnerReport
+    samples: tuple[SampleRecord, ...] | None  # None: the learner was in the engine all along
+    quarantine: Quarantine | None
+    journal_position: int  # of the journal's last entry
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What a RESUME entry says of the batch that the learner had been quarantined for."""
+
+    at: int  # the batch's position; that of the entry itself if the batch is not in the journal
+    update_time: str
+    lr: float | None = None
+    skip: bool = False
+
+    def to_payload(self) -> bytes:
+        return json.dumps(vars(self)).encode()
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> "Resumption":
+        return cls(**json.loads(payload))
+
+
+class Recovery:
+    """Loads and replays.
+
+    Args:
+        decode_batch: the batch in an entry's payload.
+    """
+
+    def __init__(self, engine: Engine, storage: Storage, decode_batch: Callable[[bytes, LearnerSpec], Batch]) -> None:
+        self._engine = engine
+        self._storage = storage
+        self._decode_batch = decode_batch
+        self._deaths: dict[tuple[str, int], int] = {}  # by learner and position
+
+    async def recover(
+        self,
+        stored: StoredLearner,
+        *,
+        in_engine: bool,
+        carefully: bool,
+        on_quarantine: Callable[[Quarantine], None],
+    ) -> Recovered:
+        """The learner with everything that its journal holds; quarantined before a batch that it cannot learn.
+
+        Args:
+            in_engine: the engine holds the learner, and it is whole; only what comes behind is applied.
+            carefully: one entry at a time, so that it is known which one the engine process dies of.
+            on_quarantine: told of a new quarantine when the catalog has it.
+
+        Raises:
+            SnapshotError: no checkpoint is readable.
+            JournalDamaged: an entry is missing or damaged.
+            JournalUnavailable: the database cannot be reached.
+        """
+        uid, quarantine = stored.uid, stored.quarantine
+        while True:
+            last = quarantine.position - 1 if quarantine is not None and quarantine.position else None
+            loaded = None
+            if not in_engine:
+                loaded = await self.load(stored, uid, last)
+            report = loaded.learner if loaded is not None else await self._engine.call(messages.Describe(uid))
+            try:
+                report = await self.replay(stored, uid, report, last, carefully=carefully)
+                break
+            except BatchNotLearnt as failure:
+                in_engine = False
+                quarantine = failure.quarantine(failure.position)
+                await self._storage.run(self._storage.catalog.quarantine, uid, quarantine)
+                on_quarantine(quarantine)
+        bounds = await self._storage.run(self._storage.journal.bounds, uid)
+        end = max(report.journal_position, bounds[1] if bounds is not None else 0)
+        return Recovered(report, loaded.samples if loaded is not None else None, quarantine, end)
+
+    async def load(self, stored: StoredLearner, uid: str, last: int | None) -> messages.LoadReport:
+        """Loads the newest readable checkpoint that goes no further than position `last`, as learner `uid`.
+
+        Raises:
+            SnapshotError: there is none.
+        """
+        storage = self._storage
+        failures: list[str] = []
+        for checkpoint in await storage.run(storage.catalog.checkpoints, stored.uid):
+            if last is not None and checkpoint.position > last:
+                continue
+            try:
+                return await self._engine.call(messages.Load(uid, checkpoint.number, stored.uid))
+            except SnapshotError as error:
+                log.warning("checkpoint unreadable", learner=stored.learner_id, error=str(error))
+                failures.append(str(error))
+        bounds = await storage.run(storage.journal.bounds, stored.uid)
+        reaches_back = bounds[0] == 1 if bounds is not None else not failures
+        if not (stored.born and reaches_back):
+            raise SnapshotError(f"no checkpoint of learner '{stored.learner_id}' is readable: {'; '.join(failures)}")
+        report = await self._engine.call(messages.Create(uid, LearnerSpec.parse(stored.spec)))
+        return messages.LoadReport(report, ())
+
+    async def replay(
+        self,
+        stored: StoredLearner,
+        uid: str,
+        report: messages.LearnerReport,
+        last: int | None,
+        *,
+        carefully: bool = False,
+    ) -> messages.LearnerReport:
+        """Applies what the journal of `stored` has behind `report`, up to position `last`, to learner `uid`.
+
+        Raises:
+            BatchNotLearnt: at a batch that the learner cannot learn; it is no longer in the engine then.
+            JournalDamaged: an entry is missing or damaged.
+        """
+        replaying = _Replaying(self, stored, uid, report, 1 if carefully else _UNDER_WAY)
+        storage, started, told = self._storage, time.monotonic(), time.monotonic()
+        resumes = await storage.run(storage.journal.resumes, stored.uid, report.journal_position)
+        replaying.resumptions = [Resumption.from_payload(entry.payload) for entry in resumes]
+        entries = storage.journal.read(stored.uid, report.journal_position, last)
+        while chunk := await storage.run(self._decoded, entries, report.spec):
+            for entry, batch in chunk:
+                await replaying.apply(entry, batch)
+            if time.monotonic() - told > _PROGRESS_SECONDS:
+                told = time.monotonic()
+                log.info("replaying the journal", learner=stored.learner_id, entries=replaying.applied)
+        await replaying.finish()
+        if not replaying.applied:
+            return report
+        seconds = round(time.monotonic() - started, 3)
+        log.info("journal replayed", learner=stored.learner_id, entries=replaying.applied, seconds=seconds)
+        return await self._engine.call(messages.Describe(uid))
+
+    def _decoded(self, entries: Iterator[Entry], spec: LearnerSpec) -> list[tuple[Entry, Batch | None]]:
+        return [
+            (entry, self._decode_batch(entry.payload, spec) if entry.kind is EntryKind.BATCH else None)
+            for entry in islice(entries, _DECODED_AT_ONCE)
+        ]
+
+    def engine_died_at(self, uid: str, position: int) -> bool:
+        """Notes a death of the engine process while it applied this entry alone; whether the entry is convicted."""
+        key = uid, position
+        self._deaths[key] = self._deaths.get(key, 0) + 1
+        return self._deaths[key] >= _DEATHS_THAT_CONVICT
+
+
+class _Replaying:
+    """One replay under way."""
+
+    def __init__(
+        self, recovery: Recovery, stored: StoredLearner, uid: str, report: messages.LearnerReport, most_under_way: int
+    ) -> None:
+        self._recovery = recovery
+        self._engine = recovery._engine
+        self._stored = stored
+        self._uid = uid
+        self._spec = report.spec
+        self._most_under_way = most_under_way
+        self._under_way: deque[tuple[Entry, asyncio.Future[Any]]] = deque()
+        self._bytes_under_way = 0
+        self.resumptions: list[Resumption] = []
+        self.applied = 0
+
+    async def apply(self, entry: Entry, batch: Batch | None) -> None:
+        resumptions = [resumption for resumption in self.resumptions if resumption.at == entry.position]
+        for resumption in resumptions:
+            await self._revise(resumption)
+        if entry.kind is EntryKind.RESTORE:
+            await self.finish()
+            restored = messages.Load(self._uid, json.loads(entry.payload)["checkpoint"], self._stored.uid)
+            self._spec = (await self._engine.call(restored)).learner.spec
+        else:
+            skip = any(resumption.skip for resumption in resumptions)
+            self._bytes_under_way += len(entry.payload)
+            self._under_way.append((entry, self._engine.submit(self._request(entry, batch, skip=skip))))
+        self.applied += 1
+        while len(self._under_way) >= self._most_under_way or self._bytes_under_way > _BYTES_UNDER_WAY:
+            await self._settle_oldest()
+
+    async def finish(self) -> None:
+        """Returns when everything has been applied."""
+        while self._under_way:
+            await self._settle_oldest()
+
+    async def _settle_oldest(self) -> None:
+        entry, answer = self._under_way[0]
+        try:
+            await answer
+        except EngineUnavailable:
+            self._abandon()
+            if self._most_under_way == 1 and self._recovery.engine_died_at(self._uid, entry.position):
+                raise BatchNotLearnt(
+                    entry.position, entry.producer or "", entry.sequence or 0, "the engine process ended at it"
+                ) from None
+            raise
+        except BatchNotLearnt:
+            self._abandon()
+            raise
+        except CbpError as error:
+            if entry.kind is EntryKind.BATCH:
+                self._abandon()
+                raise JournalDamaged(self._stored.uid, entry.position) from error
+            log.info("entry without effect", learner=self._stored.learner_id, kind=entry.kind, error=str(error))
+        self._under_way.popleft()
+        self._bytes_under_way -= len(entry.payload)
+
+    def _abandon(self) -> None:
+        """Nobody waits for what is still under way."""
+        for _, answer in self._under_way:
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._under_way.clear()
+
+    async def _revise(self, resumption: Resumption) -> None:
+        if resumption.lr is not None:
+            self._spec = with_learning_rate(self._spec, resumption.lr)
+            await self.finish()
+            await self._engine.call(messages.Revise(self._uid, resumption.update_time, self._spec))
+
+    def _request(self, entry: Entry, batch: Batch | None, *, skip: bool) -> messages.Change[Any]:
+        uid, position = self._uid, entry.position
+        producer, epoch, sequence = entry.producer or "", entry.epoch or 0, entry.sequence or 0
+        match entry.kind:
+            case EntryKind.BATCH if skip:
+                return messages.Skip(uid, position, producer, epoch, sequence, entry.payload_hash)
+            case EntryKind.BATCH:
+                assert batch is not None
+                return messages.Train(uid, position, producer, epoch, sequence, entry.payload_hash, batch, False)
+            case EntryKind.OPEN:
+                return messages.OpenProducer(uid, position, producer, epoch, entry.payload.decode())
+            case EntryKind.UPDATE:
+                plain = json.loads(entry.payload)
+                self._spec = LearnerSpec.parse(plain["spec"])
+                return messages.Update(uid, position, plain["update_time"], self._spec)
+            case EntryKind.RESET:
+                plain = json.loads(entry.payload)
+                return messages.ResetUnits(uid, position, tuple(plain["layers"]), plain["fraction"])
+            case _:
+                return messages.Pass(uid, position)
+
+
+def with_learning_rate(spec: LearnerSpec, lr: float) -> LearnerSpec:
+    """Raises `SpecError` if it is no learning rate."""
+    plain: Mapping[str, Any] = spec.to_plain()
+    return LearnerSpec.parse({**plain, "optimizer": {**plain["optimizer"], "lr": lr}})

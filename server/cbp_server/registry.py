@@ -1,0 +1,82 @@
+"""The learners that there are, by id; each change of one wakes whoever watches."""
+
+from collections.abc import Iterable
+
+from cbp import FieldViolation
+from cbp_server.broadcast import Broadcast
+from cbp_server.errors import InvalidRequest, LearnerNotFound
+from cbp_server.hosted import Hosted
+
+
+class Registry:
+    """Every learner that is not purged."""
+
+    def __init__(self) -> None:
+        self._present: dict[str, Hosted] = {}  # by id
+        self._deleted: dict[str, Hosted] = {}  # by uid
+        self.changed = Broadcast()
+
+    # Metrics read on a thread of their own: each copy is made in one go, so nothing can come or go meanwhile.
+
+    def present(self) -> list[Hosted]:
+        """The learners that are not deleted, in no order."""
+        return list(self._present.values())
+
+    def deleted(self) -> list[Hosted]:
+        """The deleted ones, in no order."""
+        return list(self._deleted.values())
+
+    def __len__(self) -> int:
+        return len(self._present)
+
+    def __contains__(self, learner_id: str) -> bool:
+        return learner_id in self._present
+
+    def add(self, learners: Iterable[Hosted]) -> None:
+        for hosted in learners:
+            if hosted.stored.delete_time is None:
+                self._present[hosted.learner_id] = hosted
+            else:
+                self._deleted[hosted.uid] = hosted
+            self.touch(hosted)
+
+    def get(self, learner_id: str) -> Hosted:
+        """Raises `LearnerNotFound`."""
+        try:
+            return self._present[learner_id]
+        except KeyError:
+            raise LearnerNotFound(learner_id) from None
+
+    def has(self, hosted: Hosted) -> bool:
+        """Whether this very learner is present."""
+        return self._present.get(hosted.learner_id) is hosted
+
+    def get_deleted(self, learner_id: str, uid: str) -> list[Hosted]:
+        """Deleted learners of this id, the one deleted last first; only the one with this uid if one is given.
+
+        Raises:
+            LearnerNotFound: there is none.
+        """
+        found = [
+            hosted for hosted in self._deleted.values() if hosted.learner_id == learner_id and uid in ("", hosted.uid)
+        ]
+        if found:
+            return sorted(
+                found, key=lambda hosted: hosted.record.delete_time or hosted.record.create_time, reverse=True
+            )
+        if learner_id in self._present:
+            raise InvalidRequest(FieldViolation("name", f"learner '{learner_id}' is not deleted; delete it first"))
+        raise LearnerNotFound(learner_id)
+
+    def remove(self, hosted: Hosted) -> None:
+        """Takes the learner out, wherever it is."""
+        if self.has(hosted):
+            del self._present[hosted.learner_id]
+        self._deleted.pop(hosted.uid, None)
+        self.changed.announce()
+
+    def touch(self, hosted: Hosted) -> None:
+        """The learner's record has changed."""
+        hosted.record.journal_position = hosted.log.position
+        hosted.record.version += 1
+        self.changed.announce()

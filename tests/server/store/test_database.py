@@ -1,0 +1,136 @@
+"""Opening a database: its tables, its settings, and that one server has it."""
+
+import threading
+from datetime import UTC, datetime
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.util import CommandError
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import OperationalError
+
+from cbp_server.records import Durability
+from cbp_server.store.catalog import Catalog, StoredLearner
+from cbp_server.store.database import DatabaseInUse, exclusive, open_database, transaction
+from cbp_server.store.tables import METADATA
+
+LEARNER = StoredLearner(
+    uid="a",
+    learner_id="clicks",
+    spec={},
+    durability=Durability.FSYNC,
+    create_time=datetime(2026, 1, 1, tzinfo=UTC),
+    born=True,
+)
+
+
+def synchronous(connection) -> int:
+    return connection.execute(text("PRAGMA synchronous")).scalar()
+
+
+def test_migrations_make_the_tables_that_the_code_expects(database):
+    with database.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, METADATA) == []
+        indexes = inspect(connection).get_indexes("learners")
+    assert [(index["name"], bool(index["unique"])) for index in indexes] == [("learners_live_name", True)]
+
+
+def test_opening_again_keeps_what_is_there(database, open_again):
+    Catalog(database).add(LEARNER)
+    assert Catalog(open_again()).learners() == [LEARNER]
+
+
+def test_a_database_of_a_newer_version_is_refused(database, open_again):
+    with database.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(CommandError, match="9999"):
+        open_again()
+
+
+def test_a_migration_that_fails_leaves_nothing_behind(database, open_again, drop_tables):
+    drop_tables(database)
+    with database.begin() as connection:
+        connection.execute(text("CREATE TABLE journal (x INTEGER)"))
+    with pytest.raises(Exception, match="journal"):
+        open_again()
+    assert sorted(inspect(database).get_table_names()) == ["journal"]
+    with database.begin() as connection:
+        connection.execute(text("DROP TABLE journal"))
+    assert Catalog(open_again()).learners() == []
+
+
+def test_servers_that_start_at_once_migrate_once(database, open_again, drop_tables):
+    if database.dialect.name == "sqlite":
+        pytest.skip("the data directory is locked before SQLite's file is opened")
+    drop_tables(database)
+    opened = []
+    threads = [threading.Thread(target=lambda: opened.append(open_again())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened) == 3
+
+
+def test_a_database_belongs_to_one_server(database, open_again):
+    second = open_again()
+    with exclusive(database):
+        if database.dialect.name == "sqlite":
+            return  # guarded by the lock on its directory
+        with pytest.raises(DatabaseInUse), exclusive(second):
+            pass
+        Catalog(database).add(LEARNER)
+    with exclusive(second):
+        pass
+
+
+def test_sqlite_commits_are_fsynced(tmp_path):
+    engine = open_database("", tmp_path)
+    with engine.connect() as connection:
+        assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+        assert synchronous(connection) == 2  # FULL
+        assert connection.execute(text("PRAGMA foreign_keys")).scalar() == 1
+    engine.dispose()
+
+
+def test_sqlite_is_synchronous_again_after_a_transaction_that_was_not(tmp_path):
+    engine = open_database("", tmp_path)
+    for _ in range(2):
+        with transaction(engine, sync=False) as connection:
+            assert synchronous(connection) == 1  # NORMAL
+        with transaction(engine) as connection:
+            assert synchronous(connection) == 2
+    with pytest.raises(OperationalError), transaction(engine, sync=False) as connection:
+        connection.execute(text("INSERT INTO nowhere VALUES (1)"))
+    assert engine.pool.checkedin() == 1  # the same connection all along
+    with engine.connect() as connection:
+        assert synchronous(connection) == 2
+    engine.dispose()
+
+
+def test_postgresql_waits_for_the_disk_but_for_transactions_that_need_not(postgres_url, tmp_path):
+    engine = open_database(postgres_url, tmp_path)
+    show = text("SHOW synchronous_commit")
+    with transaction(engine, sync=False) as connection:
+        assert connection.execute(show).scalar() == "off"
+    with transaction(engine) as connection:
+        assert connection.execute(show).scalar() == "on"
+    engine.dispose()
+
+
+@pytest.mark.parametrize(("configured", "used"), [("off", "on"), ("local", "local"), ("remote_apply", "remote_apply")])
+def test_a_postgresql_that_is_set_to_lose_commits_keeps_ours(postgres_url, tmp_path, configured, used):
+    engine = open_database(f"{postgres_url}&options=-csynchronous_commit%3D{configured}", tmp_path)
+    with engine.connect() as connection:
+        assert connection.execute(text("SHOW synchronous_commit")).scalar() == used
+    engine.dispose()
+
+
+def test_the_package_brings_its_migrations_along():
+    from importlib.resources import files
+
+    migrations = files("cbp_server.store") / "migrations"
+    assert (migrations / "env.py").is_file()
+    assert [path.name for path in (migrations / "versions").iterdir() if path.name[0].isdigit()]
