@@ -19,14 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from faults.audit import keep_removed_entries
+from faults.audit import History, keep_removed_rows
 from faults.feeders import Feeder, Operator, Participant
 from faults.learners import LEARNERS, FedLearner
 from faults.plan import Lie, Victims
 from faults.points import POINTS
 from faults.proxy import Proxy
 from faults.server import FaultyServer
-from faults.undisturbed import check_learner
+from faults.undisturbed import check_fork, check_learner
 
 from cbp_client import Client
 
@@ -73,6 +73,8 @@ class Outcome:
     batches: int = 0
     seconds: float = 0.0
     fired: Counter[str] = field(default_factory=Counter)  # kills by point
+    changes: Counter[str] = field(default_factory=Counter)  # by kind
+    forks: int = 0
     network_faults: int = 0
     engine_kills: int = 0
     power_losses: int = 0
@@ -81,9 +83,11 @@ class Outcome:
 
     def __str__(self) -> str:
         points = ", ".join(f"{point} {count}" for point, count in sorted(self.fired.items()))
+        changes = ", ".join(f"{kind} {count}" for kind, count in sorted(self.changes.items()))
         return (
             f"{self.lives} lives, {self.batches} batches, {self.seconds:.0f} s: every learner as if undisturbed\n"
             f"kills at points: {points or 'none'}\n"
+            f"changes while fed: {changes or 'none'}; forks: {self.forks}\n"
             f"other kills of the engine: {self.engine_kills}; network faults: {self.network_faults}; power losses: "
             f"{self.power_losses}; restarts of producers: {self.restarts}; losses where allowed: {self.losses}"
         )
@@ -161,7 +165,8 @@ class Torture:
                 for learner in self._learners
                 for producer in learner.producers
             ]
-            participants = [*feeders, Operator(stack.enter_context(Client(proxy.target)), self._learners, self._seed)]
+            operator = Operator(stack.enter_context(Client(proxy.target)), self._learners, self._seed)
+            participants = [*feeders, operator]
             for thread in participants:
                 thread.start()
             try:
@@ -173,7 +178,7 @@ class Torture:
                 self._finish(participants)
             finally:
                 self.server.kill_everything()
-        self._check(feeders)
+        self._check(feeders, operator)
         self._outcome.restarts = sum(feeder.restarts for feeder in feeders)
         self._outcome.losses = sum(feeder.losses for feeder in feeders)
         self._outcome.seconds = time.monotonic() - started
@@ -183,9 +188,9 @@ class Torture:
         self.server.start()
         with Client(self.server.grpc_target) as client:
             for learner in self._learners:
-                client.create_learner(learner.name, **learner.spec)
+                client.create_learner(learner.name, durability=learner.durability, **learner.spec)
         assert self.server.stop() == 0
-        keep_removed_entries(self.server.data_dir)
+        keep_removed_rows(self.server.data_dir)
         if self._power_can_fail:
             self.server.trust_disk()
 
@@ -276,10 +281,16 @@ class Torture:
         assert self.server.stop() == 0
         assert not self.server.log_problems(), self.server.log_problems()
 
-    def _check(self, feeders: Sequence[Feeder]) -> None:
+    def _check(self, feeders: Sequence[Feeder], operator: Operator) -> None:
+        history = History(self.server.data_dir)
         for learner in self._learners:
             told = {feeder.producer: feeder.told for feeder in feeders if feeder.learner == learner.name}
-            self._outcome.batches += check_learner(self.server.data_dir, learner, self._seed, told)
+            confirmed = {} if self._may_lose(learner) else operator.confirmed[learner.name]
+            self._outcome.batches += check_learner(history, learner, self._seed, told, confirmed)
+        for name in operator.forks.keys() & history.uids().keys():
+            check_fork(history, name, operator.forks[name])
+            self._outcome.forks += 1
+        self._outcome.changes = sum((Counter(counts) for counts in operator.confirmed.values()), Counter())
 
 
 def main() -> None:

@@ -1,15 +1,19 @@
-"""The whole log of every learner, from the first entry to the last, in a store on SQLite.
+"""The whole history of every learner, in a store on SQLite: also what the server has removed since.
 
-The server removes entries that it needs no more. A trigger in the database keeps them, so that at the end the order in
-which the batches of several producers were applied is known.
+The server removes entries and checkpoints that it needs no more. Triggers in the database keep their rows, so that at
+the end the order in which the batches of several producers were applied is known.
 """
 
+import json
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-_COLUMNS = ("learner_uid", "position", "kind", "producer", "epoch", "sequence", "payload")
+_ENTRY = ("learner_uid", "position", "kind", "producer", "epoch", "sequence", "payload")
+_CHECKPOINT = ("learner_uid", "number", "position", "summary")
+_TABLES = {"journal": _ENTRY, "checkpoints": _CHECKPOINT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,34 +29,72 @@ class LogEntry:
     payload: bytes
 
 
-def keep_removed_entries(data_dir: Path) -> None:
-    """Installs the trigger; the server must have made its tables, and not run."""
-    columns, old = ", ".join(_COLUMNS), ", ".join(f"OLD.{column}" for column in _COLUMNS)
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRow:
+    """A row of the catalog; the checkpoint's file may be gone."""
+
+    learner_uid: str
+    number: int
+    position: int
+    summary: dict[str, Any]
+
+
+def keep_removed_rows(data_dir: Path) -> None:
+    """Installs the triggers; the server must have made its tables, and not run."""
     with closing(_connect(data_dir)) as database, database:
-        database.execute(f"CREATE TABLE audit AS SELECT {columns} FROM journal WHERE 0")
-        database.execute(
-            "CREATE TRIGGER keep_removed_entries BEFORE DELETE ON journal "
-            f"BEGIN INSERT INTO audit ({columns}) VALUES ({old}); END"
-        )
+        for table, columns in _TABLES.items():
+            names, old = ", ".join(columns), ", ".join(f"OLD.{column}" for column in columns)
+            database.execute(f"CREATE TABLE removed_{table} AS SELECT {names} FROM {table} WHERE 0")
+            database.execute(
+                f"CREATE TRIGGER keep_removed_{table} BEFORE DELETE ON {table} "
+                f"BEGIN INSERT INTO removed_{table} ({names}) VALUES ({old}); END"
+            )
 
 
-def whole_log(data_dir: Path, learner_uid: str) -> list[LogEntry]:
-    """All entries that the learner ever had, in order. The server must not run.
+class History:
+    """What a store holds, and held. The server must not run."""
 
-    Raises:
-        AssertionError: a position is missing or there twice.
-    """
-    columns = ", ".join(_COLUMNS)
-    with closing(_connect(data_dir)) as database:
-        rows = database.execute(
-            f"SELECT {columns} FROM audit WHERE learner_uid = :uid "
-            f"UNION ALL SELECT {columns} FROM journal WHERE learner_uid = :uid ORDER BY position",
-            {"uid": learner_uid},
-        ).fetchall()
-    log = [LogEntry(**dict(zip(_COLUMNS, row, strict=True))) for row in rows]
-    positions = [entry.position for entry in log]
-    assert positions == list(range(1, len(log) + 1)), f"the log of {learner_uid} has gaps or repeats"
-    return log
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+
+    def uids(self) -> dict[str, str]:
+        """By name, of the learners that are not deleted."""
+        with closing(_connect(self._data_dir)) as database:
+            return dict(database.execute("SELECT learner_id, uid FROM learners WHERE delete_time IS NULL"))
+
+    def log(self, uid: str) -> list[LogEntry]:
+        """All entries that the learner ever had, in order.
+
+        Raises:
+            AssertionError: a position is missing or there twice.
+        """
+        log = [LogEntry(**row) for row in self._rows("journal", uid, "position")]
+        positions = [entry.position for entry in log]
+        assert positions == list(range(1, len(log) + 1)), f"the log of {uid} has gaps or repeats: {positions}"
+        return log
+
+    def checkpoints(self, uid: str) -> list[CheckpointRow]:
+        """All that the learner ever had, in order."""
+        rows = self._rows("checkpoints", uid, "number")
+        return [CheckpointRow(**row | {"summary": json.loads(row["summary"])}) for row in rows]
+
+    def newest_file(self, uid: str) -> Path:
+        """Of the checkpoints that the catalog has now."""
+        with closing(_connect(self._data_dir)) as database:
+            query = "SELECT MAX(number) FROM checkpoints WHERE learner_uid = ?"
+            (number,) = database.execute(query, (uid,)).fetchone()
+        return self._data_dir / "checkpoints" / uid / f"{number}.safetensors"
+
+    def _rows(self, table: str, uid: str, order: str) -> list[dict[str, Any]]:
+        columns = _TABLES[table]
+        names = ", ".join(columns)
+        with closing(_connect(self._data_dir)) as database:
+            rows = database.execute(
+                f"SELECT {names} FROM removed_{table} WHERE learner_uid = :uid "
+                f"UNION ALL SELECT {names} FROM {table} WHERE learner_uid = :uid ORDER BY {order}",
+                {"uid": uid},
+            ).fetchall()
+        return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _connect(data_dir: Path) -> sqlite3.Connection:

@@ -3,10 +3,23 @@
 import contextlib
 import random
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from cbp_client import Aborted, BatchesLost, BatchResult, Client, DeadlineExceeded, TrainingStream, Unavailable
+from cbp_client import (
+    Aborted,
+    AlreadyExists,
+    BatchesLost,
+    BatchResult,
+    Client,
+    DeadlineExceeded,
+    FailedPrecondition,
+    NotFound,
+    StreamPosition,
+    TrainingStream,
+    Unavailable,
+)
 from faults.learners import FedLearner, make_batch
 
 AnswerT = TypeVar("AnswerT")
@@ -15,6 +28,7 @@ AnswerT = TypeVar("AnswerT")
 _FLUSHED = 20
 #: One in so many flushes, the producer's process ends at once and another one takes its place.
 _RESTARTS = 15
+_MOST_FORKS = 3
 
 
 class Participant(threading.Thread):
@@ -93,7 +107,7 @@ class Feeder(Participant):
         stream = handle.stream(self.producer, on_result=self._take_result)
         try:
             stream.open()
-            self._begin(stream.position.applied_sequence)
+            self._begin(stream.position)
             return self._send(stream)
         except BatchesLost as lost:
             if not self._may_lose:
@@ -104,11 +118,13 @@ class Feeder(Participant):
         finally:
             stream.abort()
 
-    def _begin(self, applied: int) -> None:
-        if applied < self.told:
-            assert self._may_lose, f"{self.name} was told of {self.told}, and now of {applied}"
+    def _begin(self, position: StreamPosition) -> None:
+        """Batches that are on their way already come first, but their results were promised to another stream."""
+        if position.applied_sequence < self.told:
+            assert self._may_lose, f"{self.name} was told of {self.told}, and now of {position.applied_sequence}"
             self.losses += 1
-        self.told = self._base = applied
+            self.told = position.applied_sequence
+        self._base = position.next_sequence - 1
         self._results = 0
 
     def _send(self, stream: TrainingStream) -> bool:
@@ -143,26 +159,63 @@ class Operator(Participant):
     """Changes learners while they are fed.
 
     Attributes:
-        updates: by learner, the updates that the server said it has made.
+        confirmed: by learner and kind of journal entry, the changes that the server said it has made.
+        forks: copies that it has asked for, and of which learner.
     """
 
-    def __init__(self, client: Client, learners: tuple[FedLearner, ...], seed: int) -> None:
+    def __init__(self, client: Client, learners: Sequence[FedLearner], seed: int) -> None:
         super().__init__("operator")
-        self.updates = {learner.name: 0 for learner in learners}
+        self.confirmed: dict[str, Counter[str]] = {learner.name: Counter() for learner in learners}
+        self.forks: dict[str, FedLearner] = {}
         self._client = client
         self._learners = learners
         self._chance = random.Random(f"{seed} operator")
 
     def work(self) -> None:
+        changes = (self._update, self._update, self._reset, self._restore, self._checkpoint, self._fork, self._remove)
         while not self._finishing.wait(self._chance.uniform(0.0, 0.5)):
-            with contextlib.suppress(Unavailable, DeadlineExceeded, Aborted):
-                self._change(self._chance.choice(self._learners))
+            change, learner = self._chance.choice(changes), self._chance.choice(self._learners)
+            # FailedPrecondition and AlreadyExists: an earlier change was made whose answer was lost on its way.
+            with contextlib.suppress(Unavailable, DeadlineExceeded, Aborted, FailedPrecondition, AlreadyExists):
+                change(learner)
 
-    def _change(self, learner: FedLearner) -> None:
-        handle = self._client.get_learner(learner.name)
+    def _update(self, learner: FedLearner) -> None:
         rate = learner.optimizer["lr"] * self._chance.uniform(0.5, 1.0)
-        handle.update(optimizer={"lr": rate})
-        self.updates[learner.name] += 1
+        self._client.get_learner(learner.name).update(optimizer={"lr": rate})
+        self.confirmed[learner.name]["update"] += 1
+
+    def _reset(self, learner: FedLearner) -> None:
+        self._client.get_learner(learner.name).reset_units("all", self._chance.uniform(0.1, 0.5))
+        self.confirmed[learner.name]["reset"] += 1
+
+    def _restore(self, learner: FedLearner) -> None:
+        """To a checkpoint, or to any position that can be reached."""
+        handle = self._client.get_learner(learner.name)
+        checkpoints = handle.checkpoints()
+        if len(checkpoints) and self._chance.random() < 0.5:
+            handle.restore(checkpoint=self._chance.choice(checkpoints.checkpoints).number)
+        else:
+            first, last = checkpoints.first_restorable_position, checkpoints.last_restorable_position
+            handle.restore(position=self._chance.randint(first, last))
+        self.confirmed[learner.name]["restore"] += 1
+
+    def _checkpoint(self, learner: FedLearner) -> None:
+        self._client.get_learner(learner.name).checkpoint()
+
+    def _fork(self, learner: FedLearner) -> None:
+        if len(self.forks) < _MOST_FORKS:
+            name = f"{learner.name}-fork-{len(self.forks)}"
+            self.forks[name] = learner
+            self._client.get_learner(learner.name).fork(name)
+
+    def _remove(self, _: FedLearner) -> None:
+        """A fork, which then comes back."""
+        if self.forks:
+            name = self._chance.choice(sorted(self.forks))
+            with contextlib.suppress(NotFound):  # the answer to the fork, or to an earlier removal, was lost
+                self._client.delete_learner(name)
+            with contextlib.suppress(NotFound):
+                self._client.undelete_learner(name)
 
 
 def until_available(call: Callable[[], AnswerT]) -> AnswerT:

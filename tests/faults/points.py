@@ -4,8 +4,7 @@ Points of a method are `begin` and `done`, before and after it; of a transaction
 nothing committed; of a checkpoint file `rename`, when it is whole under its temporary name.
 """
 
-import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["front", "engine"]
@@ -39,11 +38,6 @@ METHODS = {
     ),
     "training": Method("engine", "cbp.learner", "Learner", "train", ("step", "done")),
 }
-
-# Until the new store is merged: its names are looked up in the old one, and what the old one lacks is left out.
-if importlib.util.find_spec("cbp_server.store.catalog") is None:
-    METHODS = {call: method for call, method in METHODS.items() if not call.startswith("catalog.")}
-    METHODS["checkpoint.write"] = replace(METHODS["checkpoint.write"], owner="CheckpointDirectory")
 
 #: Within SQLite: before a write and a sync of its files, and after a sync.
 SQLITE_POINTS = ("sqlite.write", "sqlite.sync", "sqlite.synced")

@@ -22,8 +22,6 @@ _DATABASE_STATUS = {
     "read-only": SQLITE_READONLY,
     "write-error": SQLITE_IOERR_WRITE,
 }
-#: Directories that hold checkpoints.
-_CHECKPOINTS = {"checkpoints", "learners"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +86,7 @@ def watch_opens(failing: FailingStorage) -> None:
 
 
 def _is_checkpoint(path: str) -> bool:
-    return not _CHECKPOINTS.isdisjoint(Path(path).parts)
+    return "checkpoints" in Path(path).parts
 
 
 def _is_shared_memory(path: str) -> bool:
