@@ -1,30 +1,31 @@
 """Opens the store's database: SQLite in the data directory, or PostgreSQL by a URL."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select, text
+from sqlalchemy.exc import DBAPIError
 
 from cbp_server.store.directories import sync_directory
 
 _FILE = "journal.db"
+_CHUNK_BYTES = 2**20
 
-#: Keys of PostgreSQL's advisory locks, which are one number space for the whole database.
-_MIGRATION_LOCK = 0x6362705F6D696772
+#: Key of the advisory lock on a PostgreSQL database; all its users share one space of numbers.
 _OWNER_LOCK = 0x6362705F6F776E65
 
-#: A database host that does not answer is given up after these; what the operator's URL says goes first.
-_POSTGRESQL_DEFAULTS = {
-    "connect_timeout": "10",  # s
-    "keepalives_idle": "15",  # s
-    "keepalives_interval": "5",  # s
-    "keepalives_count": "3",
-    "tcp_user_timeout": "30000",  # ms
-}
+#: s, s, and how often; after that the other side is given up.
+_POSTGRESQL_KEEPALIVES = {"keepalives_idle": "15", "keepalives_interval": "5", "keepalives_count": "3"}
+
+#: Settings of connections, in s and ms, so that a database that is cut off is noticed; what the URL says goes first.
+_POSTGRESQL_DEFAULTS = {"connect_timeout": "10", "tcp_user_timeout": "30000", **_POSTGRESQL_KEEPALIVES}
 
 
 class DatabaseInUse(Exception):
@@ -40,7 +41,11 @@ def open_database(url: str, data_dir: Path) -> Engine:
     Raises:
         sqlalchemy.exc.SQLAlchemyError: it cannot be reached or written.
         alembic.util.CommandError: a newer version has changed its tables.
+        DatabaseInUse: its tables are an older version's, and a server works on them.
+        OSError: the file in `data_dir` cannot be written.
     """
+    if not url:
+        _write_again(data_dir / f"{_FILE}-wal")
     parsed = make_url(url) if url else make_url("sqlite://").set(database=str(data_dir / _FILE))
     sqlite = parsed.get_backend_name() == "sqlite"
     if sqlite:
@@ -65,10 +70,18 @@ def _migrate(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", "cbp_server.store:migrations")
     with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":  # servers that start at once wait for each other here
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        if MigrationContext.configure(connection).get_current_revision() == _newest(config):
+            return
+        if engine.dialect.name == "postgresql" and not connection.scalar(
+            select(func.pg_try_advisory_xact_lock(_OWNER_LOCK))
+        ):
+            raise DatabaseInUse  # of another version: its tables are not to change under its feet
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def _newest(config: Config) -> str | None:
+    return ScriptDirectory.from_config(config).get_current_head()
 
 
 @contextmanager
@@ -94,29 +107,97 @@ def transaction(engine: Engine, *, sync: bool = True) -> Iterator[Connection]:
                 _execute(driver, "PRAGMA synchronous=FULL")
 
 
-@contextmanager
-def exclusive(engine: Engine) -> Iterator[None]:
-    """Keeps other servers off a PostgreSQL database while the block runs; SQLite's is guarded by its data directory.
+class Ownership:
+    """That this process alone works on the database."""
 
-    The lock ends with its connection, so also with the process or the database server.
+    def renew(self) -> None:
+        """Makes sure of it after the database was away; to be called before anything is read or written again.
+
+        Raises:
+            DatabaseInUse: another server has taken the database meanwhile.
+            sqlalchemy.exc.SQLAlchemyError: the database is still away.
+        """
+
+
+class _Lock(Ownership):
+    """A session's advisory lock, which ends with its connection: with this process, or with the database server."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: Connection | None = self._take()
+
+    def renew(self) -> None:
+        if self._connection is not None:
+            with suppress(DBAPIError):
+                self._connection.execute(select(1))
+                return
+            _end(self._connection)
+            self._connection = None
+        self._connection = self._take()
+
+    def release(self) -> None:
+        if self._connection is not None:
+            with suppress(DBAPIError):
+                self._connection.execute(select(func.pg_advisory_unlock(_OWNER_LOCK)))
+            _end(self._connection)
+
+    def _take(self) -> Connection:
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        try:
+            # A host that vanished must not keep the lock for the hours that TCP waits by itself.
+            for setting, value in _POSTGRESQL_KEEPALIVES.items():
+                connection.execute(select(func.set_config(f"tcp_{setting}", value, False)))
+            if not connection.scalar(select(func.pg_try_advisory_lock(_OWNER_LOCK))):
+                raise DatabaseInUse
+        except BaseException:
+            _end(connection)
+            raise
+        return connection
+
+
+def _end(connection: Connection) -> None:
+    """Without a word to the server, which may not be there, and without a way back into the pool."""
+    connection.invalidate()
+    connection.close()
+
+
+@contextmanager
+def exclusive(engine: Engine) -> Iterator[Ownership]:
+    """Keeps other servers off a PostgreSQL database while the block runs; SQLite's is guarded by its data directory.
 
     Raises:
         DatabaseInUse: another server has it.
     """
     if engine.dialect.name != "postgresql":
-        yield
+        yield Ownership()
         return
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        if not connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": _OWNER_LOCK}).scalar():
-            raise DatabaseInUse
-        try:
-            yield
-        finally:
-            connection.invalidate()  # closes it, which gives the lock back even if the server is not there to ask
+    lock = _Lock(engine)
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 def _with_defaults(url: URL) -> URL:
     return url.set(query=_POSTGRESQL_DEFAULTS | dict(url.query))
+
+
+def _write_again(log: Path) -> None:
+    """Writes what SQLite's log has over itself, and to disk.
+
+    A failed fsync leaves pages that the kernel takes for written and that are not. This is the first use after the
+    process that saw it has ended; without this, entries acknowledged from now on could lie behind a hole.
+    """
+    try:
+        file = log.open("r+b")
+    except FileNotFoundError:
+        return
+    with file:
+        while chunk := file.read(_CHUNK_BYTES):
+            file.seek(-len(chunk), os.SEEK_CUR)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _configure_sqlite(connection: Any, _: object) -> None:

@@ -1,7 +1,9 @@
 """Opening a database: its tables, its settings, and that one server has it."""
 
+import os
 import threading
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -65,25 +67,82 @@ def test_servers_that_start_at_once_migrate_once(database, open_again, drop_tabl
     if database.dialect.name == "sqlite":
         pytest.skip("the data directory is locked before SQLite's file is opened")
     drop_tables(database)
-    opened = []
-    threads = [threading.Thread(target=lambda: opened.append(open_again())) for _ in range(3)]
+    outcomes: list[str] = []
+
+    def start() -> None:
+        try:
+            open_again()
+            outcomes.append("opened")
+        except DatabaseInUse:
+            outcomes.append("in use")
+
+    threads = [threading.Thread(target=start) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(opened) == 3
+    assert len(outcomes) == 3
+    assert "opened" in outcomes
+    assert Catalog(open_again()).learners() == []
 
 
-def test_a_database_belongs_to_one_server(database, open_again):
+def test_a_database_belongs_to_one_server(database, open_again, drop_tables):
     second = open_again()
-    with exclusive(database):
+    with exclusive(database) as ownership:
+        ownership.renew()
         if database.dialect.name == "sqlite":
             return  # guarded by the lock on its directory
         with pytest.raises(DatabaseInUse), exclusive(second):
             pass
         Catalog(database).add(LEARNER)
+        drop_tables(second)
+        with pytest.raises(DatabaseInUse):  # rather than migrated while another version works on it
+            open_again()
     with exclusive(second):
         pass
+
+
+def test_a_server_whose_connection_broke_takes_the_database_back_unless_another_has_it(postgres_url, tmp_path):
+    first, second = (open_database(postgres_url, tmp_path) for _ in range(2))
+
+    def cut() -> None:
+        with second.connect() as connection:
+            others = "locktype = 'advisory' AND granted AND pid != pg_backend_pid()"
+            connection.execute(text(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE {others}"))
+
+    with exclusive(first) as ownership:
+        cut()
+        ownership.renew()
+        with pytest.raises(DatabaseInUse), exclusive(second):
+            pass
+        cut()
+        with exclusive(second), pytest.raises(DatabaseInUse):
+            ownership.renew()
+        ownership.renew()
+    with exclusive(second):
+        pass
+    first.dispose()
+    second.dispose()
+
+
+def test_the_log_of_a_process_that_ended_is_taken_to_disk_before_it_is_used(tmp_path, monkeypatch):
+    """A failed fsync may have left a hole in it that only the disk has."""
+    Catalog(open_database("", tmp_path)).add(LEARNER)
+    log = tmp_path / "journal.db-wal"
+    content, synced = log.read_bytes(), []
+    fsync = os.fsync
+    assert len(content) > 4096
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    engine = open_database("", tmp_path)
+    assert synced == [log, tmp_path]
+    assert log.read_bytes() == content
+    assert Catalog(engine).learners() == [LEARNER]
+    engine.dispose()
 
 
 def test_sqlite_commits_are_fsynced(tmp_path):

@@ -1,16 +1,14 @@
 """The journal on both databases: in order, once, whole, or an error."""
 
-import asyncio
 import subprocess
 import sys
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError
 
-from cbp_server.errors import JournalDamaged, JournalUnavailable
+from cbp_server.errors import JournalDamaged
 from cbp_server.store.database import open_database
-from cbp_server.store.group_commit import GroupCommit
 from cbp_server.store.journal import Entry, EntryKind, Journal
 
 
@@ -57,6 +55,41 @@ def test_entries_without_a_producer_do_not_collide(journal):
     assert positions(journal) == [1, 2, 3]
 
 
+def test_reading_ends_where_it_is_told_to(journal):
+    journal.append([batch(position) for position in range(1, 520)])
+    journal.append([batch(1, "b")])
+    for up_to in (0, 1, 255, 256, 257, 512, 518):
+        assert [entry.position for entry in journal.read("a", 0, up_to)] == list(range(1, up_to + 1))
+    assert [entry.position for entry in journal.read("a", 516, 10_000)] == [517, 518, 519]
+
+
+def test_resumes_are_found_without_what_lies_between(journal):
+    resumes = [
+        Entry(learner_uid="a", position=position, kind=EntryKind.RESUME, payload=b'{"at": 1}') for position in (2, 4)
+    ]
+    journal.append([batch(1), resumes[0], batch(3), resumes[1], batch(1, "b")])
+    assert journal.resumes("a", 0) == resumes
+    assert journal.resumes("a", 2) == resumes[1:]
+    assert journal.resumes("b", 0) == []
+
+
+def test_bounds_are_the_first_and_the_last_position(journal):
+    assert journal.bounds("a") is None
+    journal.append([batch(position) for position in range(1, 6)])
+    assert journal.bounds("a") == (1, 5)
+    journal.truncate("a", 3)
+    assert journal.bounds("a") == (4, 5)
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_appending_with_and_without_sync(journal, sync):
+    journal.append([batch(1), batch(2)], sync=sync)
+    with pytest.raises(IntegrityError):
+        journal.append([batch(3), batch(2)], sync=sync)
+    journal.append([batch(3)], sync=sync)
+    assert positions(journal) == [1, 2, 3]
+
+
 def test_truncation_leaves_what_is_behind_and_other_learners(journal):
     journal.append([batch(position) for position in range(1, 6)])
     journal.append([batch(1, "b")])
@@ -72,8 +105,11 @@ def test_truncation_leaves_what_is_behind_and_other_learners(journal):
 @pytest.mark.parametrize(
     "damage",
     [
-        "UPDATE journal SET payload_hash = payload_hash, payload = :payload WHERE position = 2",
+        "UPDATE journal SET payload = :payload WHERE position = 2",
+        "UPDATE journal SET payload_hash = 'i' WHERE position = 2",
         "UPDATE journal SET sequence = 77 WHERE position = 2",
+        "UPDATE journal SET kind = 'open' WHERE position = 2",
+        "UPDATE journal SET kind = 'shrug' WHERE position = 2",
         "DELETE FROM journal WHERE position = 2",
     ],
 )
@@ -97,59 +133,3 @@ def test_what_was_appended_survives_kill_9(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == -9
     assert positions(Journal(open_database("", tmp_path))) == [1]
-
-
-class Recorder:
-    """Stands in for the database where groups and failures are to be chosen by the test."""
-
-    def __init__(self) -> None:
-        self.groups: list[list[int]] = []
-        self.failing = False
-        self.gate = None
-
-    def append(self, entries):
-        if self.gate is not None:
-            self.gate.acquire()
-        if self.failing:
-            raise OperationalError("INSERT", {}, Exception("database or disk is full"))
-        self.groups.append([entry.position for entry in entries])
-
-
-async def test_entries_that_wait_share_a_transaction():
-    import threading
-
-    recorder = Recorder()
-    recorder.gate = threading.Semaphore(0)
-    commit = GroupCommit(recorder.append)
-    written = [commit.add(batch(position)) for position in range(1, 11)]
-    for _ in range(10):
-        recorder.gate.release()
-    await asyncio.gather(*written)
-    assert len(recorder.groups) <= 2  # the first alone at most, the others together
-    assert [position for group in recorder.groups for position in group] == list(range(1, 11))
-    await commit.close()
-
-
-async def test_after_a_failure_the_log_goes_on_without_a_gap():
-    recorder = Recorder()
-    commit = GroupCommit(recorder.append)
-    await commit.add(batch(1))
-    recorder.failing = True
-    with pytest.raises(JournalUnavailable, match="disk is full"):
-        await commit.add(batch(2))
-    recorder.failing = False
-    with pytest.raises(JournalUnavailable):
-        await commit.add(batch(3))  # given before the caller heard of the failure
-    await commit.add(batch(1, "b"))  # another learner is not concerned
-    await commit.add(batch(2))
-    await commit.add(batch(3))
-    assert [position for group in recorder.groups for position in group] == [1, 1, 2, 3]
-    await commit.close()
-
-
-async def test_closing_writes_what_waits():
-    recorder = Recorder()
-    commit = GroupCommit(recorder.append)
-    written = [commit.add(batch(position)) for position in range(1, 4)]
-    await commit.close()
-    await asyncio.gather(*written)
