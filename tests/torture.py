@@ -26,6 +26,7 @@ from faults.plan import Lie, Victims
 from faults.points import POINTS
 from faults.proxy import Proxy
 from faults.server import FaultyServer
+from faults.storage import Failures
 from faults.undisturbed import check_fork, check_learner
 
 from cbp_client import Client
@@ -33,13 +34,20 @@ from cbp_client import Client
 _JOIN_SECONDS = 120.0
 #: What clients may take to come back; a life in which they do not is short of traffic, and no failure.
 _TRAFFIC_SECONDS = 10.0
-_FLAGS = ("--checkpoint-interval", "0.2")
 
 #: Points that only some lives come to, so that torture at random leaves them to tests of their own.
 _RARE = ("catalog.add", "catalog.restore")
 
 NetworkFault = Literal["cut", "cut within", "refuse", "delay", "throttle"]
 _NETWORK_FAULTS: tuple[NetworkFault, ...] = ("cut", "cut within", "refuse", "delay", "throttle")
+_STORAGE_FAULTS = (
+    Failures(database="full"),
+    Failures(database="read-only"),
+    Failures(database="write-error"),
+    Failures(database_sync=True),
+    Failures(checkpoints="ENOSPC"),
+    Failures(checkpoints="EROFS"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,7 @@ class Life:
         point: where it is killed the `nth` time that it comes there, if it does so within `seconds`.
         quiet: whether its seconds begin at once, rather than when the clients are back and the first batch is applied.
         network: faults, each with the seconds before it.
+        storage: failures of the disk, each with the seconds before it; the last one stays to the end of the life.
         engine_killed_after: seconds after which the engine alone is killed.
         end: how it ends after `seconds`, if it has not been killed before: its front killed, all of it, or its power
             cut, also with some of what was not synced still there.
@@ -61,6 +70,7 @@ class Life:
     seconds: float
     quiet: bool = False
     network: tuple[tuple[float, NetworkFault], ...] = ()
+    storage: tuple[tuple[float, Failures], ...] = ()
     engine_killed_after: float | None = None
     end: Literal["front", "all", "power", "power, torn"] = "all"
 
@@ -76,6 +86,7 @@ class Outcome:
     changes: Counter[str] = field(default_factory=Counter)  # by kind
     forks: int = 0
     network_faults: int = 0
+    storage_faults: int = 0
     engine_kills: int = 0
     power_losses: int = 0
     restarts: int = 0  # of producers
@@ -84,12 +95,15 @@ class Outcome:
     def __str__(self) -> str:
         points = ", ".join(f"{point} {count}" for point, count in sorted(self.fired.items()))
         changes = ", ".join(f"{kind} {count}" for kind, count in sorted(self.changes.items()))
-        return (
-            f"{self.lives} lives, {self.batches} batches, {self.seconds:.0f} s: every learner as if undisturbed\n"
-            f"kills at points: {points or 'none'}\n"
-            f"changes while fed: {changes or 'none'}; forks: {self.forks}\n"
-            f"other kills of the engine: {self.engine_kills}; network faults: {self.network_faults}; power losses: "
-            f"{self.power_losses}; restarts of producers: {self.restarts}; losses where allowed: {self.losses}"
+        return "\n".join(
+            (
+                f"{self.lives} lives, {self.batches} batches, {self.seconds:.0f} s: every learner as if undisturbed",
+                f"kills at points: {points or 'none'}; of the engine at random: {self.engine_kills}",
+                f"faults of the network: {self.network_faults}; of storage: {self.storage_faults}; power losses: "
+                f"{self.power_losses}",
+                f"changes while fed: {changes or 'none'}; forks: {self.forks}; restarts of producers: {self.restarts}; "
+                f"losses where allowed: {self.losses}",
+            )
         )
 
 
@@ -114,15 +128,22 @@ def _random_life(chance: random.Random, points: Sequence[str], *, power: bool) -
         seconds=seconds + 2.0 if at_point else seconds,
         quiet=chance.random() < 0.1,
         network=network,
+        storage=_random_storage(chance, seconds) if chance.random() < 0.2 else (),
         engine_killed_after=chance.uniform(0.0, seconds) if chance.random() < 0.2 else None,
         end=chance.choice(ends),
     )
+
+
+def _random_storage(chance: random.Random, seconds: float) -> tuple[tuple[float, Failures], ...]:
+    begin = chance.uniform(0.0, seconds)
+    return (begin, chance.choice(_STORAGE_FAULTS)), (begin + chance.uniform(0.0, 0.5), Failures())
 
 
 class Torture:
     """One server, its learners, and what is done to them. The server's data is in `directory`.
 
     Args:
+        flags: of the server.
         power_can_fail: whether lives may end in a power loss.
         lies: syncs that the disk pretends to have made.
     """
@@ -133,6 +154,7 @@ class Torture:
         seed: int,
         *,
         learners: Sequence[FedLearner] = LEARNERS,
+        flags: Sequence[str] = ("--checkpoint-interval", "0.2"),
         power_can_fail: bool = False,
         lies: tuple[Lie, ...] = (),
     ) -> None:
@@ -142,7 +164,7 @@ class Torture:
         self._power_can_fail = power_can_fail
         self._outcome = Outcome()
         self._traffic = threading.Event()  # a batch has been applied
-        self.server = FaultyServer(directory, *_FLAGS, power_can_fail=power_can_fail, lies=lies)
+        self.server = FaultyServer(directory, *flags, power_can_fail=power_can_fail, lies=lies)
 
     def run(self, lives: Sequence[Life]) -> Outcome:
         """
@@ -209,6 +231,7 @@ class Torture:
         if kill is not None and kill.fired:
             self._outcome.fired[kill.point] += 1
         proxy.calm()
+        self.server.failures.unlink(missing_ok=True)
 
     def _disturb(self, life: Life, proxy: Proxy) -> None:
         """Until the life's time is over, or the server has been killed at its point."""
@@ -217,6 +240,7 @@ class Torture:
         events: list[tuple[float, Callable[[], None]]] = [
             (at, partial(self._disturb_network, fault, proxy)) for at, fault in life.network
         ]
+        events += [(at, partial(self._fail_storage, failures)) for at, failures in life.storage]
         if life.engine_killed_after is not None:
             events.append((life.engine_killed_after, self._kill_engine))
         events.append((life.seconds, lambda: None))
@@ -245,6 +269,10 @@ class Torture:
                 proxy.delay = self._chance.uniform(0.0, 0.1)
             case "throttle":
                 proxy.bytes_per_second = self._chance.uniform(10_000, 200_000)
+
+    def _fail_storage(self, failures: Failures) -> None:
+        self._outcome.storage_faults += failures != Failures()
+        failures.begin(self.server.failures)
 
     def _kill_engine(self) -> None:
         self._outcome.engine_kills += 1

@@ -189,7 +189,16 @@ def _file_write(call: str, original: Callable[..., Any], reach: Callable[[str], 
 
         return rename_within
 
-    os.replace, os.rename = renaming(os.replace), renaming(os.rename)
+    make = os.mkdir
+
+    def mkdir(*arguments: Any, **named: Any) -> None:
+        make(*arguments, **named)
+        if getattr(within, "call", False):
+            reach(f"{call}/mkdir")
+
+    patches = {"replace": renaming(os.replace), "rename": renaming(os.rename), "mkdir": mkdir}
+    for name, patch in patches.items():
+        setattr(os, name, patch)
 
     @wraps(original)
     def method(*arguments: Any, **named: Any) -> Any:

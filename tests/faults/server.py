@@ -38,7 +38,8 @@ class FaultyServer(ServerProcess):
         self._markers = directory / "kills"
         self._markers.mkdir()
         self._disk = SyncedDisk(root=disk, shadow=directory / "shadow", lies=lies) if power_can_fail else None
-        self._kill: Kill | None = None
+        self._kill: Kill | None = None  # of the next start
+        self._current_kill: Kill | None = None
         self._kills = 0
         if self._disk is not None:
             begin_shadow(self._disk)
@@ -52,7 +53,7 @@ class FaultyServer(ServerProcess):
 
     def launch(self, *flags: str) -> None:
         super().launch(*flags)
-        self._kill = None
+        self._current_kill, self._kill = self._kill, None
 
     def environment(self) -> dict[str, str]:
         environment = super().environment()
@@ -61,14 +62,26 @@ class FaultyServer(ServerProcess):
         return environment | plan.environment() | {"PYTHONPATH": path}
 
     def wait_until_ready_or_ended(self) -> bool:
-        """Whether it is ready; False if a planned kill has ended it before."""
+        """Whether it is ready; False if its faults have ended it before."""
         try:
             self.wait_until_ready()
         except AssertionError:
-            if self.running or self.wait() != -signal.SIGKILL:
+            if self.running or not self._ended_by_faults():
                 raise
             return False
         return True
+
+    def _ended_by_faults(self) -> bool:
+        kill, failed = self._current_kill, self.failures.exists()
+        engine_killed = kill is not None and kill.victims == "engine" and kill.fired  # it may not start again at once
+        match self.wait():
+            case status if status == -signal.SIGKILL:
+                return True
+            case os.EX_IOERR:
+                return failed
+            case 1:
+                return failed or engine_killed
+        return False
 
     @property
     def engine_pids(self) -> list[int]:
