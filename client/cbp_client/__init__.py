@@ -1,6 +1,6 @@
 """Python client of a cbp server: train learners on a stream, ask them for predictions, watch their plasticity."""
 
-from cbp_client.aio import AsyncClient, AsyncLearner
+from cbp_client.aio import AsyncClient
 from cbp_client.errors import (
     Aborted,
     AlreadyExists,
@@ -26,6 +26,7 @@ from cbp_client.errors import (
     Unavailable,
     Unimplemented,
 )
+from cbp_client.learner import AsyncLearner
 from cbp_client.ledger import StreamPosition
 from cbp_client.stream import AsyncTrainingStream, StreamOptions, Ticket
 from cbp_client.sync import Client, Learner, TrainingStream

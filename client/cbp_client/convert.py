@@ -93,6 +93,11 @@ def layers(given: str | int | Sequence[str | int]) -> list[str]:
     return [str(layer) for layer in ([given] if isinstance(given, str | int) else given)]
 
 
+def by_layer(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts in the order of the layers, which the wire does not keep: hidden_2 before hidden_10."""
+    return dict(sorted(counts.items(), key=lambda item: (len(item[0]), item[0])))
+
+
 def learner_info(learner: learner_pb2.Learner) -> LearnerInfo:
     """The record of a learner."""
     return LearnerInfo(
@@ -311,7 +316,7 @@ def _progress(progress: learner_pb2.LearnerProgress) -> LearnerProgress:
         pending_examples=progress.pending_examples,
         loss=_optional(progress, "loss"),
         accuracy=_optional(progress, "accuracy"),
-        replacements=dict(progress.replacements),
+        replacements=by_layer(progress.replacements),
         tasks=tuple(
             TaskRecord(item.task, item.first_step, item.examples, _optional(item, "loss"), _optional(item, "accuracy"))
             for item in progress.tasks

@@ -11,7 +11,8 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 from numpy.typing import ArrayLike
 
-from cbp_client.aio import DEFAULT_TARGET, DEFAULT_TIMEOUT, TRANSFER_TIMEOUT, AsyncClient, AsyncLearner, Plain
+from cbp_client.aio import DEFAULT_TARGET, DEFAULT_TIMEOUT, AsyncClient
+from cbp_client.learner import TRANSFER_TIMEOUT, AsyncLearner, Plain
 from cbp_client.ledger import StreamPosition
 from cbp_client.stream import AsyncTrainingStream, StreamOptions, Ticket
 from cbp_client.transfer import PathOrFile

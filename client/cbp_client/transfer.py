@@ -19,7 +19,10 @@ from cbp_proto.v1 import learner_pb2, learner_service_pb2
 #: A path, or a file opened in binary mode.
 PathOrFile: TypeAlias = str | os.PathLike[str] | BinaryIO
 
+_REFUSAL_SECONDS = 0.2  # an import is rare and not short, so this delays little
 _PART_BYTES = 128 * 1024  # of a file on its way to the server, which must take messages of that size
+
+_Upload = grpc.aio.StreamUnaryCall[learner_service_pb2.ImportLearnerRequest, learner_pb2.Learner]
 
 
 async def download(
@@ -109,12 +112,21 @@ async def _upload(
             # A call that the server has ended takes no more messages; its outcome says why.
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await call.write(learner_service_pb2.ImportLearnerRequest(header=header))
+                await _wait_for_refusal(call)
                 async for data in _parts(file):
                     await call.write(learner_service_pb2.ImportLearnerRequest(data=data))
                 await call.done_writing()
             return await call
     finally:
         call.cancel()
+
+
+async def _wait_for_refusal(call: _Upload) -> None:
+    """A server that does not want the learner ends the call at its header. With a part of the file on its way at that
+    moment, grpc.aio would lose the status that says why."""
+    ended = asyncio.create_task(call.code())
+    await asyncio.wait([ended], timeout=_REFUSAL_SECONDS)
+    ended.cancel()
 
 
 async def _parts(file: BinaryIO) -> AsyncIterator[bytes]:

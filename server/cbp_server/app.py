@@ -32,7 +32,7 @@ from cbp_server.settings import Settings
 from cbp_server.storage import Storage
 from cbp_server.store.catalog import Catalog
 from cbp_server.store.checkpoints import CheckpointFiles
-from cbp_server.store.database import open_database
+from cbp_server.store.database import DatabaseInUse, Ownership, exclusive, open_database
 from cbp_server.store.group_commit import GroupCommit
 from cbp_server.store.journal import Entry, Journal
 from cbp_server.web.app import create_app
@@ -63,10 +63,11 @@ async def serve(settings: Settings) -> int:
         loop.add_signal_handler(number, stopping.set)
     with _locked(settings.data_dir):
         (settings.data_dir / _ENDPOINTS).unlink(missing_ok=True)  # of a server that was killed
-        async with _Server(settings).running(stopping) as server:
-            await stopping.wait()
-            log.info("shutting down")
-            unsaved = await server.drain()
+        with _database(settings) as (database, ownership):
+            async with _Server(settings, database, ownership).running(stopping) as server:
+                await stopping.wait()
+                log.info("shutting down")
+                unsaved = await server.drain()
     if unsaved:
         log.error("shut down with unsaved learners", learners=unsaved)
     else:
@@ -85,18 +86,17 @@ class _HttpServer(uvicorn.Server):
 class _Server:
     """All parts of the front process, wired together."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, database: Engine, ownership: Ownership) -> None:
         self._settings = settings
         registry = CollectorRegistry()
         rpc_metrics = RpcMetrics(registry)
         checkpoint_url = settings.checkpoint_url or str(settings.data_dir / _CHECKPOINTS)
-        self._database = _open_database(settings)
-        journal = Journal(self._database)
+        journal = Journal(database)
         storage = Storage(
-            catalog=Catalog(self._database),
+            catalog=Catalog(database),
             journal=journal,
-            commit=GroupCommit(_append(journal), _end_loudly),
-            files=CheckpointFiles(checkpoint_url),
+            commit=GroupCommit(_append(journal, ownership), _end_loudly),
+            files=_checkpoint_files(checkpoint_url),
         )
         self._commit = storage.commit
         self._engine = EngineProcess(
@@ -160,7 +160,6 @@ class _Server:
             except OSError as error:
                 raise StartError(str(error)) from error
             stack.push_async_callback(self._rpc.stop, _STOP_GRACE)
-            stack.callback(self._database.dispose)
             stack.push_async_callback(self._engine.stop)
             stack.push_async_callback(self._commit.close)
             try:
@@ -271,9 +270,17 @@ def _published(path: Path, endpoints: dict[str, object]) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _append(journal: Journal) -> Callable[[Sequence[Entry], bool], None]:
+def _append(journal: Journal, ownership: Ownership) -> Callable[[Sequence[Entry], bool], None]:
+    """Writes to the journal; after the database was away, only if no other server has taken it meanwhile."""
+    in_doubt = False
+
     def append(entries: Sequence[Entry], sync: bool) -> None:
+        nonlocal in_doubt
+        if in_doubt:
+            ownership.renew()
+        in_doubt = True
         journal.append(entries, sync=sync)
+        in_doubt = False
 
     return append
 
@@ -284,14 +291,29 @@ def _end_loudly(reason: str) -> NoReturn:
     os._exit(os.EX_IOERR)
 
 
-def _open_database(settings: Settings) -> Engine:
+@contextlib.contextmanager
+def _database(settings: Settings) -> Iterator[tuple[Engine, Ownership]]:
+    """The database, for this server alone."""
+    with contextlib.ExitStack() as stack:
+        try:
+            engine = open_database(settings.store_url, settings.data_dir)
+            stack.callback(engine.dispose)
+            ownership = stack.enter_context(exclusive(engine))
+        except DatabaseInUse as error:
+            raise StartError(f"{error}; name another --store-url") from error
+        except (SQLAlchemyError, OSError) as error:
+            reason = getattr(error, "orig", None) or error
+            raise StartError(
+                f"the journal's database cannot be used: {reason}; check --store-url and --data-dir"
+            ) from error
+        yield engine, ownership
+
+
+def _checkpoint_files(url: str) -> CheckpointFiles:
     try:
-        return open_database(settings.store_url, settings.data_dir)
-    except SQLAlchemyError as error:
-        reason = getattr(error, "orig", None) or error
-        raise StartError(
-            f"the journal's database cannot be used: {reason}; check --store-url and --data-dir"
-        ) from error
+        return CheckpointFiles(url)
+    except ValueError as error:
+        raise StartError(f"{error}; check --checkpoint-url") from error
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

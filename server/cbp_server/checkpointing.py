@@ -163,7 +163,7 @@ class Checkpointer:
         self._registry.touch(hosted)
 
     async def _let_go(self, hosted: Hosted) -> None:
-        """Removes checkpoints beyond those kept, and entries that all of these contain; a failure leaves more behind."""
+        """Removes checkpoints beyond those kept, and entries that all of these contain; a failure leaves more."""
         catalog, run = self._storage.catalog, self._storage.run
         try:
             unpinned = [row for row in await run(catalog.checkpoints, hosted.uid) if not row.pinned]

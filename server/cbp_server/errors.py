@@ -4,11 +4,13 @@ CbpError                       (cbp) root of all
 ├── SpecError                  (cbp) a learner's spec, field by field
 ├── BatchError                 (cbp) a batch of examples, field by field
 ├── SnapshotError              (cbp) stored state that cannot be read
+├── DivergenceError            (cbp) training gave numbers that are none; the engine tells it as BatchNotLearnt
 └── ServiceError
     ├── InvalidRequest         a request field other than spec and batch
     ├── MalformedRequest       bytes that are no message of the method
     ├── LearnerNotFound
     ├── LearnerExists
+    ├── LearnerNotDeleted
     ├── LearnerReplaced        the stream was opened for another learner of that name
     ├── LearnerQuarantined     it does not train until it is resumed
     ├── LearnerNotQuarantined
@@ -46,7 +48,7 @@ from typing import Any
 
 import grpc
 
-from cbp import BatchError, CbpError, FieldViolation, SnapshotError, SpecError
+from cbp import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
 from cbp.errors import shown
 from cbp_server.records import Quarantine
 
@@ -99,6 +101,12 @@ class LearnerReplaced(ServiceError):
     def __init__(self, learner_id: str, uid: str) -> None:
         super().__init__(f"learner '{learner_id}' was deleted and created anew; it is another learner now")
         self.metadata = {"learner": learner_id, "uid": uid}
+
+
+class LearnerNotDeleted(ServiceError):
+    def __init__(self, learner_id: str) -> None:
+        super().__init__(f"learner '{learner_id}' is not deleted; delete it first")
+        self.metadata = {"learner": learner_id}
 
 
 class LearnerQuarantined(ServiceError):
@@ -269,6 +277,9 @@ CATALOG: Mapping[type[CbpError], CatalogEntry] = {
     SnapshotError: CatalogEntry(
         grpc.StatusCode.DATA_LOSS, HTTPStatus.INTERNAL_SERVER_ERROR, "UNREADABLE_STATE", "Stored state is unreadable"
     ),
+    DivergenceError: CatalogEntry(
+        grpc.StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR, "DIVERGED", "Training diverged"
+    ),
     InvalidRequest: CatalogEntry(
         grpc.StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST, "INVALID_ARGUMENT", "Invalid request"
     ),
@@ -283,6 +294,9 @@ CATALOG: Mapping[type[CbpError], CatalogEntry] = {
     ),
     LearnerReplaced: CatalogEntry(
         grpc.StatusCode.FAILED_PRECONDITION, HTTPStatus.CONFLICT, "LEARNER_REPLACED", "Learner was created anew"
+    ),
+    LearnerNotDeleted: CatalogEntry(
+        grpc.StatusCode.FAILED_PRECONDITION, HTTPStatus.CONFLICT, "LEARNER_NOT_DELETED", "Learner is not deleted"
     ),
     LearnerQuarantined: CatalogEntry(
         grpc.StatusCode.FAILED_PRECONDITION, HTTPStatus.CONFLICT, "LEARNER_QUARANTINED", "Learner is quarantined"
@@ -331,7 +345,7 @@ CATALOG: Mapping[type[CbpError], CatalogEntry] = {
         grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "LEARNER_RESTORING", "Learner is coming back", 0.2
     ),
     BatchNotLearnt: CatalogEntry(
-        grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "LEARNER_RESTORING", "Learner is rolled back", 0.2
+        grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "BATCH_NOT_LEARNT", "Learner is rolled back", 0.2
     ),
     ExportFailed: CatalogEntry(
         grpc.StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR, "EXPORT_FAILED", "Export failed"

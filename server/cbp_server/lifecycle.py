@@ -234,11 +234,12 @@ class Lifecycle:
                 lambda position: messages.ResetUnits(hosted.uid, position, indices, fraction),
             )
             self._residence.watch(hosted, applied)
-            counts = await applied
+            report = await applied
+            record.progress = report.progress
             self._checkpointer.note_change(hosted, journal_bytes=len(payload))
             self._registry.touch(hosted)
-        log.info("units reset", learner=hosted.learner_id, **counts)
-        return counts
+        log.info("units reset", learner=hosted.learner_id, **report.replacements)
+        return report.replacements
 
     async def resume(self, hosted: Hosted, lr: float | None, *, skip_batch: bool) -> LearnerRecord:
         """Lets a quarantined learner go on, at the batch that it was quarantined for."""
@@ -473,7 +474,7 @@ def _new(
 async def _converted(snapshot: bytes, format_name: str) -> bytes:
     """In a process of its own: it takes seconds of computing, which neither streams nor steps shall wait for."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "cbp.export", format_name,
+        sys.executable, "-m", "cbp.export", format_name.replace("_", "-"),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable
 
-from cbp import FieldViolation
 from cbp_server.broadcast import Broadcast
-from cbp_server.errors import InvalidRequest, LearnerNotFound
+from cbp_server.errors import LearnerNotDeleted, LearnerNotFound
 from cbp_server.hosted import Hosted
 
 
@@ -65,7 +64,7 @@ class Registry:
                 found, key=lambda hosted: hosted.record.delete_time or hosted.record.create_time, reverse=True
             )
         if learner_id in self._present:
-            raise InvalidRequest(FieldViolation("name", f"learner '{learner_id}' is not deleted; delete it first"))
+            raise LearnerNotDeleted(learner_id)
         raise LearnerNotFound(learner_id)
 
     def remove(self, hosted: Hosted) -> None:

@@ -69,6 +69,7 @@ class ScriptedServer(
         most_in_flight: largest number of unanswered batches that any stream had.
         received: payload and sequence of each batch, in the order of arrival, over all streams.
         applied_ahead: added to the applied sequence of acknowledgements, as if later batches were applied as well.
+        learner: what else GetLearner and ListLearners say of a learner.
         export_parts: what an export consists of.
         imported: the file that the last import sent.
         lost_answers: acknowledgements to leave out, so that the client does not hear of batches that are applied.
@@ -92,6 +93,7 @@ class ScriptedServer(
         self.open_errors: list[BaseException] = []
         self.unary_errors: list[BaseException] = []
         self.requests: list[Any] = []
+        self.learner = learner_pb2.Learner()
         self.export_parts = [b"first", b"second"]
         self.imported = b""
         self.port = 0
@@ -293,7 +295,9 @@ class ScriptedServer(
         return await self._answer(request, context, training_service_pb2.PredictResponse(outputs=request.features))
 
     async def GetLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
-        return await self._answer(request, context, learner_pb2.Learner(name=request.name, uid=self.uid))
+        learner = learner_pb2.Learner(name=request.name, uid=self.uid)
+        learner.MergeFrom(self.learner)
+        return await self._answer(request, context, learner)
 
     async def CreateLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
         learner = learner_pb2.Learner(name=f"learners/{request.learner_id}", uid=self.uid, spec=request.learner.spec)
@@ -305,6 +309,8 @@ class ScriptedServer(
     async def ListLearners(self, request: Any, context: Any) -> learner_service_pb2.ListLearnersResponse:  # noqa: N802
         first = int(request.page_token or 0)
         learners = [learner_pb2.Learner(name=f"learners/l{index}") for index in range(first, first + 2)]
+        for learner in learners:
+            learner.MergeFrom(self.learner)
         token = str(first + 2) if first < 4 else ""
         answer = learner_service_pb2.ListLearnersResponse(learners=learners, next_page_token=token)
         return await self._answer(request, context, answer)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +11,8 @@ from numpy.typing import NDArray
 from typer.main import get_command
 
 from cbp_client import Client
-from cbp_client.cli import main
 from cbp_client.cli.app import app
+from tests.client.command import Run, command
 
 _DOCS = Path(__file__).parents[2] / "docs" / "client.md"
 CREATE = ("--network", "4-8-3", "--activation", "relu", "--loss", "cross_entropy", "--optimizer", "sgd", "--lr", "0.1")
@@ -23,37 +22,10 @@ class Server(Protocol):
     grpc_target: str
 
 
-class Result:
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status = status
-        self.out = out
-        self.err = err
-
-
-Run = Callable[..., Result]
-
-
-def _exit_status() -> int:
-    try:
-        main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
-
-
 @pytest.fixture
 def cbp(server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs `cbp` with these arguments."""
-    monkeypatch.setenv("CBP_SERVER", server.grpc_target)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> Result:
-        monkeypatch.setattr("sys.argv", ["cbp", *arguments])
-        status = _exit_status()
-        captured = capfd.readouterr()
-        return Result(status, captured.out, captured.err)
-
-    return run
+    return command(server.grpc_target, monkeypatch, capfd)
 
 
 @pytest.fixture
@@ -97,7 +69,9 @@ def test_create_show_update_delete(cbp: Run, learner_id: str) -> None:
     assert learner_id in [item["id"] for item in json.loads(cbp("learners", "list", "--json").out)]
     assert f"{learner_id} (active)" in cbp("learners", "show", learner_id).out
 
-    assert cbp("learners", "delete", learner_id, "--yes").status == 0
+    deleted = cbp("learners", "delete", learner_id, "--yes")
+    assert deleted.status == 0
+    assert deleted.err.startswith(f"deleted learner {learner_id}")
     missing = cbp("learners", "show", learner_id)
     assert missing.status == 1
     assert missing.err.startswith(f"cbp: there is no learner '{learner_id}'")
@@ -271,12 +245,33 @@ _SPEC_FLAGS = {
     "--monitoring-interval", "--no-bias-compensation", "--replacement-rate", "--resets", "--utility", "--weight-decay",
 }  # fmt: skip
 _FLAGS = {
-    "learners list": {"--json"},
+    "learners list": {"--deleted", "--json"},
     "learners create": _SPEC_FLAGS
-    | {"--activation", "--batch-size", "--exist-ok", "--loss", "--network", "--optimizer", "--seed", "--spec"},
+    | {
+        "--activation",
+        "--batch-size",
+        "--durability",
+        "--exist-ok",
+        "--loss",
+        "--network",
+        "--optimizer",
+        "--seed",
+        "--spec",
+    },
     "learners show": {"--json"},
-    "learners update": _SPEC_FLAGS,
-    "learners delete": {"--yes", "-y"},
+    "learners update": _SPEC_FLAGS | {"--durability"},
+    "learners fork": {"--durability", "--json"},
+    "learners checkpoint": {"--json"},
+    "learners checkpoints": {"--json"},
+    "learners delete-checkpoint": {"--yes", "-y"},
+    "learners restore": {"--checkpoint", "--json", "--position", "--yes", "-y"},
+    "learners resume": {"--json", "--lr", "--skip-batch"},
+    "learners reset": {"--fraction", "--json", "--layers"},
+    "learners export": {"--format"},
+    "learners import": {"--durability", "--json"},
+    "learners delete": {"--json", "--yes", "-y"},
+    "learners undelete": {"--json", "--uid"},
+    "learners purge": {"--uid", "--yes", "-y"},
     "train": {"--learner", "--message-size", "--producer", "--resume", "--target", "--task"},
     "predict": {"--ignore", "--learner", "--output"},
     "watch": {"--interval", "--json", "--once"},
@@ -285,14 +280,15 @@ _FLAGS = {
 
 def _commands(group: Any, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, command in group.commands.items():
-        found |= _commands(command, f"{name} ") if hasattr(command, "commands") else {prefix + name: command}
+    for name, item in group.commands.items():
+        found |= _commands(item, f"{name} ") if hasattr(item, "commands") else {prefix + name: item}
     return found
 
 
 def test_commands_and_flags_are_stable_documented_and_explained() -> None:
     commands = _commands(get_command(app))
     documentation = _DOCS.read_text()
+    assert set(commands) == {*_FLAGS, "demo"}
     for name, flags in _FLAGS.items():
         options = [parameter for parameter in commands[name].params if parameter.param_type_name == "option"]
         found = {flag for option in options for flag in [*option.opts, *option.secondary_opts]} - {"--help"}

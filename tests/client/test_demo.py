@@ -1,10 +1,12 @@
 """The demo, small: data, the whole run against a server of its own and against a given one, and its report."""
 
 import re
+from contextlib import closing
 
 import numpy as np
 import pytest
 from PIL import Image
+from server_process import ServerProcess
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -50,8 +52,10 @@ def test_the_demo_starts_a_server_and_leaves_picture_and_learners(tmp_path):
         assert label in output
     assert re.search(r"cbp-server --data-dir", output)
     assert not (tmp_path / "data" / "endpoints.json").exists()  # its server has ended
-    kept = {path.name for path in (tmp_path / "data" / "learners").iterdir()}
-    assert kept == {"demo-all", "demo-backprop", "demo-first"}
+    again = ServerProcess(tmp_path / "data")
+    again.start()
+    with closing(again), Client(again.grpc_target) as client:
+        assert {learner.id for learner in client.list_learners()} == {"demo-all", "demo-backprop", "demo-first"}
 
 
 def test_the_demo_can_use_a_running_server_and_be_repeated(server, tmp_path):

@@ -17,13 +17,13 @@ def test_learners_take_turns_and_keep_their_order(learners):
         inbox.put(Call(number, Sample(learner)))
     taken = [inbox.take() for _ in learners]
     for learner in "abc":
-        numbers = [call.number for call in taken if call.request.learner_id == learner]
+        numbers = [call.number for call in taken if call.request.learner == learner]
         assert numbers == sorted(numbers)
     served = dict.fromkeys(set(learners), 0)
     for call in taken:
         waiting = [learner for learner in served if served[learner] < learners.count(learner)]
-        assert served[call.request.learner_id] == min(served[learner] for learner in waiting)
-        served[call.request.learner_id] += 1
+        assert served[call.request.learner] == min(served[learner] for learner in waiting)
+        served[call.request.learner] += 1
 
 
 def train(learner_id, sequence=1):
@@ -58,7 +58,7 @@ def test_a_checkpoint_waits_for_no_batch_that_has_not_begun():
     inbox.put(Call(1, train("a", 2)))
     begun = inbox.take()
     inbox.put_back(begun)
-    inbox.put(Call(2, Checkpoint("a")))
+    inbox.put(Call(2, Checkpoint("a", 1, "a")))
     assert numbers(inbox, 3) == [0, 2, 1]
 
 

@@ -137,8 +137,9 @@ def create(
     whole = _merged(_read_spec(spec) if spec is not None else {}, flags)
     if "network" not in whole:
         raise typer.BadParameter("give --network, such as 64-100-100-10, or --spec")
+    wanted = level(durability)
     with session(context).connect() as client:
-        learner = client.create_learner(learner_id, **whole, durability=level(durability), exist_ok=exist_ok)
+        learner = client.create_learner(learner_id, **whole, durability=wanted, exist_ok=exist_ok)
     if json_output:
         typer.echo(as_json(learner.info))
     else:
@@ -187,12 +188,13 @@ def update(
     }
     if not any(changes.values()) and durability is None:
         raise typer.BadParameter("name at least one setting to change")
+    wanted = level(durability)
     with session(context).connect() as client:
         info = client.get_learner(learner_id).update(
             optimizer=changes["optimizer"],
             resets=changes["resets"],
             monitoring=changes["monitoring"],
-            durability=level(durability),
+            durability=wanted,
         )
     if json_output:
         typer.echo(as_json(info))

@@ -1,5 +1,6 @@
 """cbp learners: what saves, copies, restores and removes a learner."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -28,8 +29,9 @@ def fork(
     json_output: AsJson = False,
 ) -> None:
     """Copy a live learner, with all its state, under a new id."""
+    wanted = level(durability)
     with session(context).connect() as client:
-        info = client.get_learner(learner_id).fork(new_id, durability=level(durability)).info
+        info = client.get_learner(learner_id).fork(new_id, durability=wanted).info
     _tell(json_output, info, f"copied learner {learner_id} to {info.id}, at step {info.progress.step}")
 
 
@@ -37,12 +39,8 @@ def checkpoint(context: typer.Context, learner_id: LearnerId, json_output: AsJso
     """Save a learner's whole state, and keep it until it is deleted."""
     with session(context).connect() as client:
         made = client.get_learner(learner_id).checkpoint()
-    _tell(
-        json_output,
-        made,
-        f"checkpoint {made.number} of learner {learner_id}: journal position {made.journal_position}, step {made.step}, "
-        f"{made.size_bytes} bytes",
-    )
+    place = f"journal position {made.journal_position}, step {made.step}, {made.size_bytes} bytes"
+    _tell(json_output, made, f"checkpoint {made.number} of learner {learner_id}: {place}")
 
 
 def checkpoints(context: typer.Context, learner_id: LearnerId, json_output: AsJson = False) -> None:
@@ -145,8 +143,8 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="safetensors (the whole state, for `import`), onnx or torch_export (the network alone). By default what "
-            "the file's name says: .safetensors, .onnx or .pt2.",
+            help="safetensors (the whole state, for `import`), onnx or torch_export (the network alone). By default "
+            "what the file's name says: .safetensors, .onnx or .pt2.",
         ),
     ] = None,
 ) -> None:
@@ -169,9 +167,10 @@ def import_learner(
     json_output: AsJson = False,
 ) -> None:
     """Create a learner from an exported file, with all its state."""
+    wanted = level(durability)
     with session(context).connect() as client:
         try:
-            info = client.import_learner(learner_id, file, durability=level(durability)).info
+            info = client.import_learner(learner_id, file, durability=wanted).info
         except OSError as error:
             raise CommandError(f"{file}: {error.strerror or error}") from None
     _tell(json_output, info, f"created learner {info.id} from {file}, at step {info.progress.step}")
@@ -221,8 +220,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def _confirm(yes: bool, question: str) -> None:
-    if not yes:
-        typer.confirm(question, abort=True)
+    """Ask on standard error: results on standard output can be piped."""
+    if yes:
+        return
+    typer.echo(f"{question} [y/N] ", nl=False, err=True)
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):  # nobody is there to answer
+        typer.echo(err=True)
+    if answer.strip().lower() not in ("y", "yes"):
+        raise CommandError("nothing was done; answer y, or give --yes")
 
 
 def _tell(json_output: bool, record: Any, sentence: str) -> None:

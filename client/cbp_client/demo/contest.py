@@ -5,9 +5,10 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cbp_client.aio import AsyncClient, AsyncLearner
+from cbp_client.aio import AsyncClient
 from cbp_client.demo.digits import CLASSES, PIXELS, DigitTask
 from cbp_client.errors import NotFound
+from cbp_client.learner import AsyncLearner
 from cbp_client.types import BatchResult, PlasticitySample, TaskRecord
 
 _EXAMPLES_A_MESSAGE = 100

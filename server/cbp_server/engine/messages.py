@@ -107,6 +107,14 @@ class TrainReport:
 
 
 @dataclass(frozen=True)
+class ResetReport:
+    """Units reset by hand."""
+
+    replacements: dict[str, int]  # by layer
+    progress: LearnerProgress
+
+
+@dataclass(frozen=True)
 class PredictReport:
     outputs: NDArray[np.float32]  # [N, out_features]
     step: int
@@ -238,8 +246,8 @@ class Update(Change[None]):
 
 
 @dataclass(frozen=True)
-class ResetUnits(Change[dict[str, int]]):
-    """Reset units by hand; answers how many of each layer."""
+class ResetUnits(Change[ResetReport]):
+    """Reset units by hand."""
 
     layers: tuple[int, ...]
     fraction: float

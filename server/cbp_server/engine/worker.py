@@ -230,7 +230,8 @@ class EngineWorker:
                 hosted.learner.update(request.spec)
                 hosted.update_time = request.update_time
             case messages.ResetUnits():
-                answer = hosted.learner.reset_units(request.layers, request.fraction)
+                counts = hosted.learner.reset_units(request.layers, request.fraction)
+                answer = messages.ResetReport(counts, hosted.learner.progress)
             case messages.Skip():
                 _check_sequence(hosted, request)
                 self._advance(hosted, request)

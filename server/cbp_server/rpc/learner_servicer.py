@@ -180,14 +180,20 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         return convert.learner_to_message(record)
 
     async def _received(self, requests: AsyncIterator[learner_service_pb2.ImportLearnerRequest]) -> bytes:
-        data, limit = bytearray(), self._limits.max_import_bytes
+        """The whole file. Everything is read before anything is refused: a client that is writing hears only then."""
+        data, limit, size, misplaced = bytearray(), self._limits.max_import_bytes, 0, False
         async for request in requests:
-            if not request.HasField("data"):
-                raise StreamProtocolError("after `header`, every message of ImportLearner must be `data`")
-            data += request.data
-            if len(data) > limit:
-                description = f"has more than {limit} bytes, which no learner within --max-parameters has"
-                raise InvalidRequest(FieldViolation("data", description))
+            misplaced |= not request.HasField("data")
+            size += len(request.data)
+            if size <= limit:
+                data += request.data
+        if misplaced:
+            raise StreamProtocolError("after `header`, every message of ImportLearner must be `data`")
+        if size > limit:
+            description = (
+                f"has {size} bytes; at most {limit} are allowed, which learners within --max-parameters keep to"
+            )
+            raise InvalidRequest(FieldViolation("data", description))
         return bytes(data)
 
     async def GetPlasticity(

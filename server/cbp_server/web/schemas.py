@@ -183,8 +183,8 @@ class Learner(BaseModel):
     uid: str = Field(description="Differs from that of any other learner, also of one created under the same id later.")
     etag: str = Field(description="Changes whenever the spec does.")
     state: str = Field(
-        description="`active`; `unavailable` while its engine process is down or restoring it; `evicted`: idle, and out "
-        "of memory until it is used; `quarantined`: predicts, and trains again once it is resumed."
+        description="`active`; `unavailable` while its engine process is down or restoring it; `evicted`: idle, and "
+        "out of memory until it is used; `quarantined`: predicts, and trains again once it is resumed."
     )
     durability: str = Field(description="What an acknowledged batch survives: `fsync`, `os` or `none`.")
     quarantine: Quarantine | None = Field(description="The batch that it could not learn; null if there is none.")
