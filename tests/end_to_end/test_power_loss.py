@@ -8,11 +8,13 @@ import pytest
 from faults.learners import LEARNERS
 from faults.server import FaultyServer
 from faults.sqlite_vfs import library_path
+from faults.storage import Failures
 from torture import Life, Torture, random_lives
 
 from cbp_client import Client, Unavailable
 
 _FSYNC = [learner for learner in LEARNERS if learner.durability == "fsync"]
+_LEARNER = _FSYNC[0]
 _OS = [learner for learner in LEARNERS if learner.durability == "os"]
 
 
@@ -61,9 +63,8 @@ def machine(tmp_path):
 
 def feed(server, batches):
     """What the server says is durable then."""
-    learner = _FSYNC[0]
     with Client(server.grpc_target) as client:
-        handle = client.create_learner(learner.name, exist_ok=True, **learner.spec)
+        handle = client.create_learner(_LEARNER.name, exist_ok=True, **_LEARNER.spec)
         with handle.stream("ada") as stream:
             for _ in range(batches):
                 stream.send([[1.0, 2.0, 3.0, 4.0]], [0])
@@ -73,7 +74,7 @@ def feed(server, batches):
 
 def feed_until_it_dies(server):
     with Client(server.grpc_target) as client:
-        stream = client.get_learner(_FSYNC[0].name).stream("ada", reconnect_timeout=0.0)
+        stream = client.get_learner(_LEARNER.name).stream("ada", reconnect_timeout=0.0)
         with contextlib.suppress(Unavailable):
             stream.open()
             while True:
@@ -83,7 +84,7 @@ def feed_until_it_dies(server):
 
 def durable(server):
     with Client(server.grpc_target) as client:
-        producers = client.get_learner(_FSYNC[0].name).info.producers
+        producers = client.get_learner(_LEARNER.name).info.producers
     return producers[0].durable_sequence if producers else 0
 
 
@@ -111,5 +112,21 @@ def test_what_a_killed_server_had_not_synced_is_not_called_durable_by_the_next_o
     told = durable(machine)
     assert told >= before
     machine.lose_power(random.Random(nth) if nth % 2 else None)
+    machine.start()
+    assert durable(machine) >= told
+
+
+def test_what_a_failed_fsync_dropped_is_not_called_durable_by_the_next_server(machine):
+    """It reads it from the system's cache, which takes it for written."""
+    machine.start()
+    before = feed(machine, 3)
+    Failures(database_sync=True).begin(machine.failures)
+    feed_until_it_dies(machine)
+    assert machine.wait() == os.EX_IOERR
+    machine.failures.unlink()
+    machine.start()
+    told = durable(machine)
+    assert told >= before
+    machine.lose_power()
     machine.start()
     assert durable(machine) >= told

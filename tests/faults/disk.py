@@ -4,6 +4,7 @@ Beside the tree that the server works on, a shadow keeps what is durable:
 
     content/<inode>   a file as it was when it was last synced
     names/<inode>     a directory's entries when it was last synced: JSON, name to inode and whether it is a directory
+    dropped/<inode>   pages that a failed sync has lost: JSON, their numbers; they become durable only when written anew
     links/<inode>     a hard link to the file, so that its inode number is not given to another one
 
 A file whose name is durable and whose content is not is empty after a power loss.
@@ -43,15 +44,37 @@ class DurableDisk(SqliteWatcher):
         self._disk = disk
         self._root = str(disk.root)
         self._noting = threading.Lock()
+        self._dropped: dict[str, set[int]] = {}  # by path, of files that SQLite writes
+        self._rewritten: set[str] = set()  # opened for writing by others than SQLite
 
     def synced(self, path: str, content: bytes) -> None:
         if "sqlite" not in self._disk.lies:
-            self.file_synced(path, content)
+            lost = self._dropped_pages(path)
+            self.file_synced(path, _mixed(self._durable(path), content, lost) if lost else content)
+
+    def sync_failed(self, path: str, content: bytes) -> None:
+        """The kernel reports the failure once, and then holds the lost pages for clean."""
+        if self.holds(path):
+            durable = self._durable(path)
+            pages = {page for page in range(_pages(content)) if _page(durable, page) != _page(content, page)}
+            self._note_dropped(path, self._dropped_pages(path) | pages)
+
+    def written(self, path: str, offset: int, length: int) -> None:
+        lost = self._dropped_pages(path)
+        if lost:
+            self._note_dropped(path, lost.difference(range(offset // _PAGE, _pages_of(offset + length))))
+
+    def file_opened(self, path: str, flags: int) -> None:
+        """By others than SQLite; whoever opens a file in order to write is taken to write all of it."""
+        if flags & (os.O_WRONLY | os.O_RDWR) and self.holds(path):
+            self._rewritten.add(path)
 
     def file_synced(self, path: str, content: bytes) -> None:
         """The file held `content` when a sync of it began that has ended now."""
         if not self.holds(path):
             return
+        if path in self._rewritten and self._dropped_pages(path):
+            self._note_dropped(path, set())
         with self._noting:
             inode = _keep(self._disk.shadow, Path(path))
             if inode is not None:
@@ -70,6 +93,20 @@ class DurableDisk(SqliteWatcher):
 
     def holds(self, path: str) -> bool:
         return path == self._root or path.startswith(self._root + os.sep)
+
+    def _durable(self, path: str) -> bytes:
+        content = self._disk.shadow / "content" / str(Path(path).stat().st_ino)
+        return content.read_bytes() if content.exists() else b""
+
+    def _dropped_pages(self, path: str) -> set[int]:
+        if path not in self._dropped:
+            noted = self._disk.shadow / "dropped" / str(Path(path).stat().st_ino)
+            self._dropped[path] = set(json.loads(noted.read_text())) if noted.exists() else set()
+        return self._dropped[path]
+
+    def _note_dropped(self, path: str, pages: set[int]) -> None:
+        self._dropped[path] = pages
+        _write(self._disk.shadow / "dropped" / str(Path(path).stat().st_ino), json.dumps(sorted(pages)).encode())
 
     @property
     def lies_about_files(self) -> bool:
@@ -121,6 +158,24 @@ def _read(descriptor: int) -> bytes:
         return file.read()
 
 
+def _mixed(durable: bytes, content: bytes, lost: set[int]) -> bytes:
+    """`content`, but for the lost pages, which are as they were."""
+    pages = (_page(durable if page in lost else content, page) for page in range(_pages(content)))
+    return b"".join(pages)[: len(content)]
+
+
+def _page(content: bytes, page: int) -> bytes:
+    return content[page * _PAGE : (page + 1) * _PAGE].ljust(_PAGE, b"\0")
+
+
+def _pages(content: bytes) -> int:
+    return _pages_of(len(content))
+
+
+def _pages_of(length: int) -> int:
+    return -(-length // _PAGE)
+
+
 # -- the shadow --
 
 
@@ -161,7 +216,7 @@ def _write(path: Path, content: bytes) -> None:
 def begin_shadow(disk: SyncedDisk) -> None:
     """All that the tree holds now is durable. No server may run."""
     shutil.rmtree(disk.shadow, ignore_errors=True)
-    for part in ("content", "names", "links"):
+    for part in ("content", "names", "dropped", "links"):
         (disk.shadow / part).mkdir(parents=True)
     for directory, _, names in os.walk(disk.root):
         note_names(disk.shadow, Path(directory))
@@ -223,10 +278,7 @@ class _Rebuilding:
             return durable
         unsynced = written.read_bytes()
         length = self._chance.choice((len(durable), len(unsynced)))
-        pages = (
-            self._chance.choice((durable, unsynced))[start : start + _PAGE].ljust(_PAGE, b"\0")
-            for start in range(0, length, _PAGE)
-        )
+        pages = (_page(self._chance.choice((durable, unsynced)), page) for page in range(_pages_of(length)))
         return b"".join(pages)[:length]
 
     def _either(self, durable: EntryT, current: EntryT) -> EntryT:

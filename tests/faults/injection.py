@@ -19,7 +19,7 @@ from faults.plan import Kill, plan_of_this_process
 from faults.points import METHODS, SQLITE_POINTS, Method, Role
 from faults.processes import children
 from faults.sqlite_vfs import SQLITE_OK, SqliteWatcher, install_vfs
-from faults.storage import FailingStorage, watch_opens
+from faults.storage import FailingStorage
 
 _ROLES: dict[str, Role] = {"cbp_server": "front", "cbp_server.engine.worker": "engine"}
 
@@ -38,10 +38,11 @@ def install() -> None:
     failing = FailingStorage(plan.failures) if plan.failures is not None else None
     if failing is not None:
         watchers.append(failing)
-        watch_opens(failing)
+        watch_opens(failing.check_open)
     disk = DurableDisk(plan.disk) if plan.disk is not None else None
     if disk is not None:
         watchers.append(disk)
+        watch_opens(disk.file_opened)
     if disk is not None or failing is not None:
         watch_syncs(disk, failing)
     if role == "front" and watchers:
@@ -107,6 +108,16 @@ def _role() -> Role | None:
 
 
 # -- patches --
+
+
+def watch_opens(told: Callable[[str, int], None]) -> None:
+    """From now on `told` is called with path and flags before Python opens a file; what it raises, opening raises."""
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str | bytes) and isinstance(arguments[2], int):
+            told(os.fsdecode(arguments[0]), arguments[2])
+
+    sys.addaudithook(hook)
 
 
 def _patch_methods(role: Role, point: str, reach: Callable[[str], None]) -> None:

@@ -26,7 +26,7 @@ class SqliteWatcher:
     """Told of operations on files that have a name; a status other than `SQLITE_OK` makes the operation fail.
 
     Attributes:
-        wants_content: whether `synced` is to say what was synced.
+        wants_content: whether `synced` and `sync_failed` are to say what the file holds.
     """
 
     wants_content = False
@@ -39,6 +39,12 @@ class SqliteWatcher:
 
     def synced(self, path: str, content: bytes) -> None:
         """What the file held when the sync began is on disk now."""
+
+    def sync_failed(self, path: str, content: bytes) -> None:
+        """A watcher has let a sync fail: what is not on disk yet never will be, unless it is written again."""
+
+    def written(self, path: str, offset: int, length: int) -> None:
+        """Bytes of the file have been written."""
 
     def directory_synced(self, path: str) -> None:
         """The directory's entries are on disk now."""
@@ -159,6 +165,9 @@ class _WatchedVfs:
                 if status := watcher.writing(self._paths[file]):
                     return status
             done: int = original.write(file, data, length, offset)
+            if done == SQLITE_OK:
+                for watcher in self._watchers:
+                    watcher.written(self._paths[file], offset, length)
             return done
 
         return write
@@ -166,11 +175,13 @@ class _WatchedVfs:
     def _sync(self, original: _Methods) -> Callable[..., int]:
         def sync(file: int, flags: int) -> int:
             path = self._paths[file]
-            for watcher in self._watchers:
-                if status := watcher.syncing(path):
-                    return status
             # What is written while the sync is under way need not be on disk when it ends.
             content = _content(original, file) if self._wants_content else b""
+            for watcher in self._watchers:
+                if status := watcher.syncing(path):
+                    for told in self._watchers:
+                        told.sync_failed(path, content)
+                    return status
             with self._directories_of_call() as directories:
                 done: int = original.sync(file, flags)
             if done == SQLITE_OK:

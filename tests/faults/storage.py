@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,16 +72,6 @@ class FailingStorage(SqliteWatcher):
             return Failures(**json.loads(self._trigger.read_text()))
         except FileNotFoundError:
             return Failures()
-
-
-def watch_opens(failing: FailingStorage) -> None:
-    """From now on this process opens files only as `failing` says."""
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open" and isinstance(arguments[0], str | bytes) and isinstance(arguments[2], int):
-            failing.check_open(os.fsdecode(arguments[0]), arguments[2])
-
-    sys.addaudithook(hook)
 
 
 def _is_checkpoint(path: str) -> bool:
