@@ -72,11 +72,14 @@ def feed(server, batches):
             return stream.position.durable_sequence
 
 
-def feed_until_it_dies(server):
+def feed_until_it_dies(server, once_open=lambda: None):
     with Client(server.grpc_target) as client:
         stream = client.get_learner(_LEARNER.name).stream("ada", reconnect_timeout=0.0)
         with contextlib.suppress(Unavailable):
             stream.open()
+            stream.send([[1.0, 2.0, 3.0, 4.0]], [0])
+            stream.flush()
+            once_open()
             while True:
                 stream.send([[1.0, 2.0, 3.0, 4.0]], [0])
                 stream.flush()
@@ -120,8 +123,7 @@ def test_what_a_failed_fsync_dropped_is_not_called_durable_by_the_next_server(ma
     """It reads it from the system's cache, which takes it for written."""
     machine.start()
     before = feed(machine, 3)
-    Failures(database_sync=True).begin(machine.failures)
-    feed_until_it_dies(machine)
+    feed_until_it_dies(machine, lambda: Failures(database_sync=True).begin(machine.failures))
     assert machine.wait() == os.EX_IOERR
     machine.failures.unlink()
     machine.start()

@@ -17,7 +17,6 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -44,13 +43,12 @@ class DurableDisk(SqliteWatcher):
         self._disk = disk
         self._root = str(disk.root)
         self._noting = threading.Lock()
-        self._dropped: dict[str, set[int]] = {}  # by path, of files that SQLite writes
+        self._dropped: dict[int | None, set[int]] = {}  # by inode
         self._rewritten: set[str] = set()  # opened for writing by others than SQLite
 
     def synced(self, path: str, content: bytes) -> None:
         if "sqlite" not in self._disk.lies:
-            lost = self._dropped_pages(path)
-            self.file_synced(path, _mixed(self._durable(path), content, lost) if lost else content)
+            self.file_synced(path, content)
 
     def sync_failed(self, path: str, content: bytes) -> None:
         """The kernel reports the failure once, and then holds the lost pages for clean."""
@@ -73,8 +71,11 @@ class DurableDisk(SqliteWatcher):
         """The file held `content` when a sync of it began that has ended now."""
         if not self.holds(path):
             return
-        if path in self._rewritten and self._dropped_pages(path):
-            self._note_dropped(path, set())
+        if lost := self._dropped_pages(path):
+            if path in self._rewritten:
+                self._note_dropped(path, set())
+            else:
+                content = _mixed(self._durable(path), content, lost)
         with self._noting:
             inode = _keep(self._disk.shadow, Path(path))
             if inode is not None:
@@ -95,18 +96,20 @@ class DurableDisk(SqliteWatcher):
         return path == self._root or path.startswith(self._root + os.sep)
 
     def _durable(self, path: str) -> bytes:
-        content = self._disk.shadow / "content" / str(Path(path).stat().st_ino)
+        content = self._disk.shadow / "content" / str(_inode(path))
         return content.read_bytes() if content.exists() else b""
 
     def _dropped_pages(self, path: str) -> set[int]:
-        if path not in self._dropped:
-            noted = self._disk.shadow / "dropped" / str(Path(path).stat().st_ino)
-            self._dropped[path] = set(json.loads(noted.read_text())) if noted.exists() else set()
-        return self._dropped[path]
+        inode = _inode(path)
+        if inode not in self._dropped:
+            noted = self._disk.shadow / "dropped" / str(inode)
+            self._dropped[inode] = set(json.loads(noted.read_text())) if noted.exists() else set()
+        return self._dropped[inode]
 
     def _note_dropped(self, path: str, pages: set[int]) -> None:
-        self._dropped[path] = pages
-        _write(self._disk.shadow / "dropped" / str(Path(path).stat().st_ino), json.dumps(sorted(pages)).encode())
+        inode = _inode(path)
+        self._dropped[inode] = pages
+        _write(self._disk.shadow / "dropped" / str(inode), json.dumps(sorted(pages)).encode())
 
     @property
     def lies_about_files(self) -> bool:
@@ -192,15 +195,24 @@ def note_names(shadow: Path, directory: Path) -> None:
 
 def _keep(shadow: Path, path: Path) -> int | None:
     """Links the file, if it is not linked yet; its inode number, or None if it has been removed meanwhile."""
+    inode = _inode(path)
+    link = shadow / "links" / str(inode)
+    if inode is not None and not link.exists():
+        try:
+            os.link(path, link)
+        except FileExistsError:
+            pass  # the other process was quicker
+        except FileNotFoundError:
+            return None
+    return inode
+
+
+def _inode(path: Path | str) -> int | None:
+    """None if the file has been removed."""
     try:
-        inode = path.stat().st_ino
-        link = shadow / "links" / str(inode)
-        if not link.exists():
-            with suppress(FileExistsError):  # the other process was quicker
-                os.link(path, link)
+        return os.stat(path).st_ino  # noqa: PTH116 - called for every write
     except FileNotFoundError:
         return None
-    return inode
 
 
 def _write(path: Path, content: bytes) -> None:
