@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(wildcard proto/cbp_proto/v1/*.proto)
 DEMO_DIR ?= demo-output
+KILLS ?= 200
 
 .PHONY: help install demo test torture check format serve proto bench clean
 
@@ -24,8 +25,8 @@ demo: .venv/installed ## stream digits to three learners and plot who keeps lear
 test: .venv/installed ## run the tests
 	$(BIN)/pytest
 
-torture: .venv/installed ## kill a server 200 times while clients stream to it (about 20 minutes)
-	PYTHONPATH=tests $(BIN)/python tests/torture.py --kills 200
+torture: .venv/installed ## kill a server KILLS times while clients stream to it (about half an hour; SEED=n repeats a run)
+	PYTHONPATH=tests $(BIN)/python tests/torture.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 check: .venv/installed ## format, lint, types, proto drift, Dockerfile, proto style
 	$(BIN)/ruff format --check .

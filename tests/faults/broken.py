@@ -1,4 +1,4 @@
-"""What the injected code does when it cannot do what it should: it ends the process, for nothing after it is evidence."""
+"""What injected code does when it cannot do its part: it ends the process, since nothing after that is evidence."""
 
 import os
 import sys

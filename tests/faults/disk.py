@@ -4,6 +4,7 @@ Beside the tree that the server works on, a shadow keeps what is durable:
 
     content/<inode>   a file as it was when it was last synced
     names/<inode>     a directory's entries when it was last synced: JSON, name to inode and whether it is a directory
+    dropped/<inode>   pages that a failed sync has lost: JSON, their numbers; they become durable only when written anew
     links/<inode>     a hard link to the file, so that its inode number is not given to another one
 
 A file whose name is durable and whose content is not is empty after a power loss.
@@ -16,11 +17,11 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from faults.plan import SyncedDisk
+from faults.sqlite_vfs import SqliteWatcher
 
 #: Granularity in which unsynced writes may or may not have reached the disk, in bytes.
 _PAGE = 4096
@@ -33,8 +34,8 @@ EntryT = TypeVar("EntryT")
 _Entry = tuple[int, bool]  # inode, whether it is a directory
 
 
-class DurableDisk:
-    """In the server's processes: notes what is synced. Also a `SqliteWatcher`."""
+class DurableDisk(SqliteWatcher):
+    """In the server's processes: notes what is synced."""
 
     wants_content = True
 
@@ -42,21 +43,39 @@ class DurableDisk:
         self._disk = disk
         self._root = str(disk.root)
         self._noting = threading.Lock()
-
-    def writing(self, path: str) -> int:
-        return 0
-
-    def syncing(self, path: str) -> int:
-        return 0
+        self._dropped: dict[int | None, set[int]] = {}  # by inode
+        self._rewritten: set[str] = set()  # opened for writing by others than SQLite
 
     def synced(self, path: str, content: bytes) -> None:
         if "sqlite" not in self._disk.lies:
             self.file_synced(path, content)
 
+    def sync_failed(self, path: str, content: bytes) -> None:
+        """The kernel reports the failure once, and then holds the lost pages for clean."""
+        if self.holds(path):
+            durable = self._durable(path)
+            pages = {page for page in range(_pages(content)) if _page(durable, page) != _page(content, page)}
+            self._note_dropped(path, self._dropped_pages(path) | pages)
+
+    def written(self, path: str, offset: int, length: int) -> None:
+        lost = self._dropped_pages(path)
+        if lost:
+            self._note_dropped(path, lost.difference(range(offset // _PAGE, _pages_of(offset + length))))
+
+    def file_opened(self, path: str, flags: int) -> None:
+        """By others than SQLite; whoever opens a file in order to write is taken to write all of it."""
+        if flags & (os.O_WRONLY | os.O_RDWR) and self.holds(path):
+            self._rewritten.add(path)
+
     def file_synced(self, path: str, content: bytes) -> None:
         """The file held `content` when a sync of it began that has ended now."""
         if not self.holds(path):
             return
+        if lost := self._dropped_pages(path):
+            if path in self._rewritten:
+                self._note_dropped(path, set())
+            else:
+                content = _mixed(self._durable(path), content, lost)
         with self._noting:
             inode = _keep(self._disk.shadow, Path(path))
             if inode is not None:
@@ -75,6 +94,22 @@ class DurableDisk:
 
     def holds(self, path: str) -> bool:
         return path == self._root or path.startswith(self._root + os.sep)
+
+    def _durable(self, path: str) -> bytes:
+        content = self._disk.shadow / "content" / str(_inode(path))
+        return content.read_bytes() if content.exists() else b""
+
+    def _dropped_pages(self, path: str) -> set[int]:
+        inode = _inode(path)
+        if inode not in self._dropped:
+            noted = self._disk.shadow / "dropped" / str(inode)
+            self._dropped[inode] = set(json.loads(noted.read_text())) if noted.exists() else set()
+        return self._dropped[inode]
+
+    def _note_dropped(self, path: str, pages: set[int]) -> None:
+        inode = _inode(path)
+        self._dropped[inode] = pages
+        _write(self._disk.shadow / "dropped" / str(inode), json.dumps(sorted(pages)).encode())
 
     @property
     def lies_about_files(self) -> bool:
@@ -116,13 +151,32 @@ def watch_syncs(disk: DurableDisk | None, failures: SyncFailures | None) -> None
         if disk is not None:
             disk.directory_made(os.path.abspath(path))  # noqa: PTH100 - a symbolic link is no other directory
 
-    os.fsync, os.fdatasync = watched(_fsync), watched(_fdatasync)
-    os.mkdir = mkdir
+    patches = {"fsync": watched(_fsync), "fdatasync": watched(_fdatasync), "mkdir": mkdir}
+    for name, patch in patches.items():
+        setattr(os, name, patch)
 
 
 def _read(descriptor: int) -> bytes:
     with Path(f"/proc/self/fd/{descriptor}").open("rb") as file:  # it may be open for writing only
         return file.read()
+
+
+def _mixed(durable: bytes, content: bytes, lost: set[int]) -> bytes:
+    """`content`, but for the lost pages, which are as they were."""
+    pages = (_page(durable if page in lost else content, page) for page in range(_pages(content)))
+    return b"".join(pages)[: len(content)]
+
+
+def _page(content: bytes, page: int) -> bytes:
+    return content[page * _PAGE : (page + 1) * _PAGE].ljust(_PAGE, b"\0")
+
+
+def _pages(content: bytes) -> int:
+    return _pages_of(len(content))
+
+
+def _pages_of(length: int) -> int:
+    return -(-length // _PAGE)
 
 
 # -- the shadow --
@@ -141,15 +195,24 @@ def note_names(shadow: Path, directory: Path) -> None:
 
 def _keep(shadow: Path, path: Path) -> int | None:
     """Links the file, if it is not linked yet; its inode number, or None if it has been removed meanwhile."""
+    inode = _inode(path)
+    link = shadow / "links" / str(inode)
+    if inode is not None and not link.exists():
+        try:
+            os.link(path, link)
+        except FileExistsError:
+            pass  # the other process was quicker
+        except FileNotFoundError:
+            return None
+    return inode
+
+
+def _inode(path: Path | str) -> int | None:
+    """None if the file has been removed."""
     try:
-        inode = path.stat().st_ino
-        link = shadow / "links" / str(inode)
-        if not link.exists():
-            with suppress(FileExistsError):  # the other process was quicker
-                os.link(path, link)
+        return os.stat(path).st_ino  # noqa: PTH116 - called for every write
     except FileNotFoundError:
         return None
-    return inode
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -165,7 +228,7 @@ def _write(path: Path, content: bytes) -> None:
 def begin_shadow(disk: SyncedDisk) -> None:
     """All that the tree holds now is durable. No server may run."""
     shutil.rmtree(disk.shadow, ignore_errors=True)
-    for part in ("content", "names", "links"):
+    for part in ("content", "names", "dropped", "links"):
         (disk.shadow / part).mkdir(parents=True)
     for directory, _, names in os.walk(disk.root):
         note_names(disk.shadow, Path(directory))
@@ -227,10 +290,7 @@ class _Rebuilding:
             return durable
         unsynced = written.read_bytes()
         length = self._chance.choice((len(durable), len(unsynced)))
-        pages = (
-            self._chance.choice((durable, unsynced))[start : start + _PAGE].ljust(_PAGE, b"\0")
-            for start in range(0, length, _PAGE)
-        )
+        pages = (_page(self._chance.choice((durable, unsynced)), page) for page in range(_pages_of(length)))
         return b"".join(pages)[:length]
 
     def _either(self, durable: EntryT, current: EntryT) -> EntryT:

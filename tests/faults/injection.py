@@ -14,9 +14,12 @@ from types import ModuleType
 from typing import Any
 
 from faults.broken import break_off
+from faults.disk import DurableDisk, watch_syncs
 from faults.plan import Kill, plan_of_this_process
 from faults.points import METHODS, SQLITE_POINTS, Method, Role
 from faults.processes import children
+from faults.sqlite_vfs import SQLITE_OK, SqliteWatcher, install_vfs
+from faults.storage import FailingStorage
 
 _ROLES: dict[str, Role] = {"cbp_server": "front", "cbp_server.engine.worker": "engine"}
 
@@ -26,10 +29,6 @@ def install() -> None:
     plan, role = plan_of_this_process(), _role()
     if plan is None or role is None:
         return
-    from faults.disk import DurableDisk, watch_syncs
-    from faults.sqlite_vfs import SqliteWatcher, install_vfs
-    from faults.storage import FailingStorage, watch_opens
-
     watchers: list[SqliteWatcher] = []
     if plan.kill is not None:
         switch = KillSwitch(plan.kill, role)
@@ -39,10 +38,11 @@ def install() -> None:
     failing = FailingStorage(plan.failures) if plan.failures is not None else None
     if failing is not None:
         watchers.append(failing)
-        watch_opens(failing)
+        watch_opens(failing.check_open)
     disk = DurableDisk(plan.disk) if plan.disk is not None else None
     if disk is not None:
         watchers.append(disk)
+        watch_opens(disk.file_opened)
     if disk is not None or failing is not None:
         watch_syncs(disk, failing)
     if role == "front" and watchers:
@@ -82,27 +82,22 @@ class KillSwitch:
         return [*children(os.getpid()), *([os.getpid()] if self._kill.victims == "all" else [])]
 
 
-class _SqlitePoints:
+class _SqlitePoints(SqliteWatcher):
     """The points within SQLite."""
-
-    wants_content = False
 
     def __init__(self, reach: Callable[[str], None]) -> None:
         self._reach = reach
 
-    def writing(self, path: str) -> int:
+    def writing(self, _path: str) -> int:
         self._reach("sqlite.write")
-        return 0
+        return SQLITE_OK
 
-    def syncing(self, path: str) -> int:
+    def syncing(self, _path: str) -> int:
         self._reach("sqlite.sync")
-        return 0
+        return SQLITE_OK
 
-    def synced(self, path: str, content: bytes) -> None:
+    def synced(self, _path: str, _content: bytes) -> None:
         self._reach("sqlite.synced")
-
-    def directory_synced(self, path: str) -> None:
-        pass
 
 
 def _role() -> Role | None:
@@ -113,6 +108,16 @@ def _role() -> Role | None:
 
 
 # -- patches --
+
+
+def watch_opens(told: Callable[[str, int], None]) -> None:
+    """From now on `told` is called with path and flags before Python opens a file; what it raises, opening raises."""
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str | bytes) and isinstance(arguments[2], int):
+            told(os.fsdecode(arguments[0]), arguments[2])
+
+    sys.addaudithook(hook)
 
 
 def _patch_methods(role: Role, point: str, reach: Callable[[str], None]) -> None:
@@ -131,7 +136,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def __init__(self, patches: dict[str, list[Callable[[ModuleType], None]]]) -> None:
         self._patches = patches
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, _path: Any = None, _target: Any = None) -> ModuleSpec | None:
         patches = self._patches.pop(fullname, None)
         if patches is None:
             return None
@@ -195,7 +200,16 @@ def _file_write(call: str, original: Callable[..., Any], reach: Callable[[str], 
 
         return rename_within
 
-    os.replace, os.rename = renaming(os.replace), renaming(os.rename)
+    make = os.mkdir
+
+    def mkdir(*arguments: Any, **named: Any) -> None:
+        make(*arguments, **named)
+        if getattr(within, "call", False):
+            reach(f"{call}/mkdir")
+
+    patches = {"replace": renaming(os.replace), "rename": renaming(os.rename), "mkdir": mkdir}
+    for name, patch in patches.items():
+        setattr(os, name, patch)
 
     @wraps(original)
     def method(*arguments: Any, **named: Any) -> Any:

@@ -1,7 +1,8 @@
 """The points at which a server can be killed, and where in its code they lie.
 
 Points of a method are `begin` and `done`, before and after it; of a transaction also `commit`, when all is written and
-nothing committed; of a checkpoint file `rename`, when it is whole under its temporary name.
+nothing committed; of a checkpoint file also `mkdir`, when a directory has been made for it, and `rename`, when it is
+whole under its temporary name.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ METHODS = {
     ),
     "catalog.restore": Method("front", "cbp_server.store.catalog", "Catalog", "restore", _TRANSACTION),
     "checkpoint.write": Method(
-        "engine", "cbp_server.store.checkpoints", "CheckpointFiles", "write", ("begin", "rename", "done")
+        "engine", "cbp_server.store.checkpoints", "CheckpointFiles", "write", ("begin", "mkdir", "rename", "done")
     ),
     "training": Method("engine", "cbp.learner", "Learner", "train", ("step", "done")),
 }

@@ -96,14 +96,24 @@ class Proxy:
             with self._changing:
                 self._connections |= {client, server}
                 self._threads = [thread for thread in self._threads if thread.is_alive()]
-            self._start(self._pump, client, server)
-            self._start(self._pump, server, client)
+            self._start(self._relay, client, server)
 
     def _start(self, work: object, *arguments: object) -> None:
         thread = threading.Thread(target=work, args=arguments, daemon=True)  # type: ignore[arg-type]
         with self._changing:
             self._threads.append(thread)
         thread.start()
+
+    def _relay(self, client: socket.socket, server: socket.socket) -> None:
+        """Passes bytes on in both directions until both ends are closed."""
+        back = threading.Thread(target=self._pump, args=(server, client), daemon=True)
+        back.start()
+        self._pump(client, server)
+        back.join()
+        with self._changing:
+            self._connections -= {client, server}
+        client.close()
+        server.close()
 
     def _pump(self, source: socket.socket, target: socket.socket) -> None:
         """Passes bytes on until either end is closed."""
@@ -120,8 +130,6 @@ class Proxy:
                     return
             target.shutdown(socket.SHUT_WR)
         except OSError:
-            with self._changing:
-                self._connections -= {source, target}
             _reset(source)
             _reset(target)
 

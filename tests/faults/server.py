@@ -3,14 +3,17 @@
 import os
 import random
 import signal
+import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
+
+from server_process import ServerProcess
 
 from faults.broken import BROKEN_HARNESS
 from faults.disk import begin_shadow, lose_power
 from faults.plan import FaultPlan, Kill, Lie, SyncedDisk, Victims
 from faults.processes import children, is_running
-from server_process import ServerProcess
 
 _SITE = Path(__file__).parent / "site"
 _END_SECONDS = 60.0
@@ -35,7 +38,8 @@ class FaultyServer(ServerProcess):
         self._markers = directory / "kills"
         self._markers.mkdir()
         self._disk = SyncedDisk(root=disk, shadow=directory / "shadow", lies=lies) if power_can_fail else None
-        self._kill: Kill | None = None
+        self._kill: Kill | None = None  # of the next start
+        self._current_kill: Kill | None = None
         self._kills = 0
         if self._disk is not None:
             begin_shadow(self._disk)
@@ -49,7 +53,7 @@ class FaultyServer(ServerProcess):
 
     def launch(self, *flags: str) -> None:
         super().launch(*flags)
-        self._kill = None
+        self._current_kill, self._kill = self._kill, None
 
     def environment(self) -> dict[str, str]:
         environment = super().environment()
@@ -58,14 +62,26 @@ class FaultyServer(ServerProcess):
         return environment | plan.environment() | {"PYTHONPATH": path}
 
     def wait_until_ready_or_ended(self) -> bool:
-        """Whether it is ready; False if a planned kill has ended it before."""
+        """Whether it is ready; False if its faults have ended it before."""
         try:
             self.wait_until_ready()
         except AssertionError:
-            if self.running or self.wait() != -signal.SIGKILL:
+            if self.running or not self._ended_by_faults():
                 raise
             return False
         return True
+
+    def _ended_by_faults(self) -> bool:
+        kill, failed = self._current_kill, self.failures.exists()
+        engine_killed = kill is not None and kill.victims == "engine" and kill.fired  # it may not start again at once
+        match self.wait():
+            case status if status == -signal.SIGKILL:
+                return True
+            case os.EX_IOERR:
+                return failed
+            case 1:
+                return failed or engine_killed
+        return False
 
     @property
     def engine_pids(self) -> list[int]:
@@ -84,6 +100,17 @@ class FaultyServer(ServerProcess):
         if self.running:
             self.kill()
         self.wait_for_end(*engines)
+
+    def wait_for_end_of_front(self, seconds: float) -> None:
+        """Returns when the front has been killed, and after `seconds` at the latest."""
+        assert self._process is not None
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, seconds))
+
+    def trust_disk(self) -> None:
+        """All that is on the disk now is durable. The server must not run."""
+        assert self._disk is not None
+        begin_shadow(self._disk)
 
     def wait_for_end(self, *engines: int) -> None:
         """Until the front, and engines that it had, have ended."""

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from faults.broken import break_off, guarded
 
@@ -22,21 +22,34 @@ SQLITE_IOERR_FSYNC = 10 | 4 << 8
 _SQLITE_IOERR_SHORT_READ = 10 | 2 << 8
 
 
-class SqliteWatcher(Protocol):
-    """Told of operations on files that have a name; a status other than 0 makes the operation fail."""
+class SqliteWatcher:
+    """Told of operations on files that have a name; a status other than `SQLITE_OK` makes the operation fail.
 
-    wants_content: bool
+    Attributes:
+        wants_content: whether `synced` and `sync_failed` are to say what the file holds.
+    """
 
-    def writing(self, path: str) -> int: ...
-    def syncing(self, path: str) -> int: ...
+    wants_content = False
+
+    def writing(self, _path: str) -> int:
+        return SQLITE_OK
+
+    def syncing(self, _path: str) -> int:
+        return SQLITE_OK
 
     def synced(self, path: str, content: bytes) -> None:
-        """What the file held when the sync began, if the watcher wants content, is on disk."""
+        """What the file held when the sync began is on disk now."""
 
-    def directory_synced(self, path: str) -> None: ...
+    def sync_failed(self, path: str, content: bytes) -> None:
+        """A watcher has let a sync fail: what is not on disk yet never will be, unless it is written again."""
+
+    def written(self, path: str, offset: int, length: int) -> None:
+        """Bytes of the file have been written."""
+
+    def directory_synced(self, path: str) -> None:
+        """The directory's entries are on disk now."""
 
 
-_Close = CFUNCTYPE(c_int, c_void_p)
 _ReadWrite = CFUNCTYPE(c_int, c_void_p, c_void_p, c_int, c_int64)
 _Sync = CFUNCTYPE(c_int, c_void_p, c_int)
 _FileSize = CFUNCTYPE(c_int, c_void_p, POINTER(c_int64))
@@ -152,6 +165,9 @@ class _WatchedVfs:
                 if status := watcher.writing(self._paths[file]):
                     return status
             done: int = original.write(file, data, length, offset)
+            if done == SQLITE_OK:
+                for watcher in self._watchers:
+                    watcher.written(self._paths[file], offset, length)
             return done
 
         return write
@@ -159,11 +175,13 @@ class _WatchedVfs:
     def _sync(self, original: _Methods) -> Callable[..., int]:
         def sync(file: int, flags: int) -> int:
             path = self._paths[file]
-            for watcher in self._watchers:
-                if status := watcher.syncing(path):
-                    return status
             # What is written while the sync is under way need not be on disk when it ends.
             content = _content(original, file) if self._wants_content else b""
+            for watcher in self._watchers:
+                if status := watcher.syncing(path):
+                    for told in self._watchers:
+                        told.sync_failed(path, content)
+                    return status
             with self._directories_of_call() as directories:
                 done: int = original.sync(file, flags)
             if done == SQLITE_OK:

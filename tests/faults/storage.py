@@ -3,20 +3,24 @@
 import errno
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from faults.sqlite_vfs import SQLITE_FULL, SQLITE_IOERR_FSYNC, SQLITE_IOERR_WRITE, SQLITE_READONLY
+from faults.sqlite_vfs import (
+    SQLITE_FULL,
+    SQLITE_IOERR_FSYNC,
+    SQLITE_IOERR_WRITE,
+    SQLITE_OK,
+    SQLITE_READONLY,
+    SqliteWatcher,
+)
 
 _DATABASE_STATUS = {
     "full": SQLITE_FULL,
     "read-only": SQLITE_READONLY,
     "write-error": SQLITE_IOERR_WRITE,
 }
-#: Directories that hold checkpoints.
-_CHECKPOINTS = {"checkpoints", "learners"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +44,18 @@ class Failures:
         temporary.replace(trigger)
 
 
-class FailingStorage:
-    """In the server's processes: fails what the trigger file says. Also a `SqliteWatcher`."""
-
-    wants_content = False
+class FailingStorage(SqliteWatcher):
+    """In the server's processes: fails what the trigger file says."""
 
     def __init__(self, trigger: Path) -> None:
         self._trigger = trigger
 
     def writing(self, path: str) -> int:
         database = self._failures().database
-        return 0 if database is None or _is_shared_memory(path) else _DATABASE_STATUS[database]
+        return SQLITE_OK if database is None or _is_shared_memory(path) else _DATABASE_STATUS[database]
 
-    def syncing(self, path: str) -> int:
-        return SQLITE_IOERR_FSYNC if self._failures().database_sync else 0
-
-    def synced(self, path: str, content: bytes) -> None:
-        pass
-
-    def directory_synced(self, path: str) -> None:
-        pass
+    def syncing(self, _: str) -> int:
+        return SQLITE_IOERR_FSYNC if self._failures().database_sync else SQLITE_OK
 
     def check_open(self, path: str, flags: int) -> None:
         """Raises OSError if the file shall not be opened like this."""
@@ -78,18 +74,8 @@ class FailingStorage:
             return Failures()
 
 
-def watch_opens(failing: FailingStorage) -> None:
-    """From now on this process opens files only as `failing` says."""
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open" and isinstance(arguments[0], str | bytes) and isinstance(arguments[2], int):
-            failing.check_open(os.fsdecode(arguments[0]), arguments[2])
-
-    sys.addaudithook(hook)
-
-
 def _is_checkpoint(path: str) -> bool:
-    return not _CHECKPOINTS.isdisjoint(Path(path).parts)
+    return "checkpoints" in Path(path).parts
 
 
 def _is_shared_memory(path: str) -> bool:
