@@ -14,7 +14,7 @@ help: ## show these targets
 .venv/installed: constraints.txt proto/pyproject.toml cbp/pyproject.toml server/pyproject.toml client/pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt \
-		-e proto -e cbp -e 'server[postgresql]' -e 'client[files,demo]'
+		-e proto -e cbp -e 'server[postgresql,s3]' -e 'client[files,demo]'
 	@touch $@
 
 install: .venv/installed ## create .venv with everything the project needs

@@ -20,6 +20,7 @@ from cbp_server.checkpointing import Checkpointer
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
 from cbp_server.errors import (
+    CheckpointFailed,
     CheckpointNeeded,
     CheckpointNotFound,
     EngineUnavailable,
@@ -448,15 +449,18 @@ class Lifecycle:
         now = datetime.now(UTC)
         for hosted in self._registry.deleted():
             if hosted.record.purge_time is not None and hosted.record.purge_time <= now:
-                await self._purge(hosted)
+                try:
+                    await self._purge(hosted)
+                except CheckpointFailed as error:  # tried again
+                    log.warning("learner not purged", learner=hosted.learner_id, error=str(error))
 
     async def _purge(self, hosted: Hosted) -> None:
+        try:
+            await self._storage.run(self._storage.files.delete_all, hosted.uid)  # first: its row is what finds them
+        except OSError as error:
+            raise CheckpointFailed(f"checkpoints of learner '{hosted.learner_id}' were not removed: {error}") from error
         await self._storage.run(self._storage.catalog.purge, hosted.uid)
         self._registry.remove(hosted)
-        try:
-            await self._storage.run(self._storage.files.delete_all, hosted.uid)
-        except OSError as error:
-            log.warning("checkpoints of a purged learner not removed", uid=hosted.uid, error=str(error))
         log.info("learner purged", learner=hosted.learner_id, uid=hosted.uid)
 
 
