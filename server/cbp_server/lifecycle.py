@@ -459,6 +459,7 @@ class Lifecycle:
             await self._storage.run(self._storage.files.delete_all, hosted.uid)  # first: its row is what finds them
         except OSError as error:
             raise CheckpointFailed(f"checkpoints of learner '{hosted.learner_id}' were not removed: {error}") from error
+        await self._storage.run(self._storage.journal.forget, hosted.uid)  # bit by bit, not all in one transaction
         await self._storage.run(self._storage.catalog.purge, hosted.uid)
         self._registry.remove(hosted)
         log.info("learner purged", learner=hosted.learner_id, uid=hosted.uid)

@@ -3,6 +3,7 @@
 Synchronous; the front reaches it through `GroupCommit`, which runs it on a thread of its own.
 """
 
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from cbp_server.store.tables import JOURNAL, RESUMES
 _READ_ROWS = 256
 _READ_BYTES = 16 * 2**20
 _BUFFERED_ROWS = 8  # that PostgreSQL sends at a time, whatever their size
-#: Rows removed at a time, so that appending does not wait for long.
-_TRUNCATED_ROWS = 256
+#: Rows and bytes of payload removed at a time, so that appending does not wait for long.
+_REMOVED_ROWS = 256
+_REMOVED_BYTES = 4 * 2**20
 
 _COLUMNS = tuple(JOURNAL.c.keys())
 
@@ -130,11 +132,27 @@ class Journal:
 
         After a failure, or power loss, some of them may be there still.
         """
-        first, _ = self.bounds(learner_uid) or (up_to + 1, 0)
-        for start in range(first, up_to + 1, _TRUNCATED_ROWS):
-            end = min(start + _TRUNCATED_ROWS - 1, up_to)
+        while (end := self._end_of_piece(learner_uid, up_to)) is not None:
+            started = time.monotonic()
             with transaction(self._engine, sync=False) as connection:
                 connection.execute(delete(JOURNAL).where(_of(learner_uid), JOURNAL.c.position <= end))
+            time.sleep(time.monotonic() - started)  # half of the time is the commits'
+
+    def _end_of_piece(self, learner_uid: str, up_to: int) -> int | None:
+        """The position up to which entries are removed in one transaction; None if there are none."""
+        sizes = (
+            select(JOURNAL.c.position, func.length(JOURNAL.c.payload))
+            .where(_of(learner_uid), JOURNAL.c.position <= up_to)
+            .order_by(JOURNAL.c.position)
+            .limit(_REMOVED_ROWS)
+        )
+        end, size = None, 0
+        with self._engine.connect() as connection:
+            for position, length in connection.execute(sizes):
+                end, size = position, size + length
+                if size >= _REMOVED_BYTES:
+                    break
+        return end
 
     def forget(self, learner_uid: str) -> None:
         """Removes every entry of the learner, as `truncate` does."""

@@ -187,3 +187,18 @@ def test_what_was_appended_survives_kill_9(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == -9
     assert positions(Journal(open_database("", tmp_path))) == [1]
+
+
+def test_large_entries_are_removed_a_few_at_a_time(journal, database):
+    """So that others' entries come in between."""
+    journal.append([batch(position, payload=bytes(3 * 2**20)) for position in range(1, 8)])
+    removed: list[int] = []
+
+    def note(_connection, cursor, statement, *_):
+        if statement.startswith("DELETE FROM journal"):
+            removed.append(cursor.rowcount)
+
+    event.listen(database, "after_cursor_execute", note)
+    journal.truncate("a", 6)
+    assert removed == [2, 2, 2]
+    assert positions(journal, after=6) == [7]
