@@ -131,7 +131,8 @@ class Recovery:
         """
         storage = self._storage
         failures: list[str] = []
-        for checkpoint in await storage.run(storage.catalog.checkpoints, stored.uid):
+        checkpoints = await storage.run(storage.catalog.checkpoints, stored.uid)
+        for checkpoint in checkpoints:
             if last is not None and checkpoint.position > last:
                 continue
             try:
@@ -140,7 +141,7 @@ class Recovery:
                 log.warning("checkpoint unreadable", learner=stored.learner_id, error=str(error))
                 failures.append(str(error))
         bounds = await storage.run(storage.journal.bounds, stored.uid)
-        reaches_back = bounds[0] == 1 if bounds is not None else not failures
+        reaches_back = bounds[0] == 1 if bounds is not None else not checkpoints
         if not (stored.born and reaches_back):
             raise SnapshotError(f"no checkpoint of learner '{stored.learner_id}' is readable: {'; '.join(failures)}")
         report = await self._engine.call(messages.Create(uid, LearnerSpec.parse(stored.spec)))

@@ -358,3 +358,39 @@ def test_engine_deaths_that_are_nobodys_fault_quarantine_nobody(own_server, conn
         wait_until(lambda count=seed + 1: own_server.log.count("engine process ended") == count)
     stream_when_back(wire).close()
     learner.check(wire)
+
+
+# -- the journal ends where the checkpoints do --
+
+
+def journal_rows(server):
+    with contextlib.closing(sqlite3.connect(server.data_dir / "journal.db")) as database:
+        (count,) = database.execute("SELECT count(*) FROM journal").fetchone()
+        return count
+
+
+def newest_file(server):
+    return max((server.data_dir / "checkpoints").glob("*/*.safetensors"), key=lambda path: int(path.stem))
+
+
+def test_positions_that_a_truncated_journal_does_not_hold_are_not_restored(
+    start_server, connect, small_spec, examples, refused
+):
+    server = start_server("--checkpoints-kept", "1", "--checkpoint-interval", "0.2")
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    for seed in range(3):
+        learner.teach(stream, examples(10, seed=seed))
+        if seed == 0:
+            stream.results(1)
+            checkpoint(wire, "clicks")
+    stream.results(2)
+    wait_until(lambda: journal_rows(server) == 0)
+    listed = wire.learners.ListCheckpoints(learner_service_pb2.ListCheckpointsRequest(parent="learners/clicks"))
+    assert (listed.first_restorable_position, listed.last_restorable_position) == (4, 4)
+    for position in (1, 3):
+        restore = learner_service_pb2.RestoreLearnerRequest(name="learners/clicks", journal_position=position)
+        assert refused(lambda restore=restore: wire.learners.RestoreLearner(restore)).reason == "POSITION_NOT_HELD"
+    learner.check(wire)
