@@ -113,6 +113,7 @@ class Recovery:
             report = loaded.learner if loaded is not None else await self._engine.call(messages.Describe(uid))
             try:
                 report = await self.replay(stored, uid, report, last, carefully=carefully)
+                await self._check_whole(uid, report, last)
                 break
             except BatchNotLearnt as failure:
                 in_engine = False
@@ -122,6 +123,13 @@ class Recovery:
         bounds = await self._storage.run(self._storage.journal.bounds, uid)
         end = max(report.journal_position, bounds[1] if bounds is not None else 0)
         return Recovered(report, loaded.samples if loaded is not None else None, quarantine, end)
+
+    async def _check_whole(self, uid: str, report: messages.LearnerReport, last: int | None) -> None:
+        """Raises `JournalDamaged` if a checkpoint, readable or not, holds more than what has been brought back."""
+        checkpoints = await self._storage.run(self._storage.catalog.checkpoints, uid)
+        known = max((row.position for row in checkpoints if last is None or row.position <= last), default=0)
+        if report.journal_position < known:
+            raise JournalDamaged(uid, report.journal_position + 1)
 
     async def load(self, stored: StoredLearner, uid: str, last: int | None) -> messages.LoadReport:
         """Loads the newest readable checkpoint that goes no further than position `last`, as learner `uid`.

@@ -394,3 +394,24 @@ def test_positions_that_a_truncated_journal_does_not_hold_are_not_restored(
         restore = learner_service_pb2.RestoreLearnerRequest(name="learners/clicks", journal_position=position)
         assert refused(lambda restore=restore: wire.learners.RestoreLearner(restore)).reason == "POSITION_NOT_HELD"
     learner.check(wire)
+
+
+def test_an_old_checkpoint_without_the_journal_behind_it_does_not_stand_in_for_a_damaged_one(
+    start_server, connect, small_spec, examples, refused
+):
+    server = start_server("--checkpoints-kept", "1", "--checkpoint-interval", "0.2")
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    learner.teach(stream, examples(10, seed=1))
+    stream.results(1)
+    checkpoint(wire, "clicks")
+    learner.teach(stream, examples(10, seed=2))
+    stream.results(1)
+    wait_until(lambda: journal_rows(server) == 0)
+    server.kill()
+    newest_file(server).write_bytes(b"damaged")
+    server.start()
+    wire = connect(server.grpc_target)
+    assert refused(lambda: wire.get("clicks")).reason == "UNREADABLE_STATE"
