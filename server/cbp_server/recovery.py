@@ -83,6 +83,7 @@ class Recovery:
         self._decode_batch = decode_batch
         self._observer = observer
         self._deaths: dict[tuple[str, int], int] = {}  # by learner and position
+        self.replaying: set[str] = set()  # uids of the learners whose journals are being replayed now
 
     async def recover(
         self,
@@ -170,6 +171,15 @@ class Recovery:
             BatchNotLearnt: at a batch that the learner cannot learn; it is no longer in the engine then.
             JournalDamaged: an entry is missing or damaged.
         """
+        self.replaying.add(stored.uid)
+        try:
+            return await self._replay(stored, uid, report, last, carefully=carefully)
+        finally:
+            self.replaying.discard(stored.uid)
+
+    async def _replay(
+        self, stored: StoredLearner, uid: str, report: messages.LearnerReport, last: int | None, *, carefully: bool
+    ) -> messages.LearnerReport:
         replaying = _Replaying(self, stored, uid, report, 1 if carefully else _UNDER_WAY)
         storage, started, told = self._storage, time.monotonic(), time.monotonic()
         resumes = await storage.run(storage.journal.resumes, stored.uid, report.journal_position)

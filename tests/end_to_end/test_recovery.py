@@ -415,3 +415,36 @@ def test_an_old_checkpoint_without_the_journal_behind_it_does_not_stand_in_for_a
     server.start()
     wire = connect(server.grpc_target)
     assert refused(lambda: wire.get("clicks")).reason == "UNREADABLE_STATE"
+
+
+# -- a batch that the engine dies of, once more --
+
+
+def patch(tmp_path, monkeypatch, code):
+    """Runs `code` at the start of the server's processes."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+
+
+def test_a_batch_that_the_engine_dies_of_is_found_whenever_it_is_replayed(
+    start_server, connect, small_spec, examples, tmp_path, monkeypatch
+):
+    patch(tmp_path, monkeypatch, POISON)
+    server = start_server()
+    wire = connect(server.grpc_target)
+    clicks, other = Taught(small_spec), Taught(small_spec, "other")
+    for learner in (clicks, other):
+        wire.create(learner.id)
+        stream = wire.stream(learner.id)
+        learner.teach(stream, examples(10, seed=1))
+        stream.results(1)
+    wire.stream("clicks").send_batch(2, *examples(10, seed=2), task="poison")
+    wait_until(lambda: "engine process ended" in server.log)
+    server.kill()  # before anything is known of the batch
+    server.launch()
+    wait_until(lambda: '"learner quarantined"' in server.log, seconds=40)
+    server.wait_until_ready()
+    wire = connect(server.grpc_target)
+    clicks.check(wire)
+    other.check(wire)
