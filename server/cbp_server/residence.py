@@ -232,7 +232,10 @@ class Residence:
     def _install(self, hosted: Hosted, recovered: Recovered) -> None:
         record, report = hosted.record, recovered.report
         hosted.log.position = recovered.journal_position
+        durable = {name: producer.durable for name, producer in hosted.producers.items()}
         hosted.install(report)
+        if recovered.samples is None and not hosted.log.journals_batches:
+            hosted.set_durable(durable)  # it was in the engine all along, with batches that no checkpoint has
         if recovered.samples is not None:
             record.samples.clear()
             record.samples.extend(recovered.samples)

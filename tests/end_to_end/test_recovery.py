@@ -448,3 +448,42 @@ def test_a_batch_that_the_engine_dies_of_is_found_whenever_it_is_replayed(
     wire = connect(server.grpc_target)
     clicks.check(wire)
     other.check(wire)
+
+
+# -- what is durable --
+
+FAILING_JOURNAL = """
+import os
+from sqlalchemy.exc import OperationalError
+from cbp_server.store.journal import Journal
+append = Journal.append
+def failing(self, entries, *, sync=True):
+    if os.path.exists(os.environ["FLAG"]):
+        raise OperationalError("INSERT", {}, Exception("database is away"))
+    append(self, entries, sync=sync)
+Journal.append = failing
+"""
+
+
+def test_without_a_journal_of_batches_nothing_becomes_durable_by_a_recovery_in_memory(
+    start_server, connect, small_spec, examples, tmp_path, monkeypatch
+):
+    patch(tmp_path, monkeypatch, FAILING_JOURNAL)
+    flag = tmp_path / "flag"
+    monkeypatch.setenv("FLAG", str(flag))
+    server = start_server("--checkpoint-interval", "3600")
+    wire = connect(server.grpc_target)
+    create(wire, "clicks", small_spec, learner_pb2.DURABILITY_NONE)
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    learner.teach(stream, examples(10, seed=1))
+    assert stream.receive().acknowledgement.durable_sequence == 0
+    flag.touch()
+    other = wire.stream("clicks", "other")  # cannot be noted in the journal
+    other.failure()
+    flag.unlink()
+    again = stream_when_back(wire)
+    assert (again.opened.applied_sequence, again.opened.durable_sequence) == (1, 0)
+    learner.check(wire)
+    checkpoint(wire, "clicks")
+    assert again.receive().acknowledgement.durable_sequence == 1
