@@ -487,3 +487,35 @@ def test_without_a_journal_of_batches_nothing_becomes_durable_by_a_recovery_in_m
     learner.check(wire)
     checkpoint(wire, "clicks")
     assert again.receive().acknowledgement.durable_sequence == 1
+
+
+SLOW_CHECKPOINTS = """
+import os, time
+from cbp_server.store.checkpoints import CheckpointFiles
+write = CheckpointFiles.write
+def slow(self, uid, number, data):
+    open(os.environ["FLAG"], "w").close()
+    time.sleep(float(os.environ["SLOW"]))
+    write(self, uid, number, data)
+CheckpointFiles.write = slow
+"""
+
+
+def test_an_orderly_end_waits_for_a_checkpoint_under_way(
+    start_server, connect, small_spec, examples, tmp_path, monkeypatch
+):
+    patch(tmp_path, monkeypatch, SLOW_CHECKPOINTS)
+    flag = tmp_path / "flag"
+    monkeypatch.setenv("FLAG", str(flag))
+    monkeypatch.setenv("SLOW", "2")
+    server = start_server("--checkpoint-interval", "0.3")
+    wire = connect(server.grpc_target)
+    create(wire, "clicks", small_spec, learner_pb2.DURABILITY_NONE)
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    learner.teach(stream, examples(10, seed=1))
+    stream.results(1)
+    wait_until(flag.exists)
+    assert server.stop() == 0
+    server.start()
+    learner.check(connect(server.grpc_target))
