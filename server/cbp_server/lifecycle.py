@@ -27,6 +27,7 @@ from cbp_server.errors import (
     EtagMismatch,
     ExportFailed,
     InvalidRequest,
+    JournalDamaged,
     LearnerExists,
     LearnerNotFound,
     LearnerNotQuarantined,
@@ -320,10 +321,10 @@ class Lifecycle:
         bounds = await self._storage.run(self._storage.journal.bounds, hosted.uid)
         quarantine = hosted.stored.quarantine
         last = quarantine.position - 1 if quarantine is not None and quarantine.position else hosted.log.position
-        if hosted.stored.born and (bounds is None or bounds[0] == 1) and hosted.log.journals_batches:
+        behind = bounds[0] - 1 if bounds is not None else hosted.log.position  # the journal holds what is behind it
+        if hosted.stored.born and not behind and hosted.log.journals_batches:
             return 0, last
-        reachable = [row.position for row in rows if bounds is None or row.position >= bounds[0] - 1]
-        return min(reachable, default=last), last
+        return min((row.position for row in rows if row.position >= behind), default=last), last
 
     async def restore(
         self, hosted: Hosted, *, number: int | None, position: int | None, expected_etag: str
@@ -356,7 +357,9 @@ class Lifecycle:
                     await self._engine.call(messages.Load(scratch, source.number, uid))
                 else:
                     loaded = await self._recovery.load(hosted.stored, scratch, position)
-                    await self._recovery.replay(hosted.stored, scratch, loaded.learner, position)
+                    reached = await self._recovery.replay(hosted.stored, scratch, loaded.learner, position)
+                    if reached.journal_position != position:
+                        raise JournalDamaged(uid, reached.journal_position + 1)
                 end = hosted.log.position + 1
                 placed = messages.Place(scratch, positions, end, datetime.now(UTC).isoformat())
                 report = await self._engine.call(placed)

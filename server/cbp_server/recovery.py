@@ -85,6 +85,7 @@ class Recovery:
         self._decode_batch = decode_batch
         self._observer = observer
         self._deaths: dict[tuple[str, int], int] = {}  # by learner and position
+        self.replaying: set[str] = set()  # uids of the learners whose journals are being replayed now
 
     async def recover(
         self,
@@ -115,6 +116,7 @@ class Recovery:
             report = loaded.learner if loaded is not None else await self._engine.call(messages.Describe(uid))
             try:
                 report = await self.replay(stored, uid, report, last, carefully=carefully)
+                await self._check_whole(uid, report, last)
                 break
             except BatchNotLearnt as failure:
                 in_engine = False
@@ -125,6 +127,13 @@ class Recovery:
         end = max(report.journal_position, bounds[1] if bounds is not None else 0)
         return Recovered(report, loaded.samples if loaded is not None else None, quarantine, end)
 
+    async def _check_whole(self, uid: str, report: messages.LearnerReport, last: int | None) -> None:
+        """Raises `JournalDamaged` if a checkpoint, readable or not, holds more than what has been brought back."""
+        checkpoints = await self._storage.run(self._storage.catalog.checkpoints, uid)
+        known = max((row.position for row in checkpoints if last is None or row.position <= last), default=0)
+        if report.journal_position < known:
+            raise JournalDamaged(uid, report.journal_position + 1)
+
     async def load(self, stored: StoredLearner, uid: str, last: int | None) -> messages.LoadReport:
         """Loads the newest readable checkpoint that goes no further than position `last`, as learner `uid`.
 
@@ -133,7 +142,8 @@ class Recovery:
         """
         storage = self._storage
         failures: list[str] = []
-        for checkpoint in await storage.run(storage.catalog.checkpoints, stored.uid):
+        checkpoints = await storage.run(storage.catalog.checkpoints, stored.uid)
+        for checkpoint in checkpoints:
             if last is not None and checkpoint.position > last:
                 continue
             try:
@@ -142,7 +152,7 @@ class Recovery:
                 log.warning("checkpoint unreadable", learner=stored.learner_id, error=str(error))
                 failures.append(str(error))
         bounds = await storage.run(storage.journal.bounds, stored.uid)
-        reaches_back = bounds[0] == 1 if bounds is not None else not failures
+        reaches_back = bounds[0] == 1 if bounds is not None else not checkpoints
         if not (stored.born and reaches_back):
             raise SnapshotError(f"no checkpoint of learner '{stored.learner_id}' is readable: {'; '.join(failures)}")
         report = await self._engine.call(messages.Create(uid, LearnerSpec.parse(stored.spec)))
@@ -163,6 +173,15 @@ class Recovery:
             BatchNotLearnt: at a batch that the learner cannot learn; it is no longer in the engine then.
             JournalDamaged: an entry is missing or damaged.
         """
+        self.replaying.add(stored.uid)
+        try:
+            return await self._replay(stored, uid, report, last, carefully=carefully)
+        finally:
+            self.replaying.discard(stored.uid)
+
+    async def _replay(
+        self, stored: StoredLearner, uid: str, report: messages.LearnerReport, last: int | None, *, carefully: bool
+    ) -> messages.LearnerReport:
         replaying = _Replaying(self, stored, uid, report, 1 if carefully else _UNDER_WAY)
         storage, started, told = self._storage, time.monotonic(), time.monotonic()
         resumes = await storage.run(storage.journal.resumes, stored.uid, report.journal_position)

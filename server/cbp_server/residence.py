@@ -75,7 +75,7 @@ class Residence:
         self._observer = observer
         self._at_once = asyncio.Semaphore(_RECOVERIES_AT_ONCE)
         self._one_at_once = asyncio.Lock()
-        self._suspects: set[str] = set()  # uids that had batches in the engine when its process last died
+        self._suspects: set[str] = set()  # uids that had batches in the engine, or were replayed, when it died
         self._stopping = asyncio.Event()
 
     # -- use --
@@ -232,7 +232,10 @@ class Residence:
     def _install(self, hosted: Hosted, recovered: Recovered) -> None:
         record, report = hosted.record, recovered.report
         hosted.log.position = recovered.journal_position
+        durable = {name: producer.durable for name, producer in hosted.producers.items()}
         hosted.install(report)
+        if recovered.samples is None and not hosted.log.journals_batches:
+            hosted.set_durable(durable)  # it was in the engine all along, with batches that no checkpoint has
         if recovered.samples is not None:
             record.samples.clear()
             record.samples.extend(recovered.samples)
@@ -284,7 +287,7 @@ class Residence:
     def engine_down(self, learners: Sequence[Hosted]) -> None:
         """The engine process has died, and every learner in it is gone."""
         for hosted in learners:
-            if hosted.record.queued_batches:
+            if hosted.record.queued_batches or hosted.uid in self._recovery.replaying:
                 self._suspects.add(hosted.uid)
             if hosted.in_engine or hosted.recovery is not None:
                 hosted.in_engine = False

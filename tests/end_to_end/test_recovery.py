@@ -369,6 +369,25 @@ def test_a_database_that_goes_away_and_comes_back_loses_nothing(
     postgres = make_postgres()
     postgres.start()
     server = start_server("--store-url", postgres.url, "--checkpoint-interval", "0.2")
+
+
+# -- the journal ends where the checkpoints do --
+
+
+def journal_rows(server):
+    with contextlib.closing(sqlite3.connect(server.data_dir / "journal.db")) as database:
+        (count,) = database.execute("SELECT count(*) FROM journal").fetchone()
+        return count
+
+
+def newest_file(server):
+    return max((server.data_dir / "checkpoints").glob("*/*.safetensors"), key=lambda path: int(path.stem))
+
+
+def test_positions_that_a_truncated_journal_does_not_hold_are_not_restored(
+    start_server, connect, small_spec, examples, refused
+):
+    server = start_server("--checkpoints-kept", "1", "--checkpoint-interval", "0.2")
     wire = connect(server.grpc_target)
     wire.create("clicks")
     learner = Taught(small_spec)
@@ -400,3 +419,142 @@ def test_a_second_server_on_the_same_database_refuses_to_start(start_server, mak
     start_server("--store-url", postgres.url)
     with pytest.raises(AssertionError, match="another server uses this database"):
         start_server("--store-url", postgres.url)
+
+    for seed in range(3):
+        learner.teach(stream, examples(10, seed=seed))
+        if seed == 0:
+            stream.results(1)
+            checkpoint(wire, "clicks")
+    stream.results(2)
+    wait_until(lambda: journal_rows(server) == 0)
+    listed = wire.learners.ListCheckpoints(learner_service_pb2.ListCheckpointsRequest(parent="learners/clicks"))
+    assert (listed.first_restorable_position, listed.last_restorable_position) == (4, 4)
+    for position in (1, 3):
+        restore = learner_service_pb2.RestoreLearnerRequest(name="learners/clicks", journal_position=position)
+        assert refused(lambda restore=restore: wire.learners.RestoreLearner(restore)).reason == "POSITION_NOT_HELD"
+    learner.check(wire)
+
+
+def test_an_old_checkpoint_without_the_journal_behind_it_does_not_stand_in_for_a_damaged_one(
+    start_server, connect, small_spec, examples, refused
+):
+    server = start_server("--checkpoints-kept", "1", "--checkpoint-interval", "0.2")
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    learner.teach(stream, examples(10, seed=1))
+    stream.results(1)
+    checkpoint(wire, "clicks")
+    learner.teach(stream, examples(10, seed=2))
+    stream.results(1)
+    wait_until(lambda: journal_rows(server) == 0)
+    server.kill()
+    newest_file(server).write_bytes(b"damaged")
+    server.start()
+    wire = connect(server.grpc_target)
+    assert refused(lambda: wire.get("clicks")).reason == "UNREADABLE_STATE"
+
+
+# -- a batch that the engine dies of, once more --
+
+
+def patch(tmp_path, monkeypatch, code):
+    """Runs `code` at the start of the server's processes."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+
+
+def test_a_batch_that_the_engine_dies_of_is_found_whenever_it_is_replayed(
+    start_server, connect, small_spec, examples, tmp_path, monkeypatch
+):
+    patch(tmp_path, monkeypatch, POISON)
+    server = start_server()
+    wire = connect(server.grpc_target)
+    clicks, other = Taught(small_spec), Taught(small_spec, "other")
+    for learner in (clicks, other):
+        wire.create(learner.id)
+        stream = wire.stream(learner.id)
+        learner.teach(stream, examples(10, seed=1))
+        stream.results(1)
+    wire.stream("clicks").send_batch(2, *examples(10, seed=2), task="poison")
+    wait_until(lambda: "engine process ended" in server.log)
+    server.kill()  # before anything is known of the batch
+    server.launch()
+    wait_until(lambda: '"learner quarantined"' in server.log, seconds=40)
+    server.wait_until_ready()
+    wire = connect(server.grpc_target)
+    clicks.check(wire)
+    other.check(wire)
+
+
+# -- what is durable --
+
+FAILING_JOURNAL = """
+import os
+from sqlalchemy.exc import OperationalError
+from cbp_server.store.journal import Journal
+append = Journal.append
+def failing(self, entries, *, sync=True):
+    if os.path.exists(os.environ["FLAG"]):
+        raise OperationalError("INSERT", {}, Exception("database is away"))
+    append(self, entries, sync=sync)
+Journal.append = failing
+"""
+
+
+def test_without_a_journal_of_batches_nothing_becomes_durable_by_a_recovery_in_memory(
+    start_server, connect, small_spec, examples, tmp_path, monkeypatch
+):
+    patch(tmp_path, monkeypatch, FAILING_JOURNAL)
+    flag = tmp_path / "flag"
+    monkeypatch.setenv("FLAG", str(flag))
+    server = start_server("--checkpoint-interval", "3600")
+    wire = connect(server.grpc_target)
+    create(wire, "clicks", small_spec, learner_pb2.DURABILITY_NONE)
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    learner.teach(stream, examples(10, seed=1))
+    assert stream.receive().acknowledgement.durable_sequence == 0
+    flag.touch()
+    other = wire.stream("clicks", "other")  # cannot be noted in the journal
+    other.failure()
+    flag.unlink()
+    again = stream_when_back(wire)
+    assert (again.opened.applied_sequence, again.opened.durable_sequence) == (1, 0)
+    learner.check(wire)
+    checkpoint(wire, "clicks")
+    assert again.receive().acknowledgement.durable_sequence == 1
+
+
+SLOW_CHECKPOINTS = """
+import os, time
+from cbp_server.store.checkpoints import CheckpointFiles
+write = CheckpointFiles.write
+def slow(self, uid, number, data):
+    open(os.environ["FLAG"], "w").close()
+    time.sleep(float(os.environ["SLOW"]))
+    write(self, uid, number, data)
+CheckpointFiles.write = slow
+"""
+
+
+def test_an_orderly_end_waits_for_a_checkpoint_under_way(
+    start_server, connect, small_spec, examples, tmp_path, monkeypatch
+):
+    patch(tmp_path, monkeypatch, SLOW_CHECKPOINTS)
+    flag = tmp_path / "flag"
+    monkeypatch.setenv("FLAG", str(flag))
+    monkeypatch.setenv("SLOW", "2")
+    server = start_server("--checkpoint-interval", "0.3")
+    wire = connect(server.grpc_target)
+    create(wire, "clicks", small_spec, learner_pb2.DURABILITY_NONE)
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    learner.teach(stream, examples(10, seed=1))
+    stream.results(1)
+    wait_until(flag.exists)
+    assert server.stop() == 0
+    server.start()
+    learner.check(connect(server.grpc_target))
