@@ -360,17 +360,6 @@ def test_engine_deaths_that_are_nobodys_fault_quarantine_nobody(own_server, conn
     learner.check(wire)
 
 
-# -- PostgreSQL --
-
-
-def test_a_database_that_goes_away_and_comes_back_loses_nothing(
-    start_server, make_postgres, connect, small_spec, examples, explain
-):
-    postgres = make_postgres()
-    postgres.start()
-    server = start_server("--store-url", postgres.url, "--checkpoint-interval", "0.2")
-
-
 # -- the journal ends where the checkpoints do --
 
 
@@ -392,34 +381,6 @@ def test_positions_that_a_truncated_journal_does_not_hold_are_not_restored(
     wire.create("clicks")
     learner = Taught(small_spec)
     stream = wire.stream("clicks")
-    learner.teach(stream, examples(20, seed=1))
-    stream.results(1)
-
-    postgres.stop()
-    stream.send_batch(2, *examples(20, seed=2))
-    error = explain(stream.failure())
-    assert (error.code, error.reason, error.retryable) == (grpc.StatusCode.UNAVAILABLE, "JOURNAL_UNAVAILABLE", True)
-    learner.check(wire)  # it still predicts
-    postgres.start()
-
-    again = stream_when_back(wire)
-    assert again.opened.next_sequence == 2
-    for seed in (2, 3):
-        learner.teach(again, examples(20, seed=seed))
-    again.results(2)
-    server.kill()
-    server.start()
-    learner.check(connect(server.grpc_target))
-    assert not (server.data_dir / "journal.db").exists()
-
-
-def test_a_second_server_on_the_same_database_refuses_to_start(start_server, make_postgres):
-    postgres = make_postgres()
-    postgres.start()
-    start_server("--store-url", postgres.url)
-    with pytest.raises(AssertionError, match="another server uses this database"):
-        start_server("--store-url", postgres.url)
-
     for seed in range(3):
         learner.teach(stream, examples(10, seed=seed))
         if seed == 0:
@@ -558,3 +519,45 @@ def test_an_orderly_end_waits_for_a_checkpoint_under_way(
     assert server.stop() == 0
     server.start()
     learner.check(connect(server.grpc_target))
+
+
+# -- PostgreSQL --
+
+
+def test_a_database_that_goes_away_and_comes_back_loses_nothing(
+    start_server, make_postgres, connect, small_spec, examples, explain
+):
+    postgres = make_postgres()
+    postgres.start()
+    server = start_server("--store-url", postgres.url, "--checkpoint-interval", "0.2")
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    learner.teach(stream, examples(20, seed=1))
+    stream.results(1)
+
+    postgres.stop()
+    stream.send_batch(2, *examples(20, seed=2))
+    error = explain(stream.failure())
+    assert (error.code, error.reason, error.retryable) == (grpc.StatusCode.UNAVAILABLE, "JOURNAL_UNAVAILABLE", True)
+    learner.check(wire)  # it still predicts
+    postgres.start()
+
+    again = stream_when_back(wire)
+    assert again.opened.next_sequence == 2
+    for seed in (2, 3):
+        learner.teach(again, examples(20, seed=seed))
+    again.results(2)
+    server.kill()
+    server.start()
+    learner.check(connect(server.grpc_target))
+    assert not (server.data_dir / "journal.db").exists()
+
+
+def test_a_second_server_on_the_same_database_refuses_to_start(start_server, make_postgres):
+    postgres = make_postgres()
+    postgres.start()
+    start_server("--store-url", postgres.url)
+    with pytest.raises(AssertionError, match="another server uses this database"):
+        start_server("--store-url", postgres.url)
