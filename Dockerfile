@@ -12,7 +12,7 @@ RUN python3 -m venv /opt/cbp \
 COPY proto proto
 COPY cbp cbp
 COPY server server
-RUN /opt/cbp/bin/pip install --no-cache-dir -c constraints.txt ./proto ./cbp "./server[postgresql]" \
+RUN /opt/cbp/bin/pip install --no-cache-dir -c constraints.txt ./proto ./cbp "./server[postgresql,s3]" \
     && /opt/cbp/bin/pip uninstall --yes pip
 
 

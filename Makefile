@@ -14,7 +14,7 @@ help: ## show these targets
 .venv/installed: constraints.txt proto/pyproject.toml cbp/pyproject.toml server/pyproject.toml client/pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt \
-		-e proto -e cbp -e 'server[postgresql]' -e 'client[files,demo]'
+		-e proto -e cbp -e 'server[postgresql,s3]' -e 'client[files,demo]'
 	@touch $@
 
 install: .venv/installed ## create .venv with everything the project needs
@@ -47,9 +47,10 @@ serve: .venv/installed ## run a server on 127.0.0.1:50051 (gRPC) and :8080 (HTTP
 proto: .venv/installed ## regenerate proto/cbp_proto/v1/*_pb2*
 	$(BIN)/python tools/generate_protos.py
 
-bench: .venv/installed ## run the benchmarks and print their tables
+bench: .venv/installed ## run the benchmarks and print their tables (about eight minutes)
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/service_throughput.py
+	$(BIN)/python benchmarks/durability.py
 
 clean: ## remove the environment and what tools left behind
 	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from server_process import ServerProcess
 
-pytest_plugins = ["wire"]
+pytest_plugins = ["postgres", "wire"]
 
 
 @pytest.fixture(scope="session")

@@ -255,9 +255,77 @@ CHECKPOINTS = (
         "Bps",
     ),
     Panel(
-        "Steps not yet on disk",
-        "What clients would send again if the server died now: the most of any learner.",
-        {"most": f"max(cbp_learner_steps_total{{{_INSTANCE}}} - cbp_learner_checkpoint_step{{{_INSTANCE}}})"},
+        "Behind the newest checkpoint",
+        "Entries of the journal that a restart would apply once more: of all learners, and the most of any one.",
+        {
+            "all": f"sum(cbp_learner_unsaved_entries{{{_INSTANCE}}})",
+            "most": f"max(cbp_learner_unsaved_entries{{{_INSTANCE}}})",
+        },
+    ),
+)
+
+JOURNAL = (
+    Panel(
+        "Journal commits",
+        "Transactions per second. While they fail, nothing is accepted.",
+        {
+            "written": f"sum(rate(cbp_journal_commit_duration_seconds_count{{{_INSTANCE}}}[$__rate_interval]))",
+            "failed": f"sum(rate(cbp_journal_commit_failures_total{{{_INSTANCE}}}[$__rate_interval]))",
+        },
+        "cps",
+    ),
+    Panel(
+        "Journal commit duration",
+        "Median and 95th percentile. A batch is not learnt before it is in the journal.",
+        {
+            f"p{percent}": f"histogram_quantile({percent / 100}, sum by (le) "
+            f"(rate(cbp_journal_commit_duration_seconds_bucket{{{_INSTANCE}}}[$__rate_interval])))"
+            for percent in (50, 95)
+        },
+        "s",
+    ),
+    Panel(
+        "Entries per commit",
+        "Entries that wait share a transaction: the more there are, the less each one costs.",
+        {
+            "entries": f"sum(rate(cbp_journal_entries_total{{{_INSTANCE}}}[$__rate_interval])) "
+            f"/ sum(rate(cbp_journal_commit_duration_seconds_count{{{_INSTANCE}}}[$__rate_interval]))"
+        },
+    ),
+    Panel(
+        "Journal data",
+        "Payloads written per second.",
+        {"written": f"sum(rate(cbp_journal_written_bytes_total{{{_INSTANCE}}}[$__rate_interval]))"},
+        "Bps",
+    ),
+)
+
+LEARNERS = (
+    Panel(
+        "Learners by state",
+        "Evicted ones are idle and come back when they are used; quarantined ones wait for somebody to resume them.",
+        {"{{state}}": f"sum by (state) (cbp_learners{{{_INSTANCE}}})"},
+    ),
+    Panel(
+        "Quarantined",
+        "Which learners wait to be resumed.",
+        {_BY_LEARNER: f"cbp_learner_quarantined{{{_INSTANCE}}}"},
+    ),
+    Panel(
+        "Recoveries and evictions",
+        "Learners brought back, taken out of memory, and quarantined, per second.",
+        {
+            "brought back": f"sum(rate(cbp_recovery_duration_seconds_count{{{_INSTANCE}}}[$__rate_interval]))",
+            "evicted": f"sum(rate(cbp_evictions_total{{{_INSTANCE}}}[$__rate_interval]))",
+            "quarantined": f"sum(rate(cbp_quarantines_total{{{_INSTANCE}}}[$__rate_interval]))",
+        },
+        "cps",
+    ),
+    Panel(
+        "Entries applied once more",
+        "To bring learners back, per second. Many at each restart: let checkpoints come more often.",
+        {"entries": f"sum(rate(cbp_replayed_entries_total{{{_INSTANCE}}}[$__rate_interval]))"},
+        "cps",
     ),
 )
 
@@ -276,10 +344,23 @@ class Figure:
 
 FIGURES = (
     Figure("Engine", "Engine processes that answer.", f"sum(cbp_engine_up{{{_INSTANCE}}})", bad=1, bad_below=True),
-    Figure("Learners", "Live learners.", f"sum(cbp_learners{{{_INSTANCE}}})"),
+    Figure(
+        "Journal",
+        "Servers whose journal can be written.",
+        f"sum(cbp_journal_up{{{_INSTANCE}}})",
+        bad=1,
+        bad_below=True,
+    ),
+    Figure("Learners", "Without deleted ones.", f'sum(cbp_learners{{{_INSTANCE}, state!="deleted"}})'),
+    Figure(
+        "Quarantined",
+        "Learners that could not learn a batch, and wait to be resumed.",
+        f"sum(cbp_learner_quarantined{{{_INSTANCE}}})",
+        bad=1,
+    ),
     Figure(
         "Unavailable",
-        "Learners that cannot be used now, or could not be restored from disk.",
+        "Learners that cannot be used now, or could not be restored.",
         f'sum(cbp_learners{{{_INSTANCE}, state="unavailable"}}) + sum(cbp_unreadable_learners{{{_INSTANCE}}})',
         bad=1,
     ),
@@ -314,11 +395,15 @@ def plasticity() -> dashboard.Dashboard:
 
 
 def service() -> dashboard.Dashboard:
-    board = _dashboard("cbp: service", "cbp-service", "Is the server well? Calls, queue, engine and checkpoints.")
+    board = _dashboard(
+        "cbp: service", "cbp-service", "Is the server well? Calls, queue, engine, learners, journal and checkpoints."
+    )
     for figure in FIGURES:
         board.with_panel(_figure(figure))
     _add_row(board, "Calls and streams", CALLS)
     _add_row(board, "Engine", ENGINE)
+    _add_row(board, "Learners", LEARNERS)
+    _add_row(board, "Journal", JOURNAL)
     _add_row(board, "Checkpoints", CHECKPOINTS)
     return board
 
@@ -403,7 +488,7 @@ def _figure(figure: Figure) -> stat.Panel:
         .datasource(_SOURCE)
         .unit(figure.unit)
         .decimals(0)
-        .span(4)
+        .span(3)
         .height(4)
         .graph_mode(BigValueGraphMode.NONE)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))

@@ -25,7 +25,7 @@ from cbp_server.engine.messages import EngineOptions, EngineReady
 from cbp_server.engine.process import EngineProcess
 from cbp_server.errors import EngineUnavailable
 from cbp_server.host import Host, HostOptions
-from cbp_server.metrics import HostMetrics, RpcMetrics, register_server_metrics
+from cbp_server.metrics import HostMetrics, JournalMetrics, RpcMetrics, register_server_metrics
 from cbp_server.rpc.convert import journaled_batch
 from cbp_server.rpc.server import RpcServer
 from cbp_server.settings import Settings
@@ -95,7 +95,7 @@ class _Server:
         storage = Storage(
             catalog=Catalog(database),
             journal=journal,
-            commit=GroupCommit(_append(journal, ownership), _end_loudly),
+            commit=GroupCommit(_append(journal, ownership), _end_loudly, JournalMetrics(registry)),
             files=_checkpoint_files(checkpoint_url),
         )
         self._commit = storage.commit

@@ -71,7 +71,7 @@ class Checkpointer:
         self._policy = policy
         self._observer = observer
         self._at_once = asyncio.Semaphore(_AT_ONCE)
-        self._under_way: set[asyncio.Task[bool]] = set()
+        self._under_way: dict[Hosted, asyncio.Task[bool]] = {}
 
     def note_change(self, hosted: Hosted, *, steps: int = 0, journal_bytes: int = 0) -> None:
         """The learner has changed; saves it if that is due."""
@@ -90,13 +90,15 @@ class Checkpointer:
             self._consider(hosted, now)
 
     def _consider(self, hosted: Hosted, now: float) -> None:
-        if hosted.in_engine and not hosted.saving.locked() and self._policy.is_due(hosted.unsaved, now):
-            task = asyncio.create_task(self.try_save(hosted))
-            self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
+        if hosted in self._under_way or hosted.saving.locked():
+            return
+        if hosted.in_engine and self._policy.is_due(hosted.unsaved, now):
+            task = self._under_way[hosted] = asyncio.create_task(self.try_save(hosted))
+            task.add_done_callback(lambda _: self._under_way.pop(hosted))
 
     async def save_all(self, learners: Iterable[Hosted]) -> int:
         """Saves every learner that has changed; the number of those that could not be saved."""
+        await asyncio.gather(*self._under_way.values())  # what they do not manage is unsaved again
         saves = (self.try_save(hosted) for hosted in learners if hosted.unsaved.changes and hosted.in_engine)
         return (await asyncio.gather(*saves)).count(False)
 

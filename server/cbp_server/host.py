@@ -31,10 +31,17 @@ from cbp_server.hosted import Hosted, hosted_from_catalog
 from cbp_server.lifecycle import Lifecycle
 from cbp_server.paging import page_of
 from cbp_server.producers import Producer
-from cbp_server.records import Durability, EngineStatus, LearnerRecord, LearnerState, SampleRecord
-from cbp_server.recovery import Recovery
+from cbp_server.records import (
+    Durability,
+    EngineStatus,
+    JournalStatus,
+    LearnerRecord,
+    LearnerState,
+    SampleRecord,
+)
+from cbp_server.recovery import Recovery, ReplayObserver
 from cbp_server.registry import Registry
-from cbp_server.residence import Residence
+from cbp_server.residence import Residence, ResidenceObserver
 from cbp_server.sessions import IncomingBatch, TrainSession
 from cbp_server.storage import Storage
 from cbp_server.store.catalog import StoredCheckpoint, StoredLearner
@@ -49,7 +56,7 @@ _MOST_PRODUCERS = 1000  # of one learner: each is in every checkpoint and every 
 log = structlog.get_logger("cbp_server.host")
 
 
-class HostObserver(CheckpointObserver, Protocol):
+class HostObserver(CheckpointObserver, ReplayObserver, ResidenceObserver, Protocol):
     """Counts what happens, for the metrics."""
 
     def batch_rejected(self, error: CbpError) -> None: ...
@@ -103,7 +110,7 @@ class Host:
         self._registry = Registry()
         self._changes = ChangeLog(engine, storage.commit)
         self._checkpointer = Checkpointer(engine, storage, self._registry, options.checkpoints, observer)
-        recovery = Recovery(engine, storage, decode_batch)
+        recovery = Recovery(engine, storage, decode_batch, observer)
         self._residence = Residence(
             engine,
             storage,
@@ -112,6 +119,7 @@ class Host:
             most=options.max_live_learners,
             idle_seconds=options.evict_after,
             on_change=self._registry.touch,
+            observer=observer,
         )
         self._lifecycle = Lifecycle(
             engine,
@@ -203,6 +211,9 @@ class Host:
 
     def engine_status(self) -> EngineStatus:
         return self._engine.status
+
+    def journal_status(self) -> JournalStatus:
+        return self._storage.commit.status
 
     @property
     def open_streams(self) -> int:

@@ -93,6 +93,12 @@ class Hosted:
         self.producers = {name: Producer(name, position) for name, position in report.positions.items()}
         record.producers = {name: producer.record for name, producer in self.producers.items()}
 
+    def set_durable(self, sequences: Mapping[str, int]) -> None:
+        """How far producers are durable, of which `install` takes all that is applied to be."""
+        for name, producer in self.producers.items():
+            producer.durable = sequences.get(name, 0)
+            self.record.producers[name] = producer.record
+
     def set_quarantine(self, quarantine: Quarantine | None) -> None:
         self.stored = replace(self.stored, quarantine=quarantine)
         self.record.quarantine = quarantine
@@ -209,7 +215,7 @@ def stored_checkpoint(
 
 
 def checkpoint_record(checkpoint: StoredCheckpoint) -> CheckpointRecord:
-    return CheckpointRecord(checkpoint.step, checkpoint.time, checkpoint.size_bytes)
+    return CheckpointRecord(checkpoint.step, checkpoint.time, checkpoint.size_bytes, checkpoint.position)
 
 
 def etag(uid: str, update_time: datetime, spec: LearnerSpec) -> str:

@@ -20,12 +20,14 @@ from cbp_server.checkpointing import Checkpointer
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
 from cbp_server.errors import (
+    CheckpointFailed,
     CheckpointNeeded,
     CheckpointNotFound,
     EngineUnavailable,
     EtagMismatch,
     ExportFailed,
     InvalidRequest,
+    JournalDamaged,
     LearnerExists,
     LearnerNotFound,
     LearnerNotQuarantined,
@@ -93,6 +95,8 @@ class Lifecycle:
             stored = _new(learner_id, spec, durability, request_id, request_digest, born=True)
             if (earlier := self._made_by(stored)) is not None:
                 return earlier.record
+            if not self._engine.status.up:
+                raise EngineUnavailable
             await self._storage.run(self._storage.catalog.add, stored)
             hosted = hosted_from_catalog(stored, None, LearnerState.UNAVAILABLE, self._history_samples)
             self._registry.add([hosted])
@@ -317,10 +321,10 @@ class Lifecycle:
         bounds = await self._storage.run(self._storage.journal.bounds, hosted.uid)
         quarantine = hosted.stored.quarantine
         last = quarantine.position - 1 if quarantine is not None and quarantine.position else hosted.log.position
-        if hosted.stored.born and (bounds is None or bounds[0] == 1) and hosted.log.journals_batches:
+        behind = bounds[0] - 1 if bounds is not None else hosted.log.position  # the journal holds what is behind it
+        if hosted.stored.born and not behind and hosted.log.journals_batches:
             return 0, last
-        reachable = [row.position for row in rows if bounds is None or row.position >= bounds[0] - 1]
-        return min(reachable, default=last), last
+        return min((row.position for row in rows if row.position >= behind), default=last), last
 
     async def restore(
         self, hosted: Hosted, *, number: int | None, position: int | None, expected_etag: str
@@ -332,6 +336,9 @@ class Lifecycle:
             rows = await self._storage.run(self._storage.catalog.checkpoints, hosted.uid)
             source = None if number is None else _numbered(hosted, rows, number)
             if position is not None:
+                if not hosted.log.journals_batches:
+                    description = "is not possible: the learner's batches are not journaled; name a checkpoint"
+                    raise InvalidRequest(FieldViolation("journal_position", description))
                 first, last = await self._restorable(hosted, rows)
                 if not first <= position <= last:
                     raise PositionNotHeld(hosted.learner_id, first, last)
@@ -350,7 +357,9 @@ class Lifecycle:
                     await self._engine.call(messages.Load(scratch, source.number, uid))
                 else:
                     loaded = await self._recovery.load(hosted.stored, scratch, position)
-                    await self._recovery.replay(hosted.stored, scratch, loaded.learner, position)
+                    reached = await self._recovery.replay(hosted.stored, scratch, loaded.learner, position)
+                    if reached.journal_position != position:
+                        raise JournalDamaged(uid, reached.journal_position + 1)
                 end = hosted.log.position + 1
                 placed = messages.Place(scratch, positions, end, datetime.now(UTC).isoformat())
                 report = await self._engine.call(placed)
@@ -443,15 +452,19 @@ class Lifecycle:
         now = datetime.now(UTC)
         for hosted in self._registry.deleted():
             if hosted.record.purge_time is not None and hosted.record.purge_time <= now:
-                await self._purge(hosted)
+                try:
+                    await self._purge(hosted)
+                except CheckpointFailed as error:  # tried again
+                    log.warning("learner not purged", learner=hosted.learner_id, error=str(error))
 
     async def _purge(self, hosted: Hosted) -> None:
+        try:
+            await self._storage.run(self._storage.files.delete_all, hosted.uid)  # first: its row is what finds them
+        except OSError as error:
+            raise CheckpointFailed(f"checkpoints of learner '{hosted.learner_id}' were not removed: {error}") from error
+        await self._storage.run(self._storage.journal.forget, hosted.uid)  # bit by bit, not all in one transaction
         await self._storage.run(self._storage.catalog.purge, hosted.uid)
         self._registry.remove(hosted)
-        try:
-            await self._storage.run(self._storage.files.delete_all, hosted.uid)
-        except OSError as error:
-            log.warning("checkpoints of a purged learner not removed", uid=hosted.uid, error=str(error))
         log.info("learner purged", learner=hosted.learner_id, uid=hosted.uid)
 
 

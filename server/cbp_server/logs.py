@@ -42,4 +42,6 @@ def configure_logging(level: str, log_format: str) -> None:
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and end are part of ours
+    logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
+    logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)  # at each start, mostly of nothing
     logging.getLogger("asyncio").setLevel(max(logging.INFO, logging.getLevelName(level.upper())))

@@ -30,7 +30,8 @@ from cbp_server.records import LearnerRecord, LearnerState
 OTHERS = "_others"
 
 _RPC_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
-_CHECKPOINT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
+_DISK_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
+_RECOVERY_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 
 
 class RpcMetrics:
@@ -55,7 +56,7 @@ class RpcMetrics:
 
 
 class HostMetrics:
-    """Counts what happens to batches and checkpoints."""
+    """Counts what happens to batches, checkpoints and learners."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._rejected = Counter(
@@ -73,8 +74,21 @@ class HostMetrics:
             "cbp_checkpoint_duration_seconds",
             "Time to write one checkpoint, until it is safe on disk.",
             registry=registry,
-            buckets=_CHECKPOINT_BUCKETS,
+            buckets=_DISK_BUCKETS,
         )
+        self._recoveries = Histogram(
+            "cbp_recovery_duration_seconds",
+            "Time to bring one learner back: its checkpoint, and what the journal has behind it.",
+            registry=registry,
+            buckets=_RECOVERY_BUCKETS,
+        )
+        self._replayed = Counter(
+            "cbp_replayed_entries",
+            "Entries of the journal applied once more, to bring learners back.",
+            registry=registry,
+        )
+        self._evictions = Counter("cbp_evictions", "Idle learners taken out of memory.", registry=registry)
+        self._quarantines = Counter("cbp_quarantines", "Batches that a learner was quarantined for.", registry=registry)
 
     def batch_rejected(self, error: CbpError) -> None:
         self._rejected.labels(describe(error).reason).inc()
@@ -85,6 +99,43 @@ class HostMetrics:
         self._duration.observe(seconds)
 
     def checkpoint_failed(self) -> None:
+        self._failures.inc()
+
+    def learner_recovered(self, seconds: float) -> None:
+        self._recoveries.observe(seconds)
+
+    def entries_replayed(self, count: int) -> None:
+        self._replayed.inc(count)
+
+    def learner_evicted(self) -> None:
+        self._evictions.inc()
+
+    def learner_quarantined(self) -> None:
+        self._quarantines.inc()
+
+
+class JournalMetrics:
+    """Counts the journal's transactions."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._duration = Histogram(
+            "cbp_journal_commit_duration_seconds",
+            "Time of one transaction of the journal, until it is as durable as its learners want it.",
+            registry=registry,
+            buckets=_DISK_BUCKETS,
+        )
+        self._entries = Counter("cbp_journal_entries", "Entries written to the journal.", registry=registry)
+        self._bytes = Counter("cbp_journal_written_bytes", "Size of all entries written.", registry=registry)
+        self._failures = Counter(
+            "cbp_journal_commit_failures", "Transactions of the journal that failed.", registry=registry
+        )
+
+    def journal_written(self, seconds: float, entries: int, size_bytes: int) -> None:
+        self._duration.observe(seconds)
+        self._entries.inc(entries)
+        self._bytes.inc(size_bytes)
+
+    def journal_failed(self) -> None:
         self._failures.inc()
 
 
@@ -110,10 +161,13 @@ class _Seen:
 class ServerCollector(Collector):
     """Reads the server when Prometheus asks.
 
-    At most `max_learners` learners have series of their own: those that stepped most recently, and among equals those
-    that had them before, so that series come and go rarely. The rest appear as one learner `_others`. Its counters
-    hold the increases seen while a learner was among the others: they never fall when a learner joins or leaves,
-    which rate() would take for a restart.
+    At most `max_learners` learners have series of their own: those that are quarantined, so that alerts name them, then
+    those that stepped most recently, and among equals those that had them before, so that series come and go rarely.
+    The rest appear as one learner `_others`. Its counters hold the increases seen while a learner was among the others:
+    they never fall when a learner joins or leaves, which rate() would take for a restart.
+
+    A learner that has yet to be brought back after the server's start has no series: its checkpoint says less than the
+    server before reported, which rate() would take for a restart as well.
     """
 
     def __init__(self, source: ReadModel, *, max_learners: int) -> None:
@@ -129,9 +183,10 @@ class ServerCollector(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        learners = list(self._source.learners())
+        everything = self._source.learners(deleted=True)
+        learners = [learner for learner in everything if learner.state is not LearnerState.DELETED]
         own, others = self._divide(learners)
-        yield from self._service_metrics(learners)
+        yield from self._service_metrics(learners, deleted=len(everything) - len(learners))
         yield from _learner_metrics(own, others, self._others_counts)
         yield from _layer_metrics(own, others, self._others_counts)
 
@@ -142,11 +197,14 @@ class ServerCollector(Collector):
         for learner in learners:
             seen = before.get(learner.learner_id)
             if seen is None or seen.uid != learner.uid:
+                if learner.state is LearnerState.UNAVAILABLE:
+                    continue
                 seen = _Seen(learner.uid)
             if learner.progress is not seen.progress:  # records are replaced, not changed
                 seen.active_at = self._scrape
             self._seen[learner.learner_id] = seen
-        ranked = sorted(learners, key=self._rank)
+        known = [learner for learner in learners if learner.learner_id in self._seen]
+        ranked = sorted(known, key=self._rank)
         own, others = ranked[: self._max_learners], ranked[self._max_learners :]
         for learner in others:
             self._add_increase(learner.progress, self._seen[learner.learner_id].progress)
@@ -155,9 +213,9 @@ class ServerCollector(Collector):
             seen.progress, seen.named = learner.progress, position < self._max_learners
         return own, others
 
-    def _rank(self, learner: LearnerRecord) -> tuple[int, bool, str]:
+    def _rank(self, learner: LearnerRecord) -> tuple[bool, int, bool, str]:
         seen = self._seen[learner.learner_id]
-        return -seen.active_at, not seen.named, learner.learner_id
+        return learner.quarantine is None, -seen.active_at, not seen.named, learner.learner_id
 
     def _add_increase(self, now: LearnerProgress, before: LearnerProgress | None) -> None:
         if now is before:
@@ -168,20 +226,26 @@ class ServerCollector(Collector):
             increase = max(0.0, value - base.get(key, 0.0))
             self._others_counts[key] = self._others_counts.get(key, 0.0) + increase
 
-    def _service_metrics(self, learners: Sequence[LearnerRecord]) -> Iterator[Metric]:
-        by_state = GaugeMetricFamily("cbp_learners", "Live learners, by state.", labels=["state"])
+    def _service_metrics(self, learners: Sequence[LearnerRecord], *, deleted: int) -> Iterator[Metric]:
+        by_state = GaugeMetricFamily("cbp_learners", "Learners, by state.", labels=["state"])
         states = Counts(learner.state for learner in learners)
+        states[LearnerState.DELETED] = deleted
         for state in LearnerState:
             by_state.add_metric([state.value], states[state])
         yield by_state
-        yield _gauge(
-            "cbp_unreadable_learners", "Learners on disk that could not be restored.", len(self._source.unreadable())
-        )
+        yield _gauge("cbp_unreadable_learners", "Learners that could not be restored.", len(self._source.unreadable()))
         yield _gauge("cbp_train_streams", "Train streams open.", self._source.open_streams)
         yield _gauge(
             "cbp_queued_batches",
             "Batches accepted and not yet applied, over all learners.",
             sum(learner.queued_batches for learner in learners),
+        )
+        journal = self._source.journal_status()
+        yield _gauge("cbp_journal_up", "1 if the last write to the journal succeeded, otherwise 0.", journal.up)
+        yield _gauge(
+            "cbp_journal_change_timestamp_seconds",
+            "When cbp_journal_up changed last, in seconds since 1970; at first, when the server started.",
+            journal.since.timestamp(),
         )
         engine = self._source.engine_status()
         yield _gauge("cbp_engine_up", "1 while the engine process answers, otherwise 0.", engine.up)
@@ -294,6 +358,18 @@ _LEARNER_GAUGES = (
         "Step of the newest checkpoint.",
         lambda learner: learner.checkpoint.step if learner.checkpoint else None,
         min,
+    ),
+    _LearnerGauge(
+        "cbp_learner_unsaved_entries",
+        "Entries of the journal behind the newest checkpoint.",
+        lambda learner: learner.unsaved_entries,
+        sum,
+    ),
+    _LearnerGauge(
+        "cbp_learner_quarantined",
+        "1 while the learner is quarantined, otherwise 0; of the others, how many are.",
+        lambda learner: learner.quarantine is not None,
+        sum,
     ),
 )
 

@@ -3,17 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from cbp_server.records import EngineStatus, LearnerRecord, SampleRecord
+from cbp_server.records import EngineStatus, JournalStatus, LearnerRecord, SampleRecord
 
 
 class ReadModel(Protocol):
     """The live server, read only, and only from its event loop."""
 
-    def learners(self) -> Sequence[LearnerRecord]:
-        """Every live learner, in the order of their ids."""
+    def learners(self, *, deleted: bool = False) -> Sequence[LearnerRecord]:
+        """Every learner, in the order of their ids; on request the deleted ones as well."""
         ...
 
-    def page(self, page_size: int, page_token: str) -> tuple[Sequence[LearnerRecord], str]:
+    def page(self, page_size: int, page_token: str, *, deleted: bool = False) -> tuple[Sequence[LearnerRecord], str]:
         """One page of them, and the token of the next one, empty on the last. Raises `InvalidRequest`."""
         ...
 
@@ -26,10 +26,12 @@ class ReadModel(Protocol):
         ...
 
     def unreadable(self) -> Mapping[str, str]:
-        """Ids of learners on disk that could not be restored, and why."""
+        """Ids of learners that could not be restored, and why."""
         ...
 
     def engine_status(self) -> EngineStatus: ...
+
+    def journal_status(self) -> JournalStatus: ...
 
     def readiness(self) -> Sequence[str]:
         """Why requests should go elsewhere now, in words for an operator; empty when ready."""

@@ -62,6 +62,7 @@ class CheckpointRecord:
     step: int
     time: datetime
     size_bytes: int
+    position: int  # in the journal
 
 
 @dataclass
@@ -86,6 +87,20 @@ class LearnerRecord:
     journal_position: int = 0  # of the last entry given to the journal
     queued_batches: int = 0  # accepted, not yet applied
     version: int = 0  # grows with every change that a watcher may want to see
+
+    @property
+    def unsaved_entries(self) -> int:
+        """Entries of the journal behind the newest checkpoint."""
+        return self.journal_position - (self.checkpoint.position if self.checkpoint is not None else 0)
+
+
+@dataclass(frozen=True)
+class JournalStatus:
+    """Whether the journal can be written, as its last write has shown."""
+
+    up: bool
+    since: datetime  # when that changed last (UTC); at first, when the server started
+    reason: str = ""  # why it cannot
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -20,8 +20,10 @@ from cbp_server.storage import Storage
 from cbp_server.store.catalog import StoredLearner
 from cbp_server.store.journal import Entry, EntryKind
 
-#: Entries read and decoded at a time, and the most that are under way to the engine meanwhile.
+#: Entries read and decoded at a time, few because the engine has nothing to do before it has the first ones; and the
+#: most that are under way to the engine meanwhile.
 _DECODED_AT_ONCE = 64
+_BYTES_AT_ONCE = 4 * 2**20
 _UNDER_WAY = 128
 _BYTES_UNDER_WAY = 64 * 2**20
 #: Deaths of the engine process while it applied one and the same entry, and nothing else, that convict the entry.
@@ -29,6 +31,12 @@ _DEATHS_THAT_CONVICT = 3
 _PROGRESS_SECONDS = 5.0
 
 log = structlog.get_logger("cbp_server.recovery")
+
+
+class ReplayObserver(Protocol):
+    """Counts what is learnt again, for the metrics."""
+
+    def entries_replayed(self, count: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,19 @@ class Recovery:
         decode_batch: the batch in an entry's payload.
     """
 
-    def __init__(self, engine: Engine, storage: Storage, decode_batch: Callable[[bytes, LearnerSpec], Batch]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        storage: Storage,
+        decode_batch: Callable[[bytes, LearnerSpec], Batch],
+        observer: ReplayObserver,
+    ) -> None:
         self._engine = engine
         self._storage = storage
         self._decode_batch = decode_batch
+        self._observer = observer
         self._deaths: dict[tuple[str, int], int] = {}  # by learner and position
+        self.replaying: set[str] = set()  # uids of the learners whose journals are being replayed now
 
     async def recover(
         self,
@@ -100,6 +116,7 @@ class Recovery:
             report = loaded.learner if loaded is not None else await self._engine.call(messages.Describe(uid))
             try:
                 report = await self.replay(stored, uid, report, last, carefully=carefully)
+                await self._check_whole(uid, report, last)
                 break
             except BatchNotLearnt as failure:
                 in_engine = False
@@ -110,6 +127,13 @@ class Recovery:
         end = max(report.journal_position, bounds[1] if bounds is not None else 0)
         return Recovered(report, loaded.samples if loaded is not None else None, quarantine, end)
 
+    async def _check_whole(self, uid: str, report: messages.LearnerReport, last: int | None) -> None:
+        """Raises `JournalDamaged` if a checkpoint, readable or not, holds more than what has been brought back."""
+        checkpoints = await self._storage.run(self._storage.catalog.checkpoints, uid)
+        known = max((row.position for row in checkpoints if last is None or row.position <= last), default=0)
+        if report.journal_position < known:
+            raise JournalDamaged(uid, report.journal_position + 1)
+
     async def load(self, stored: StoredLearner, uid: str, last: int | None) -> messages.LoadReport:
         """Loads the newest readable checkpoint that goes no further than position `last`, as learner `uid`.
 
@@ -118,7 +142,8 @@ class Recovery:
         """
         storage = self._storage
         failures: list[str] = []
-        for checkpoint in await storage.run(storage.catalog.checkpoints, stored.uid):
+        checkpoints = await storage.run(storage.catalog.checkpoints, stored.uid)
+        for checkpoint in checkpoints:
             if last is not None and checkpoint.position > last:
                 continue
             try:
@@ -127,7 +152,7 @@ class Recovery:
                 log.warning("checkpoint unreadable", learner=stored.learner_id, error=str(error))
                 failures.append(str(error))
         bounds = await storage.run(storage.journal.bounds, stored.uid)
-        reaches_back = bounds[0] == 1 if bounds is not None else not failures
+        reaches_back = bounds[0] == 1 if bounds is not None else not checkpoints
         if not (stored.born and reaches_back):
             raise SnapshotError(f"no checkpoint of learner '{stored.learner_id}' is readable: {'; '.join(failures)}")
         report = await self._engine.call(messages.Create(uid, LearnerSpec.parse(stored.spec)))
@@ -148,6 +173,15 @@ class Recovery:
             BatchNotLearnt: at a batch that the learner cannot learn; it is no longer in the engine then.
             JournalDamaged: an entry is missing or damaged.
         """
+        self.replaying.add(stored.uid)
+        try:
+            return await self._replay(stored, uid, report, last, carefully=carefully)
+        finally:
+            self.replaying.discard(stored.uid)
+
+    async def _replay(
+        self, stored: StoredLearner, uid: str, report: messages.LearnerReport, last: int | None, *, carefully: bool
+    ) -> messages.LearnerReport:
         replaying = _Replaying(self, stored, uid, report, 1 if carefully else _UNDER_WAY)
         storage, started, told = self._storage, time.monotonic(), time.monotonic()
         resumes = await storage.run(storage.journal.resumes, stored.uid, report.journal_position)
@@ -162,15 +196,21 @@ class Recovery:
         await replaying.finish()
         if not replaying.applied:
             return report
+        self._observer.entries_replayed(replaying.applied)
         seconds = round(time.monotonic() - started, 3)
         log.info("journal replayed", learner=stored.learner_id, entries=replaying.applied, seconds=seconds)
         return await self._engine.call(messages.Describe(uid))
 
     def _decoded(self, entries: Iterator[Entry], spec: LearnerSpec) -> list[tuple[Entry, Batch | None]]:
-        return [
-            (entry, self._decode_batch(entry.payload, spec) if entry.kind is EntryKind.BATCH else None)
-            for entry in islice(entries, _DECODED_AT_ONCE)
-        ]
+        decoded: list[tuple[Entry, Batch | None]] = []
+        size = 0
+        for entry in islice(entries, _DECODED_AT_ONCE):
+            batch = self._decode_batch(entry.payload, spec) if entry.kind is EntryKind.BATCH else None
+            decoded.append((entry, batch))
+            size += len(entry.payload)
+            if size >= _BYTES_AT_ONCE:
+                break
+        return decoded
 
     def engine_died_at(self, uid: str, position: int) -> bool:
         """Notes a death of the engine process while it applied this entry alone; whether the entry is convicted."""

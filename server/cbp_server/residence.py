@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -36,6 +36,14 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0  # seconds between attempts while the d
 log = structlog.get_logger("cbp_server.residence")
 
 
+class ResidenceObserver(Protocol):
+    """Counts what happens to learners, for the metrics."""
+
+    def learner_recovered(self, seconds: float) -> None: ...
+    def learner_quarantined(self) -> None: ...
+    def learner_evicted(self) -> None: ...
+
+
 class Residence:
     """Moves learners in and out of the engine.
 
@@ -55,6 +63,7 @@ class Residence:
         most: int,
         idle_seconds: float,
         on_change: Callable[[Hosted], None],
+        observer: ResidenceObserver,
     ) -> None:
         self._engine = engine
         self._storage = storage
@@ -63,9 +72,10 @@ class Residence:
         self._most = most
         self._idle_seconds = idle_seconds
         self._on_change = on_change
+        self._observer = observer
         self._at_once = asyncio.Semaphore(_RECOVERIES_AT_ONCE)
         self._one_at_once = asyncio.Lock()
-        self._suspects: set[str] = set()  # uids that had batches in the engine when its process last died
+        self._suspects: set[str] = set()  # uids that had batches in the engine, or were replayed, when it died
         self._stopping = asyncio.Event()
 
     # -- use --
@@ -165,7 +175,7 @@ class Residence:
             self._on_change(hosted)
 
     async def _recover(self, hosted: Hosted, quarantine: Quarantine | None, *, carefully: bool) -> None:
-        pause = _FIRST_PAUSE
+        pause, started = _FIRST_PAUSE, time.monotonic()
         try:
             while True:
                 if not hosted.in_engine:
@@ -183,6 +193,8 @@ class Residence:
                         raise
                     hosted.in_engine = False  # it is not what it seemed to be: from the checkpoint, then
             self._install(hosted, recovered)
+            if recovered.journal_position:  # not a newborn
+                self._observer.learner_recovered(time.monotonic() - started)
         except (EngineUnavailable, ServerDraining):
             hosted.in_engine = False
             raise
@@ -208,6 +220,7 @@ class Residence:
 
     def _quarantined(self, hosted: Hosted, quarantine: Quarantine) -> None:
         hosted.set_quarantine(quarantine)
+        self._observer.learner_quarantined()
         log.error(
             "learner quarantined",
             learner=hosted.learner_id,
@@ -219,7 +232,10 @@ class Residence:
     def _install(self, hosted: Hosted, recovered: Recovered) -> None:
         record, report = hosted.record, recovered.report
         hosted.log.position = recovered.journal_position
+        durable = {name: producer.durable for name, producer in hosted.producers.items()}
         hosted.install(report)
+        if recovered.samples is None and not hosted.log.journals_batches:
+            hosted.set_durable(durable)  # it was in the engine all along, with batches that no checkpoint has
         if recovered.samples is not None:
             record.samples.clear()
             record.samples.extend(recovered.samples)
@@ -271,7 +287,7 @@ class Residence:
     def engine_down(self, learners: Sequence[Hosted]) -> None:
         """The engine process has died, and every learner in it is gone."""
         for hosted in learners:
-            if hosted.record.queued_batches:
+            if hosted.record.queued_batches or hosted.uid in self._recovery.replaying:
                 self._suspects.add(hosted.uid)
             if hosted.in_engine or hosted.recovery is not None:
                 hosted.in_engine = False
@@ -306,6 +322,7 @@ class Residence:
             self._on_change(hosted)
             with suppress(EngineUnavailable):
                 await dropped
+        self._observer.learner_evicted()
         log.info("learner evicted", learner=hosted.learner_id)
 
 

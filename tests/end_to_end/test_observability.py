@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -17,9 +18,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from faults.processes import children
 from playwright.sync_api import sync_playwright
 
-from cbp_client import Client
+from cbp_client import Client, LearnerQuarantined
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -257,6 +259,41 @@ def test_alerts_evaluate_and_ask_for_metrics_that_exist(observed: Prometheus) ->
     for rule in rules:
         assert rule["health"] == "ok", rule
         assert set(re.findall(r"\bcbp_\w+|\bup\b", rule["query"])) <= known, rule["name"]
+
+
+def test_a_quarantine_is_seen_until_it_is_over(observed: Prometheus, busy_server: Any) -> None:
+    alert = 'ALERTS{alertname="CbpLearnerQuarantined", learner="overflowing", alertstate="firing"}'
+    with Client(busy_server.grpc_target) as client:
+        learner = client.create_learner(
+            "overflowing",
+            network={"kind": "mlp", "in_features": 4, "hidden": [8], "out_features": 3},
+            loss="cross_entropy",
+            optimizer={"kind": "adam", "lr": 0.01},
+        )
+        stream = learner.stream("observability-test")
+        stream.open()
+        with pytest.raises(LearnerQuarantined):
+            stream.send(np.full((16, 4), 3e38, np.float32), np.zeros(16, np.int64)).result(timeout=30)
+        stream.abort()
+        wait_until(lambda: observed.values(alert))
+        server = httpx.get(f"{busy_server.http_url}/v1/server").json()
+        assert server["quarantined"] == ["overflowing"]
+        assert observed.values("cbp_quarantines_total") == [1]
+        learner.resume(skip_batch=True)
+        wait_until(lambda: not observed.values(alert))
+        learner.delete()
+    wait_until(lambda: observed.values('cbp_learners{state="deleted"} == 1'))
+    assert observed.values('cbp_learner_steps_total{learner="overflowing"}') == []
+
+
+def test_a_busy_learner_is_recovered_after_the_engine_dies(observed: Prometheus, busy_server: Any) -> None:
+    before = observed.values("cbp_recovery_duration_seconds_count")[0]
+    for pid in children(busy_server.pid):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: observed.values("cbp_recovery_duration_seconds_count")[0] > before)
+    wait_until(lambda: observed.values('cbp_learners{state="unavailable"} == 0'))
+    (unsaved,) = observed.values('cbp_learner_unsaved_entries{learner="observed"}')
+    assert unsaved < 1000
 
 
 @pytest.mark.usefixtures("observed")

@@ -3,13 +3,15 @@
 import base64
 import pickle
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from urllib.parse import quote
 
 import grpc
 import pytest
 
-from cbp import BatchError, CbpError, FieldViolation, SnapshotError, SpecError
+from cbp import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
 from cbp_server import errors
+from cbp_server.records import Quarantine
 from cbp_server.rpc.errors import brief_description, rich_status
 
 
@@ -27,6 +29,17 @@ INSTANCES = [
     errors.MalformedRequest("cbp.v1.GetLearnerRequest"),
     errors.LearnerNotFound("clicks"),
     errors.LearnerExists("clicks"),
+    DivergenceError(7, "loss"),
+    errors.LearnerReplaced("clicks", "uid"),
+    errors.LearnerNotDeleted("clicks"),
+    errors.LearnerQuarantined("clicks", Quarantine(4, "web", 3, "diverged", datetime(2026, 1, 1, tzinfo=UTC))),
+    errors.LearnerNotQuarantined("clicks"),
+    errors.CheckpointNotFound("clicks", 3),
+    errors.CheckpointNeeded("clicks", 3),
+    errors.PositionNotHeld("clicks", 1, 9),
+    errors.NotInEngine(),
+    errors.BatchNotLearnt(4, "web", 3, "diverged", diverged=True),
+    errors.ExportFailed("no reason given"),
     errors.RequestIdReused("a-b"),
     errors.EtagMismatch("clicks", "abc"),
     errors.LimitReached(3),

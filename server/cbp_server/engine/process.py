@@ -29,7 +29,7 @@ class EngineProcess:
 
     Args:
         on_up: awaited whenever a new process is ready, before `start` returns for the first one.
-        on_down: called whenever the process has ended unasked; every call under way has failed by then.
+        on_down: called whenever the process has ended unasked; then every call under way fails.
     """
 
     def __init__(
@@ -159,11 +159,11 @@ class EngineProcess:
             pass  # the process has ended, or this side closed to end it
         finally:
             self._writer = self._connection = None
+            if not self._stopping.is_set():
+                self._on_down()
             self._fail_waiting()
             writer.close()
             await self._process.wait()
-            if not self._stopping.is_set():
-                self._on_down()
             if up is not None:
                 await up
 

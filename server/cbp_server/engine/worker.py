@@ -218,10 +218,15 @@ class EngineWorker:
         hosted.applied(request)
 
     def _change(self, request: messages.Change[Any]) -> object:
-        """Applies an entry of the journal other than a batch."""
+        """Applies an entry of the journal other than a batch; one that the learner refuses has no effect."""
         hosted = self._get(request.learner)
         _check_order(hosted, request.journal_position - 1)
-        answer: object = None
+        try:
+            return self._applied_change(hosted, request)
+        finally:
+            hosted.applied(request)
+
+    def _applied_change(self, hosted: HostedLearner, request: messages.Change[Any]) -> object:
         match request:
             case messages.OpenProducer():
                 opened = hosted.position(request.producer).opened(request.epoch, request.stream_id)
@@ -231,7 +236,7 @@ class EngineWorker:
                 hosted.update_time = request.update_time
             case messages.ResetUnits():
                 counts = hosted.learner.reset_units(request.layers, request.fraction)
-                answer = messages.ResetReport(counts, hosted.learner.progress)
+                return messages.ResetReport(counts, hosted.learner.progress)
             case messages.Skip():
                 _check_sequence(hosted, request)
                 self._advance(hosted, request)
@@ -239,8 +244,7 @@ class EngineWorker:
                 pass
             case _:
                 raise TypeError(f"the engine knows no change {type(request).__name__}")
-        hosted.applied(request)
-        return answer
+        return None
 
     def _abort_training(self) -> None:
         for call in self._inbox.take_dropped():

@@ -1,8 +1,9 @@
 """Opens the store's database: SQLite in the data directory, or PostgreSQL by a URL."""
 
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,28 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidRequestError
 
 from cbp_server.store.directories import sync_directory
 
 _FILE = "journal.db"
 _CHUNK_BYTES = 2**20
 
+#: The engine's option that holds the lock of SQLite's writers.
+_WRITING = "cbp_writing"
+
 #: Key of the advisory lock on a PostgreSQL database; all its users share one space of numbers.
 _OWNER_LOCK = 0x6362705F6F776E65
+
+_SQLITE_SETTINGS = (
+    "journal_mode=WAL",  # readers do not wait for the writer
+    "synchronous=FULL",  # a commit returns when the log is fsynced, which is the promise
+    "busy_timeout=10000",  # ms
+    "foreign_keys=ON",
+    "secure_delete=OFF",  # some builds have it on, and write zeros over all that is truncated
+)
 
 #: s, s, and how often; after that the other side is given up.
 _POSTGRESQL_KEEPALIVES = {"keepalives_idle": "15", "keepalives_interval": "5", "keepalives_count": "3"}
@@ -36,32 +49,43 @@ class DatabaseInUse(Exception):
 
 
 def open_database(url: str, data_dir: Path) -> Engine:
-    """The database at `url`, empty for SQLite in `data_dir`, with its tables as this version has them.
+    """The PostgreSQL at `url`, or SQLite in `data_dir` if that is empty, with its tables as this version has them.
 
     Raises:
-        sqlalchemy.exc.SQLAlchemyError: it cannot be reached or written.
-        alembic.util.CommandError: a newer version has changed its tables.
+        sqlalchemy.exc.SQLAlchemyError: the URL is wrong, the database cannot be reached or written, or a newer version
+            has changed its tables.
         DatabaseInUse: its tables are an older version's, and a server works on them.
-        OSError: the file in `data_dir` cannot be written.
+        OSError: SQLite's files cannot be written.
     """
-    if not url:
-        _write_again(data_dir / f"{_FILE}-wal")
-    parsed = make_url(url) if url else make_url("sqlite://").set(database=str(data_dir / _FILE))
-    sqlite = parsed.get_backend_name() == "sqlite"
-    if sqlite:
-        engine = create_engine(parsed)
-        event.listen(engine, "connect", _configure_sqlite)
-        event.listen(engine, "begin", _begin)
-    else:
-        engine = create_engine(_with_defaults(parsed), pool_pre_ping=True)
-        event.listen(engine, "connect", _configure_postgresql)
+    engine = _postgresql(url) if url else _sqlite(data_dir / _FILE)
     try:
         _migrate(engine)
     except BaseException:
         engine.dispose()
         raise
-    if sqlite and not url:
+    if not url:
         sync_directory(data_dir)
+    return engine
+
+
+def _postgresql(url: str) -> Engine:
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "postgresql":
+        raise ArgumentError(f"the database is {parsed.get_backend_name()}, and must be PostgreSQL; or give no URL")
+    try:
+        engine = create_engine(parsed.set(query=_POSTGRESQL_DEFAULTS | dict(parsed.query)), pool_pre_ping=True)
+    except ImportError as error:
+        raise ArgumentError(f"{error}; PostgreSQL's driver comes with cbp-server[postgresql]") from error
+    event.listen(engine, "connect", _configure_postgresql)
+    return engine
+
+
+def _sqlite(file: Path) -> Engine:
+    _write_again(file.with_name(f"{file.name}-wal"))
+    # SQLite takes one writer at a time; those that it turns away sleep, and may do so for long. A lock wakes them.
+    engine = create_engine(URL.create("sqlite", database=str(file)), execution_options={_WRITING: threading.Lock()})
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin)
     return engine
 
 
@@ -77,7 +101,10 @@ def _migrate(engine: Engine) -> None:
         ):
             raise DatabaseInUse  # of another version: its tables are not to change under its feet
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except CommandError as error:
+            raise InvalidRequestError(f"its tables are those of a newer version: {error}") from error
 
 
 def _newest(config: Config) -> str | None:
@@ -86,18 +113,20 @@ def _newest(config: Config) -> str | None:
 
 @contextmanager
 def transaction(engine: Engine, *, sync: bool = True) -> Iterator[Connection]:
-    """One transaction, on disk when the block has ended; without `sync` handed to the operating system, or on
-    PostgreSQL to the server.
+    """One transaction that writes, on disk when the block has ended.
+
+    Args:
+        sync: without it, it is handed to the operating system, or on PostgreSQL to the server.
     """
-    if sync:
-        with engine.begin() as connection:
-            yield connection
-    elif engine.dialect.name == "postgresql":
-        with engine.begin() as connection:
-            connection.execute(text("SET LOCAL synchronous_commit TO off"))
-            yield connection
-    else:
-        with engine.connect() as connection:
+    with engine.get_execution_options().get(_WRITING, nullcontext()), engine.connect() as connection:
+        if sync:
+            with connection.begin():
+                yield connection
+        elif engine.dialect.name == "postgresql":
+            with connection.begin():
+                connection.execute(text("SET LOCAL synchronous_commit TO off"))
+                yield connection
+        else:
             driver = connection.connection
             _execute(driver, "PRAGMA synchronous=NORMAL")  # refused within a transaction, hence before it begins
             try:
@@ -178,10 +207,6 @@ def exclusive(engine: Engine) -> Iterator[Ownership]:
         lock.release()
 
 
-def _with_defaults(url: URL) -> URL:
-    return url.set(query=_POSTGRESQL_DEFAULTS | dict(url.query))
-
-
 def _write_again(log: Path) -> None:
     """Writes what SQLite's log has over itself, and to disk.
 
@@ -203,8 +228,7 @@ def _write_again(log: Path) -> None:
 def _configure_sqlite(connection: Any, _: object) -> None:
     # Transactions begin where SQLAlchemy says so, and hold table definitions as well (`_begin`).
     connection.isolation_level = None
-    # WAL: readers do not wait for the writer. FULL: a commit returns when the log is fsynced, which is the promise.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+    for pragma in _SQLITE_SETTINGS:
         _execute(connection, f"PRAGMA {pragma}")
 
 

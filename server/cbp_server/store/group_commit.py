@@ -6,13 +6,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 import structlog
 from sqlalchemy.exc import DataError, IntegrityError
 
 from cbp_server.errors import JournalUnavailable
-from cbp_server.records import Durability
+from cbp_server.records import Durability, JournalStatus
 from cbp_server.store.journal import Entry
 
 #: Bounds of one transaction; more entries wait for the next one.
@@ -38,6 +40,13 @@ class _Mend:
     mended: "asyncio.Future[None]"
 
 
+class CommitObserver(Protocol):
+    """Counts transactions, for the metrics; called on the thread that writes."""
+
+    def journal_written(self, seconds: float, entries: int, size_bytes: int) -> None: ...
+    def journal_failed(self) -> None: ...
+
+
 #: What went wrong by learner.
 _Failures = dict[str, JournalUnavailable]
 
@@ -52,18 +61,25 @@ class GroupCommit:
         append: writes entries in one transaction, which is on disk when it returns if the second argument says so.
         on_fatal: called on that thread with the reason when an fsync has failed. It ends the process; should it return,
             nothing is written any more.
+        observer: told of every transaction.
     """
 
-    def __init__(self, append: Callable[[Sequence[Entry], bool], None], on_fatal: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        append: Callable[[Sequence[Entry], bool], None],
+        on_fatal: Callable[[str], None],
+        observer: CommitObserver | None = None,
+    ) -> None:
         self._append = append
         self._on_fatal = on_fatal
+        self._observer = observer
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[_Waiting | _Mend | None] = SimpleQueue()
         self._closed = False
         # The thread's own:
         self._failed: set[str] = set()  # learners to be mended
         self._fatal: str | None = None
-        self._down_since: float | None = None
+        self._status = JournalStatus(up=True, since=datetime.now(UTC))  # replaced, not changed: others read it
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
         self._thread.start()
 
@@ -78,6 +94,11 @@ class GroupCommit:
         else:
             self._queue.put(_Waiting(entry, durability, written))
         return written
+
+    @property
+    def status(self) -> JournalStatus:
+        """As the last write has left it."""
+        return self._status
 
     def mend(self, learner_uid: str) -> "asyncio.Future[None]":
         """Takes entries of a learner again; completes when everything that was given before has been dealt with."""
@@ -154,6 +175,7 @@ class GroupCommit:
             by_learner[entry.learner_uid].append(entry)
         if self._fatal is not None:
             return dict.fromkeys(by_learner, JournalUnavailable(self._fatal))
+        started = time.monotonic()
         try:
             self._append(entries, sync)
         except (IntegrityError, DataError) as error:
@@ -165,12 +187,17 @@ class GroupCommit:
                 return failures
             reason = _reason(error)
             log.error("journal entry refused", learner_uid=entries[0].learner_uid, error=reason)
+            self._note_failure()
             return dict.fromkeys(by_learner, JournalUnavailable(reason))
         except Exception as error:  # whatever it is, whoever waits must hear of it
             return dict.fromkeys(by_learner, self._unavailable(error))
-        if self._down_since is not None:
-            log.info("journal is written again", seconds=round(time.monotonic() - self._down_since, 3))
-            self._down_since = None
+        if self._observer is not None:
+            size_bytes = sum(len(entry.payload) for entry in entries)
+            self._observer.journal_written(time.monotonic() - started, len(entries), size_bytes)
+        if not self._status.up:
+            now = datetime.now(UTC)
+            log.info("journal is written again", seconds=round((now - self._status.since).total_seconds(), 3))
+            self._status = JournalStatus(up=True, since=now)
         return {}
 
     def _unavailable(self, error: Exception) -> JournalUnavailable:
@@ -178,10 +205,15 @@ class GroupCommit:
         if getattr(getattr(error, "orig", None), "sqlite_errorname", "") in _FSYNC_ERRORS:
             self._fatal = reason
             self._on_fatal(reason)
-        if self._down_since is None:
-            self._down_since = time.monotonic()
+        self._note_failure()
+        if self._status.up:
+            self._status = JournalStatus(up=False, since=datetime.now(UTC), reason=reason)
             log.error("journal not written; nothing is acknowledged until it can be", error=reason)
         return JournalUnavailable(reason)
+
+    def _note_failure(self) -> None:
+        if self._observer is not None:
+            self._observer.journal_failed()
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 Synchronous; the front reaches it through `GroupCommit`, which runs it on a thread of its own.
 """
 
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,17 @@ from sqlalchemy import ColumnElement, Engine, delete, func, insert, select
 
 from cbp_server.errors import JournalDamaged
 from cbp_server.store.database import transaction
-from cbp_server.store.tables import JOURNAL
+from cbp_server.store.tables import JOURNAL, RESUMES
 
-#: Rows fetched at a time when reading back.
+#: Rows and bytes of payload read back at a time, so that large ones do not fill the memory.
 _READ_ROWS = 256
+_READ_BYTES = 16 * 2**20
+_BUFFERED_ROWS = 8  # that PostgreSQL sends at a time, whatever their size
+#: Rows and bytes of payload removed at a time, so that appending does not wait for long.
+_REMOVED_ROWS = 256
+_REMOVED_BYTES = 4 * 2**20
+
+_COLUMNS = tuple(JOURNAL.c.keys())
 
 
 class EntryKind(StrEnum):
@@ -49,6 +57,9 @@ class Journal:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._portioned = engine.execution_options(stream_results=True, max_row_buffer=_BUFFERED_ROWS)
+        # Compiled once: what SQLAlchemy does for a statement each time would take as long as SQLite does.
+        self._insert = insert(JOURNAL).compile(dialect=engine.dialect)
 
     def append(self, entries: Sequence[Entry], *, sync: bool = True) -> None:
         """Adds entries of any learners; all of them are on disk when this returns, or none of them is in the log.
@@ -63,8 +74,10 @@ class Journal:
             sqlalchemy.exc.IntegrityError: a position or a producer's sequence is in the log already.
             sqlalchemy.exc.OperationalError: the database could not write.
         """
+        row = _values if self._insert.positional else row_of
+        rows: list[Any] = [row(entry) for entry in entries]
         with transaction(self._engine, sync=sync) as connection:
-            connection.execute(insert(JOURNAL), [row_of(entry) for entry in entries])
+            connection.exec_driver_sql(self._insert.string, rows)
 
     def read(self, learner_uid: str, after: int, up_to: int | None = None) -> Iterator[Entry]:
         """The learner's entries behind position `after` in order, to the last or to `up_to`, that one included.
@@ -72,22 +85,30 @@ class Journal:
         Raises:
             JournalDamaged: an entry is missing or is not what was written.
         """
-        query = select(JOURNAL).where(JOURNAL.c.learner_uid == learner_uid)
-        if up_to is not None:
-            query = query.where(JOURNAL.c.position <= up_to)
-        query = query.order_by(JOURNAL.c.position).limit(_READ_ROWS)
         expected = after + 1
-        while True:
-            with self._engine.connect() as connection:
-                rows = connection.execute(query.where(JOURNAL.c.position >= expected)).mappings().all()
+        while rows := self._next_rows(learner_uid, expected, up_to):
             for row in rows:
                 entry = _entry(row)
                 if entry.position != expected:
                     raise JournalDamaged(learner_uid, expected)
                 expected += 1
                 yield entry
-            if len(rows) < _READ_ROWS:
-                return
+
+    def _next_rows(self, learner_uid: str, first: int, up_to: int | None) -> list[Mapping[Any, Any]]:
+        """Some rows from position `first` on, no more than fit in memory well; none at the end."""
+        query = select(JOURNAL).where(_of(learner_uid), JOURNAL.c.position >= first)
+        if up_to is not None:
+            query = query.where(JOURNAL.c.position <= up_to)
+        query = query.order_by(JOURNAL.c.position).limit(_READ_ROWS)
+        rows: list[Mapping[Any, Any]] = []
+        size = 0
+        with self._portioned.connect() as connection, connection.execute(query) as result:
+            for row in result.mappings():
+                rows.append(row)
+                size += len(row["payload"])
+                if size >= _READ_BYTES:
+                    break
+        return rows
 
     def resumes(self, learner_uid: str, after: int) -> list[Entry]:
         """The learner's entries of kind RESUME behind position `after`, in order.
@@ -95,28 +116,48 @@ class Journal:
         Raises:
             JournalDamaged: one of them is not what was written.
         """
-        query = select(JOURNAL).where(
-            _of(learner_uid), JOURNAL.c.position > after, JOURNAL.c.kind == EntryKind.RESUME.value
-        )
+        query = select(JOURNAL).where(_of(learner_uid), JOURNAL.c.position > after, RESUMES)
         with self._engine.connect() as connection:
             return [_entry(row) for row in connection.execute(query.order_by(JOURNAL.c.position)).mappings()]
 
     def bounds(self, learner_uid: str) -> tuple[int, int] | None:
         """The first and the last position that the log holds of the learner."""
-        query = select(func.min(JOURNAL.c.position), func.max(JOURNAL.c.position)).where(_of(learner_uid))
-        with self._engine.connect() as connection:
-            first, last = connection.execute(query).one()
+        ends = (select(end(JOURNAL.c.position)).where(_of(learner_uid)) for end in (func.min, func.max))
+        with self._engine.connect() as connection:  # a query each, since SQLite scans the whole log for both at once
+            first, last = connection.execute(select(*(end.scalar_subquery() for end in ends))).one()
         return None if first is None else (first, last)
 
     def truncate(self, learner_uid: str, up_to: int) -> None:
-        """Removes the entries up to and including position `up_to`."""
-        with transaction(self._engine) as connection:
-            connection.execute(delete(JOURNAL).where(_of(learner_uid), JOURNAL.c.position <= up_to))
+        """Removes the entries up to and including position `up_to`, the first ones first.
+
+        After a failure, or power loss, some of them may be there still.
+        """
+        while (end := self._end_of_piece(learner_uid, up_to)) is not None:
+            started = time.monotonic()
+            with transaction(self._engine, sync=False) as connection:
+                connection.execute(delete(JOURNAL).where(_of(learner_uid), JOURNAL.c.position <= end))
+            time.sleep(time.monotonic() - started)  # half of the time is the commits'
+
+    def _end_of_piece(self, learner_uid: str, up_to: int) -> int | None:
+        """The position up to which entries are removed in one transaction; None if there are none."""
+        sizes = (
+            select(JOURNAL.c.position, func.length(JOURNAL.c.payload))
+            .where(_of(learner_uid), JOURNAL.c.position <= up_to)
+            .order_by(JOURNAL.c.position)
+            .limit(_REMOVED_ROWS)
+        )
+        end, size = None, 0
+        with self._engine.connect() as connection:
+            for position, length in connection.execute(sizes):
+                end, size = position, size + length
+                if size >= _REMOVED_BYTES:
+                    break
+        return end
 
     def forget(self, learner_uid: str) -> None:
-        """Removes every entry of the learner."""
-        with transaction(self._engine) as connection:
-            connection.execute(delete(JOURNAL).where(_of(learner_uid)))
+        """Removes every entry of the learner, as `truncate` does."""
+        _, last = self.bounds(learner_uid) or (0, 0)
+        self.truncate(learner_uid, last)
 
     def learners(self) -> set[str]:
         """uids that have entries."""
@@ -126,7 +167,22 @@ class Journal:
 
 def row_of(entry: Entry) -> dict[str, Any]:
     """The entry as a row of the table."""
-    return vars(entry) | {"kind": entry.kind.value, "crc": _crc(entry)}
+    return dict(zip(_COLUMNS, _values(entry), strict=True))
+
+
+def _values(entry: Entry) -> tuple[Any, ...]:
+    """In the order of the table's columns."""
+    return (
+        entry.learner_uid,
+        entry.position,
+        entry.kind.value,
+        entry.producer,
+        entry.epoch,
+        entry.sequence,
+        entry.payload_hash,
+        _crc(entry),
+        entry.payload,
+    )
 
 
 def _entry(row: Mapping[Any, Any]) -> Entry:

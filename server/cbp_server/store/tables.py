@@ -123,3 +123,7 @@ JOURNAL = Table(
     # A batch is in the log once, whatever retries, races or bugs lie before it: the guarantee rests on this line.
     UniqueConstraint("learner_uid", "producer", "sequence", name="journal_batch_once"),
 )
+
+# Directives to resume are looked for before replay, without reading the batches between them.
+RESUMES = text("kind = 'resume'")
+Index("journal_resumes", JOURNAL.c.learner_uid, JOURNAL.c.position, sqlite_where=RESUMES, postgresql_where=RESUMES)

@@ -25,6 +25,9 @@ from cbp_server.web.security_headers import SecurityHeaders
 
 _STATIC = Path(__file__).parent / "static"
 
+#: Quarantined learners that are named in the view of the server.
+_MOST_NAMED = 100
+
 _DESCRIPTION = """
 Reads the state of a cbp server. Learners are created, trained and asked for predictions over gRPC;
 keys and errors here are those of its messages. Errors are problem details (RFC 9457).
@@ -62,9 +65,10 @@ def create_app(service: ReadModel, registry: CollectorRegistry) -> FastAPI:
             int, Query(ge=0, description="At most this many; 0 means 50, more than 1000 is treated as 1000.")
         ] = 0,
         page_token: Annotated[str, Query(description="next_page_token of the page before.")] = "",
+        show_deleted: Annotated[bool, Query(description="Also those that are deleted and can be undeleted.")] = False,
     ) -> schemas.LearnerPage:
         """In the order of their ids, each with its newest plasticity sample."""
-        learners, next_page_token = service.page(page_size, page_token)
+        learners, next_page_token = service.page(page_size, page_token, deleted=show_deleted)
         return schemas.LearnerPage(
             learners=[schemas.Learner.of(learner) for learner in learners], next_page_token=next_page_token
         )
@@ -91,10 +95,12 @@ def create_app(service: ReadModel, registry: CollectorRegistry) -> FastAPI:
     @app.get("/v1/server", tags=["server"], summary="Get the server")
     async def get_server() -> schemas.Server:
         """Versions, engine, totals, and whether it is ready."""
-        learners = service.learners()
-        engine = service.engine_status()
+        everything = service.learners(deleted=True)
+        learners = [record for record in everything if record.state is not LearnerState.DELETED]
+        quarantined = [record.learner_id for record in learners if record.quarantine is not None]
+        engine, journal = service.engine_status(), service.journal_status()
         reasons = list(service.readiness())
-        states = Counter(record.state for record in learners)
+        states = Counter(record.state for record in everything)
         return schemas.Server(
             version=server_version,
             torch_version=torch_version,
@@ -110,7 +116,9 @@ def create_app(service: ReadModel, registry: CollectorRegistry) -> FastAPI:
                 train_seconds=engine.train_seconds,
                 resident_bytes=engine.resident_bytes,
             ),
+            journal=schemas.Journal(up=journal.up, since=journal.since, reason=journal.reason),
             learners={state.value: states[state] for state in LearnerState},
+            quarantined=quarantined[:_MOST_NAMED],
             open_streams=service.open_streams,
             unreadable=dict(service.unreadable()),
             queued_batches=sum(record.queued_batches for record in learners),

@@ -146,23 +146,24 @@ class Producer(BaseModel):
 class Checkpoint(BaseModel):
     """The newest checkpoint on disk."""
 
+    journal_position: int = Field(description="Of the last entry that it contains.")
     step: int
     time: datetime
     size_bytes: int
 
     @classmethod
     def of(cls, record: CheckpointRecord) -> "Checkpoint":
-        return cls(step=record.step, time=record.time, size_bytes=record.size_bytes)
+        return cls(journal_position=record.position, step=record.step, time=record.time, size_bytes=record.size_bytes)
 
 
 class Quarantine(BaseModel):
-    """Why a learner does not train."""
+    """The batch that a learner could not learn. It predicts as before that batch, and trains once it is resumed."""
 
-    journal_position: int
-    producer: str
-    sequence: int
-    reason: str
-    time: datetime
+    journal_position: int = Field(description="Of the batch; 0 if it is not in the journal.")
+    producer: str = Field(description="Whose batch it is.")
+    sequence: int = Field(description="Which of its producer's batches.")
+    reason: str = Field(description="What went wrong, for people.")
+    quarantine_time: datetime
 
     @classmethod
     def of(cls, record: QuarantineRecord) -> "Quarantine":
@@ -171,7 +172,7 @@ class Quarantine(BaseModel):
             producer=record.producer,
             sequence=record.sequence,
             reason=record.reason,
-            time=record.time,
+            quarantine_time=record.time,
         )
 
 
@@ -184,7 +185,8 @@ class Learner(BaseModel):
     etag: str = Field(description="Changes whenever the spec does.")
     state: str = Field(
         description="`active`; `unavailable` while its engine process is down or restoring it; `evicted`: idle, and "
-        "out of memory until it is used; `quarantined`: predicts, and trains again once it is resumed."
+        "out of memory until it is used; `quarantined`: predicts, and trains again once it is resumed; `deleted`: can "
+        "be undeleted until `purge_time`."
     )
     durability: str = Field(description="What an acknowledged batch survives: `fsync`, `os` or `none`.")
     quarantine: Quarantine | None = Field(description="The batch that it could not learn; null if there is none.")
@@ -192,6 +194,8 @@ class Learner(BaseModel):
     spec: dict[str, Any] = Field(description="What the learner is, every field filled in.")
     create_time: datetime
     update_time: datetime
+    delete_time: datetime | None = Field(description="Null unless it is deleted.")
+    purge_time: datetime | None = Field(description="When it will be removed for good; null unless it is deleted.")
     queued_batches: int = Field(description="Batches accepted and not yet applied.")
     checkpoint: Checkpoint | None = Field(description="Null before the first.")
     producers: list[Producer]
@@ -212,6 +216,8 @@ class Learner(BaseModel):
             spec=record.spec.to_plain(),
             create_time=record.create_time,
             update_time=record.update_time,
+            delete_time=record.delete_time,
+            purge_time=record.purge_time,
             queued_batches=record.queued_batches,
             checkpoint=None if record.checkpoint is None else Checkpoint.of(record.checkpoint),
             producers=[Producer.of(record.producers[name]) for name in sorted(record.producers)],
@@ -243,6 +249,14 @@ class Engine(BaseModel):
     resident_bytes: int = Field(description="Memory of the engine process, 0 if not known.")
 
 
+class Journal(BaseModel):
+    """While it cannot be written, nothing is accepted."""
+
+    up: bool = Field(description="Whether the last write succeeded.")
+    since: datetime = Field(description="When that changed last; at first, when the server started.")
+    reason: str = Field(description="Why it cannot be written; empty if it can.")
+
+
 class Server(BaseModel):
     """The server as a whole."""
 
@@ -253,12 +267,14 @@ class Server(BaseModel):
     ready: bool
     reasons: list[str] = Field(description="Why it is not ready; empty if it is.")
     engine: Engine
+    journal: Journal
     learners: dict[str, int] = Field(description="How many there are, by state.")
-    unreadable: dict[str, str] = Field(description="Learners on disk that could not be restored, and why.")
+    quarantined: list[str] = Field(description="Ids of those that wait to be resumed; the first 100.")
+    unreadable: dict[str, str] = Field(description="Learners that could not be restored, and why.")
     open_streams: int = Field(description="Train streams open.")
     queued_batches: int = Field(description="Batches accepted and not yet applied, over all learners.")
-    steps: int = Field(description="Optimizer updates of all live learners together.")
-    examples: int = Field(description="Examples learnt from, over all live learners.")
+    steps: int = Field(description="Optimizer updates of all learners together, without deleted ones.")
+    examples: int = Field(description="Examples learnt from, over all learners, without deleted ones.")
 
 
 def _quantiles(values: tuple[float, ...] | None) -> list[Quantile]:

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from alembic.util import CommandError
 from sqlalchemy import inspect, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from cbp_server.records import Durability
 from cbp_server.store.catalog import Catalog, StoredLearner
@@ -47,7 +46,7 @@ def test_opening_again_keeps_what_is_there(database, open_again):
 def test_a_database_of_a_newer_version_is_refused(database, open_again):
     with database.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(CommandError, match="9999"):
+    with pytest.raises(SQLAlchemyError, match=r"newer version.*9999"):
         open_again()
 
 
@@ -167,6 +166,26 @@ def test_sqlite_is_synchronous_again_after_a_transaction_that_was_not(tmp_path):
     with engine.connect() as connection:
         assert synchronous(connection) == 2
     engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("nonsense", "parse"),
+        ("mysql://host/db", "must be PostgreSQL"),
+        ("sqlite:///elsewhere.db", "must be PostgreSQL"),
+        ("postgresql+pg8000://host/db", r"cbp-server\[postgresql\]"),
+        ("postgresql+psycopg://nobody@127.0.0.1:1/db", "refused"),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_an_error_of_sqlalchemys(tmp_path, url, reason):
+    with pytest.raises(SQLAlchemyError, match=reason):
+        open_database(url, tmp_path)
+
+
+def test_a_directory_that_is_not_there_is_an_error_of_sqlalchemys(tmp_path):
+    with pytest.raises(SQLAlchemyError, match="unable to open"):
+        open_database("", tmp_path / "missing")
 
 
 def test_postgresql_waits_for_the_disk_but_for_transactions_that_need_not(postgres_url, tmp_path):

@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 import threading
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import text
@@ -38,6 +39,8 @@ class Recorder:
         self.fail: Exception | None = None
         self.refusal: type[DBAPIError] = IntegrityError
         self.fatal: list[str] = []
+        self.transactions: list[tuple[int, int]] = []  # entries and bytes
+        self.failures = 0
         self.open = threading.Event()  # while it is cleared, writing waits
         self.open.set()
         self.entered = threading.Semaphore(0)
@@ -52,6 +55,13 @@ class Recorder:
             raise self.refusal("INSERT", {}, Exception("UNIQUE constraint failed"))
         self.groups.append([(entry.learner_uid, entry.position) for entry in entries])
         self.synced.append(sync)
+
+    def journal_written(self, seconds, entries, size_bytes):
+        assert 0 <= seconds < 60
+        self.transactions.append((entries, size_bytes))
+
+    def journal_failed(self):
+        self.failures += 1
 
     def written(self) -> list[tuple[str, int]]:
         return [name for group in self.groups for name in group]
@@ -71,7 +81,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 async def commit(recorder):
-    made = GroupCommit(recorder.append, recorder.fatal.append)
+    made = GroupCommit(recorder.append, recorder.fatal.append, recorder)
     yield made
     recorder.open.set()
     await made.close()
@@ -208,6 +218,32 @@ async def test_an_outage_is_logged_when_it_begins_and_when_it_ends(recorder, com
         ("error", "database or disk is full"),
         ("info", None),
     ]
+
+
+async def test_the_last_write_says_how_the_journal_is(recorder, commit):
+    start = commit.status
+    assert (start.up, start.reason) == (True, "")
+    await commit.add(batch(1))
+    assert commit.status == start
+    recorder.fail = full()
+    for position in (2, 3):
+        with pytest.raises(JournalUnavailable):
+            await commit.add(batch(position))
+        await commit.mend("a")
+        assert (commit.status.up, commit.status.reason) == (False, "database or disk is full")
+    down = commit.status
+    recorder.fail = None
+    await commit.add(batch(2))
+    assert (commit.status.up, commit.status.reason) == (True, "")
+    assert start.since < down.since < commit.status.since
+    assert (recorder.transactions, recorder.failures) == ([(1, 3), (1, 3)], 2)
+
+
+async def test_a_refused_entry_says_nothing_about_the_journal(recorder, commit):
+    with pytest.raises(JournalUnavailable):
+        await commit.add(replace(batch(1), payload=b"refused"))
+    assert commit.status.up
+    assert recorder.failures == 1
 
 
 async def test_a_fault_of_the_program_does_not_leave_callers_waiting(recorder, commit):

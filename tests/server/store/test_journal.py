@@ -2,9 +2,10 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 
 from cbp_server.errors import JournalDamaged
@@ -63,6 +64,21 @@ def test_reading_ends_where_it_is_told_to(journal):
     assert [entry.position for entry in journal.read("a", 516, 10_000)] == [517, 518, 519]
 
 
+def test_large_payloads_are_read_a_few_at_a_time(journal, database):
+    entries = [batch(position, payload=bytes([position]) * size) for position, size in enumerate([9, 7, 20, 1], 1)]
+    entries = [Entry(**vars(entry) | {"payload": entry.payload * 2**20}) for entry in entries]
+    journal.append(entries)
+    fetched: list[int] = []
+
+    def note(*context: object) -> None:
+        fetched.append(context[2].count("payload_hash"))
+
+    event.listen(database, "before_cursor_execute", note)
+    assert list(journal.read("a", 0)) == entries
+    assert sum(map(bool, fetched)) == 4  # 9 + 7, 20, 1; and what finds the end
+    assert sum(1 for _ in journal.read("a", 0, 1)) == 1
+
+
 def test_resumes_are_found_without_what_lies_between(journal):
     resumes = [
         Entry(learner_uid="a", position=position, kind=EntryKind.RESUME, payload=b'{"at": 1}') for position in (2, 4)
@@ -71,6 +87,25 @@ def test_resumes_are_found_without_what_lies_between(journal):
     assert journal.resumes("a", 0) == resumes
     assert journal.resumes("a", 2) == resumes[1:]
     assert journal.resumes("b", 0) == []
+
+
+def test_resumes_and_bounds_need_not_read_the_log(tmp_path):
+    engine = open_database("", tmp_path)
+    plans: list[str] = []
+
+    def explain(connection, _cursor, statement, parameters, *_: object) -> None:
+        if statement.startswith("SELECT"):
+            rows = connection.connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall()
+            plans.extend(row[3] for row in rows if "journal" in row[3])
+
+    event.listen(engine, "before_cursor_execute", explain)
+    journal = Journal(engine)
+    journal.resumes("a", 0)
+    assert plans == ["SEARCH journal USING INDEX journal_resumes (learner_uid=? AND position>?)"]
+    plans.clear()
+    journal.bounds("a")
+    assert plans == ["SEARCH journal USING COVERING INDEX sqlite_autoindex_journal_1 (learner_uid=?)"] * 2
+    engine.dispose()
 
 
 def test_bounds_are_the_first_and_the_last_position(journal):
@@ -100,6 +135,25 @@ def test_truncation_leaves_what_is_behind_and_other_learners(journal):
     assert positions(journal, "b") == [1]
     journal.forget("a")
     assert journal.learners() == {"b"}
+
+
+def test_truncation_goes_through_in_parts_while_others_append(journal):
+    journal.append([batch(position) for position in range(1, 1001)])
+    journal.truncate("a", 10)
+    truncation = threading.Thread(target=journal.truncate, args=("a", 997))
+    truncation.start()
+    for position in range(1, 101):
+        journal.append([batch(position, "b")], sync=position % 2 == 0)
+    truncation.join()
+    assert positions(journal, after=997) == [998, 999, 1000]
+    assert journal.bounds("a") == (998, 1000)
+    assert positions(journal, "b") == list(range(1, 101))
+    journal.truncate("a", 500)
+    journal.truncate("a", 5000)
+    assert journal.learners() == {"b"}
+    for _ in range(2):
+        journal.forget("b")
+    assert journal.learners() == set()
 
 
 @pytest.mark.parametrize(
@@ -133,3 +187,18 @@ def test_what_was_appended_survives_kill_9(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == -9
     assert positions(Journal(open_database("", tmp_path))) == [1]
+
+
+def test_large_entries_are_removed_a_few_at_a_time(journal, database):
+    """So that others' entries come in between."""
+    journal.append([batch(position, payload=bytes(3 * 2**20)) for position in range(1, 8)])
+    removed: list[int] = []
+
+    def note(_connection, cursor, statement, *_):
+        if statement.startswith("DELETE FROM journal"):
+            removed.append(cursor.rowcount)
+
+    event.listen(database, "after_cursor_execute", note)
+    journal.truncate("a", 6)
+    assert removed == [2, 2, 2]
+    assert positions(journal, after=6) == [7]

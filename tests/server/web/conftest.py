@@ -16,13 +16,15 @@ from prometheus_client import CollectorRegistry
 
 from cbp import FieldViolation, LayerPlasticity, LearnerProgress, LearnerSpec, PlasticitySample, TaskRecord
 from cbp_server.errors import InvalidRequest, LearnerNotFound
-from cbp_server.metrics import HostMetrics, RpcMetrics, register_server_metrics
+from cbp_server.metrics import HostMetrics, JournalMetrics, RpcMetrics, register_server_metrics
 from cbp_server.records import (
     CheckpointRecord,
     EngineStatus,
+    JournalStatus,
     LearnerRecord,
     LearnerState,
     ProducerRecord,
+    Quarantine,
     SampleRecord,
 )
 from cbp_server.web.app import create_app
@@ -40,6 +42,7 @@ class FakeHost:
             up=True, device="cpu", restarts=1, train_seconds=12.5, steps=50_000, resident_bytes=300 * 2**20
         )
     )
+    journal: JournalStatus = field(default_factory=lambda: JournalStatus(up=True, since=START))
     reasons: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     open_streams: int = 2
@@ -47,13 +50,14 @@ class FakeHost:
     def add(self, *records: LearnerRecord) -> None:
         self.records.update({record.learner_id: record for record in records})
 
-    def learners(self) -> Sequence[LearnerRecord]:
-        return [self.records[learner_id] for learner_id in sorted(self.records)]
+    def learners(self, *, deleted: bool = False) -> Sequence[LearnerRecord]:
+        found = [self.records[learner_id] for learner_id in sorted(self.records)]
+        return [record for record in found if deleted or record.delete_time is None]
 
-    def page(self, page_size: int, page_token: str) -> tuple[Sequence[LearnerRecord], str]:
+    def page(self, page_size: int, page_token: str, *, deleted: bool = False) -> tuple[Sequence[LearnerRecord], str]:
         if page_token.startswith("!"):
             raise InvalidRequest(FieldViolation("page_token", "is not a token that a list call returned"))
-        following = [record for record in self.learners() if record.learner_id > page_token]
+        following = [record for record in self.learners(deleted=deleted) if record.learner_id > page_token]
         size = page_size or 50
         return following[:size], following[size - 1].learner_id if len(following) > size else ""
 
@@ -71,6 +75,9 @@ class FakeHost:
     def engine_status(self) -> EngineStatus:
         return self.engine
 
+    def journal_status(self) -> JournalStatus:
+        return self.journal
+
     def readiness(self) -> Sequence[str]:
         return self.reasons
 
@@ -86,6 +93,7 @@ def http(host: FakeHost) -> Iterator["HttpServer"]:
     registry = CollectorRegistry()
     RpcMetrics(registry)
     HostMetrics(registry)
+    JournalMetrics(registry)
     register_server_metrics(registry, host, max_learners=100)
     running = HttpServer(create_app(host, registry))
     yield running
@@ -118,6 +126,19 @@ def system_tool() -> Callable[[str], str]:
         return path
 
     return find
+
+
+@pytest.fixture
+def quarantined(make_learner: Callable[..., LearnerRecord]) -> Callable[..., LearnerRecord]:
+    """Makes a learner that could not learn a batch; further arguments are those of `make_learner`."""
+
+    def make(learner_id: str = "prices", *, position: int = 77, **changes: Any) -> LearnerRecord:
+        quarantine = Quarantine(
+            position, "web-1", 41, "Training diverged: at step 2001 the loss became infinite or not a number", START
+        )
+        return make_learner(learner_id, **{"state": LearnerState.QUARANTINED, "quarantine": quarantine, **changes})
+
+    return make
 
 
 @pytest.fixture
@@ -159,7 +180,8 @@ def _learner_record(learner_id: str = "clicks", *, samples: int = 3, **changes: 
         progress=replace(progress, **of_progress),
         samples=deque(_sample(1000 * number) for number in range(1, samples + 1)),
         producers={"web-1": ProducerRecord("web-1", epoch=3, applied_sequence=40, durable_sequence=32)},
-        checkpoint=CheckpointRecord(step=1600, time=START, size_bytes=120_000),
+        checkpoint=CheckpointRecord(step=1600, time=START, size_bytes=120_000, position=61),
+        journal_position=76,
         queued_batches=4,
     )
     return replace(record, **changes)

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from cbp_server.errors import EngineUnavailable
-from cbp_server.records import LearnerRecord
+from cbp_server.records import Durability, JournalStatus, LearnerRecord, LearnerState
 
 DOCS = Path(__file__).parents[3] / "docs" / "http_api.md"
 
@@ -41,7 +42,14 @@ def test_a_learner_with_all_its_keys(host: Any, client: httpx.Client, make_learn
     assert learner["spec"]["resets"]["layers"] == "first"
     assert learner["spec"]["network"]["hidden"] == [100, 100]
     assert learner["create_time"] == "2026-11-22T09:00:00Z"
-    assert learner["checkpoint"] == {"step": 1600, "time": "2026-11-22T09:00:00Z", "size_bytes": 120_000}
+    assert learner["checkpoint"] == {
+        "journal_position": 61,
+        "step": 1600,
+        "time": "2026-11-22T09:00:00Z",
+        "size_bytes": 120_000,
+    }
+    assert (learner["durability"], learner["journal_position"], learner["quarantine"]) == ("fsync", 76, None)
+    assert (learner["delete_time"], learner["purge_time"]) == (None, None)
     assert learner["producers"] == [{"producer": "web-1", "epoch": 3, "applied_sequence": 40, "durable_sequence": 32}]
     progress = learner["progress"]
     assert {key: progress[key] for key in ("step", "pending_examples", "accuracy", "task_count")} == {
@@ -76,6 +84,37 @@ def test_a_diverging_learner_is_still_json(host: Any, client: httpx.Client, make
     assert (progress["loss"], progress["accuracy"]) == (None, None)
 
 
+def test_a_quarantined_learner_names_the_batch(host: Any, client: httpx.Client, quarantined: MakeLearner) -> None:
+    host.add(quarantined("prices", durability=Durability.OS))
+    learner = client.get("/v1/learners/prices").json()
+    assert (learner["state"], learner["durability"]) == ("quarantined", "os")
+    assert learner["quarantine"] == {
+        "journal_position": 77,
+        "producer": "web-1",
+        "sequence": 41,
+        "reason": "Training diverged: at step 2001 the loss became infinite or not a number",
+        "quarantine_time": "2026-11-22T09:00:00Z",
+    }
+
+
+def test_deleted_learners_are_listed_on_request(host: Any, client: httpx.Client, make_learner: MakeLearner) -> None:
+    host.add(make_learner("here"), deleted(make_learner, "gone"))
+    assert [learner["id"] for learner in client.get("/v1/learners").json()["learners"]] == ["here"]
+    gone, here = client.get("/v1/learners?show_deleted=true").json()["learners"]
+    assert (gone["id"], gone["state"]) == ("gone", "deleted")
+    assert (gone["delete_time"], gone["purge_time"]) == ("2026-11-22T10:00:00Z", "2026-11-29T10:00:00Z")
+    assert here["delete_time"] is None
+
+
+def deleted(make_learner: MakeLearner, learner_id: str) -> LearnerRecord:
+    return make_learner(
+        learner_id,
+        state=LearnerState.DELETED,
+        delete_time=datetime(2026, 11, 22, 10, tzinfo=UTC),
+        purge_time=datetime(2026, 11, 29, 10, tzinfo=UTC),
+    )
+
+
 def test_pages_lead_through_all_learners(host: Any, client: httpx.Client, make_learner: MakeLearner) -> None:
     host.add(*(make_learner(f"learner-{number}") for number in range(5)))
     found, token = [], ""
@@ -98,15 +137,26 @@ def test_plasticity_now_and_before(
     assert [sample["step"] for sample in samples] == steps
 
 
-def test_the_server_in_one_view(host: Any, client: httpx.Client, make_learner: MakeLearner) -> None:
-    host.add(make_learner("a"), make_learner("b"))
+def test_the_server_in_one_view(
+    host: Any, client: httpx.Client, make_learner: MakeLearner, quarantined: MakeLearner
+) -> None:
+    host.add(make_learner("a"), make_learner("b"), deleted(make_learner, "d"), quarantined("q", queued_batches=0))
+    host.add(quarantined("r", state=LearnerState.EVICTED, queued_batches=0))
     host.broken["c"] = "its checkpoint is damaged"
     server = client.get("/v1/server").json()
-    assert server["learners"] == {"active": 2, "unavailable": 0}
+    assert server["learners"] == {"active": 2, "unavailable": 0, "evicted": 1, "quarantined": 1, "deleted": 1}
+    assert server["quarantined"] == ["q", "r"]
     assert server["unreadable"] == {"c": "its checkpoint is damaged"}
-    assert (server["steps"], server["queued_batches"], server["open_streams"]) == (4000, 8, 2)
+    assert (server["steps"], server["queued_batches"], server["open_streams"]) == (8000, 8, 2)
     assert server["engine"]["device"] == "cpu"
+    assert server["journal"] == {"up": True, "since": "2026-11-22T09:00:00Z", "reason": ""}
     assert server["ready"] is True
+
+
+def test_a_journal_that_cannot_be_written_says_why(host: Any, client: httpx.Client) -> None:
+    host.journal = JournalStatus(up=False, since=host.journal.since, reason="database or disk is full")
+    journal = client.get("/v1/server").json()["journal"]
+    assert journal == {"up": False, "since": "2026-11-22T09:00:00Z", "reason": "database or disk is full"}
 
 
 def test_ready_and_not(host: Any, client: httpx.Client) -> None:
@@ -150,7 +200,7 @@ def test_only_reading_is_allowed(client: httpx.Client) -> None:
 
 
 def test_an_unavailable_engine_says_when_to_try_again(host: Any, client: httpx.Client) -> None:
-    def fail() -> None:
+    def fail(**_: Any) -> None:
         raise EngineUnavailable
 
     host.learners = fail
@@ -160,7 +210,7 @@ def test_an_unavailable_engine_says_when_to_try_again(host: Any, client: httpx.C
 
 
 def test_an_unforeseen_failure_gives_nothing_away(host: Any, client: httpx.Client) -> None:
-    def fail() -> None:
+    def fail(**_: Any) -> None:
         raise RuntimeError("a secret")
 
     host.learners = fail

@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cbp_server.errors import LearnerNotFound, SequenceGap
-from cbp_server.metrics import HostMetrics, RpcMetrics, ServerCollector, register_server_metrics
+from cbp_server.metrics import HostMetrics, JournalMetrics, RpcMetrics, ServerCollector, register_server_metrics
 from cbp_server.read_model import ReadModel
-from cbp_server.records import LearnerRecord, LearnerState
+from cbp_server.records import JournalStatus, LearnerRecord, LearnerState
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
@@ -30,6 +30,7 @@ def everything(registry: CollectorRegistry, host: Any, make_learner: MakeLearner
     rpc, events = RpcMetrics(registry), HostMetrics(registry)
     rpc.observe("cbp.v1.TrainingService/Predict", "OK", 0.002)
     events.checkpoint_written(0.01, 1000)
+    JournalMetrics(registry).journal_written(0.004, 3, 900)
     register_server_metrics(registry, host, max_learners=2)
     host.add(*(make_learner(name) for name in ("a", "b", "c")))
     return registry
@@ -55,6 +56,8 @@ def test_a_learners_numbers_are_those_of_its_record(host: Any, make_learner: Mak
         "cbp_learner_tasks_total": 2,
         "cbp_learner_queued_batches": 4,
         "cbp_learner_checkpoint_step": 1600,
+        "cbp_learner_unsaved_entries": 15,
+        "cbp_learner_quarantined": 0,
     }.items():
         assert registry.get_sample_value(name, {"learner": "clicks"}) == value, name
 
@@ -89,14 +92,21 @@ def test_the_output_layer_has_weights_but_no_dormancy(host: Any, make_learner: M
 
 def test_service_and_engine(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("a"), make_learner("b"), make_learner("c", state=LearnerState.UNAVAILABLE))
+    host.add(make_learner("deleted", state=LearnerState.DELETED, delete_time=host.journal.since))
     host.broken["d"] = "its checkpoint is damaged"
     registry = collect(host)
     for name, labels, value in (
         ("cbp_learners", {"state": "active"}, 2),
         ("cbp_learners", {"state": "unavailable"}, 1),
+        ("cbp_learners", {"state": "evicted"}, 0),
+        ("cbp_learners", {"state": "quarantined"}, 0),
+        ("cbp_learners", {"state": "deleted"}, 1),
+        ("cbp_learner_steps_total", {"learner": "deleted"}, None),
         ("cbp_unreadable_learners", {}, 1),
         ("cbp_train_streams", {}, 2),
         ("cbp_queued_batches", {}, 12),
+        ("cbp_journal_up", {}, 1),
+        ("cbp_journal_change_timestamp_seconds", {}, host.journal.since.timestamp()),
         ("cbp_engine_up", {}, 1),
         ("cbp_engine_restarts_total", {}, 1),
         ("cbp_engine_step_seconds_sum", {}, 12.5),
@@ -106,6 +116,29 @@ def test_service_and_engine(host: Any, make_learner: MakeLearner) -> None:
         assert registry.get_sample_value(name, labels) == value, name
     host.engine = replace(host.engine, up=False)
     assert registry.get_sample_value("cbp_engine_up") == 0
+    host.journal = JournalStatus(up=False, since=host.journal.since, reason="disk full")
+    assert registry.get_sample_value("cbp_journal_up") == 0
+
+
+def test_a_quarantined_learner_has_a_series_of_its_own(
+    host: Any, make_learner: MakeLearner, quarantined: MakeLearner
+) -> None:
+    host.add(make_learner("a"), make_learner("b"), quarantined("y"), quarantined("z", state=LearnerState.EVICTED))
+    registry = collect(host, max_learners=2)
+    step(host, "a", 10)
+    assert names_with_series(registry) == {"y", "z", "_others"}
+    assert registry.get_sample_value("cbp_learner_quarantined", {"learner": "y"}) == 1
+    assert registry.get_sample_value("cbp_learner_quarantined", {"learner": "_others"}) == 0
+
+
+def test_a_learner_that_was_never_brought_back_has_no_series(host: Any, make_learner: MakeLearner) -> None:
+    host.add(make_learner("a", state=LearnerState.UNAVAILABLE), make_learner("b", state=LearnerState.EVICTED))
+    registry = collect(host)
+    assert names_with_series(registry) == {"b"}
+    host.add(make_learner("a", step=2500))
+    assert names_with_series(registry) == {"a", "b"}
+    host.add(make_learner("a", step=2500, state=LearnerState.UNAVAILABLE))  # the engine restarts
+    assert names_with_series(registry) == {"a", "b"}
 
 
 def names_with_series(registry: CollectorRegistry) -> set[str]:
@@ -181,6 +214,13 @@ def test_events_are_counted(registry: CollectorRegistry) -> None:
     events.batch_rejected(SequenceGap(received=5, expected=3))
     events.checkpoint_written(0.02, 4096)
     events.checkpoint_failed()
+    events.learner_recovered(0.7)
+    events.entries_replayed(120)
+    events.learner_quarantined()
+    events.learner_evicted()
+    journal = JournalMetrics(registry)
+    journal.journal_written(0.004, 3, 900)
+    journal.journal_failed()
     predict = {"method": "cbp.v1.TrainingService/Predict"}
     for name, labels, value in (
         ("cbp_rpc_requests_total", {**predict, "code": "OK"}, 1),
@@ -192,6 +232,14 @@ def test_events_are_counted(registry: CollectorRegistry) -> None:
         ("cbp_checkpoint_written_bytes_total", {}, 4096),
         ("cbp_checkpoint_failures_total", {}, 1),
         ("cbp_checkpoint_duration_seconds_sum", {}, 0.02),
+        ("cbp_recovery_duration_seconds_sum", {}, 0.7),
+        ("cbp_replayed_entries_total", {}, 120),
+        ("cbp_quarantines_total", {}, 1),
+        ("cbp_evictions_total", {}, 1),
+        ("cbp_journal_commit_duration_seconds_sum", {}, 0.004),
+        ("cbp_journal_entries_total", {}, 3),
+        ("cbp_journal_written_bytes_total", {}, 900),
+        ("cbp_journal_commit_failures_total", {}, 1),
     ):
         assert registry.get_sample_value(name, labels) == value, (name, labels)
 

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from cbp import TaskRecord
-from cbp_server.records import LearnerRecord, LearnerState
+from cbp_server.records import Durability, JournalStatus, LearnerRecord, LearnerState
 
 MakeLearner = Callable[..., LearnerRecord]
 
@@ -77,6 +77,70 @@ def test_the_list_shows_each_learner(host: Any, page: Page, make_learner: MakeLe
     expect(cell(page, "prices", "State")).to_have_text("unavailable")
 
 
+def test_each_state_looks_like_what_it_is(
+    host: Any, page: Page, make_learner: MakeLearner, quarantined: MakeLearner
+) -> None:
+    host.add(make_learner("clicks"), make_learner("idle", state=LearnerState.EVICTED), quarantined("prices"))
+    host.add(make_learner("gone", state=LearnerState.DELETED, delete_time=host.journal.since))
+    page.goto("/")
+    expect(page.locator(".states")).to_have_text(
+        "1 active · 1 evicted · 1 quarantined · 1 deleted, to be seen with cbp learners list --deleted"
+    )
+    expect(page.locator(".figures")).to_contain_text("Learners3")
+    expect(row(page, "gone")).to_have_count(0)
+    for name, state, look in (
+        ("clicks", "active", "state"),
+        ("idle", "evicted", "state away"),
+        ("prices", "quarantined", "state notable"),
+    ):
+        expect(cell(page, name, "State")).to_have_text(state)
+        expect(cell(page, name, "State").locator("span")).to_have_class(look)
+    banner = page.get_by_role("alert")
+    expect(banner).to_have_text("Quarantined, and waiting to be resumed: prices.")
+    banner.get_by_role("link", name="prices").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("prices")
+
+
+def test_all_active_needs_no_words(host: Any, page: Page, make_learner: MakeLearner) -> None:
+    host.add(make_learner("clicks"))
+    page.goto("/")
+    expect(row(page, "clicks")).to_be_visible()
+    expect(page.locator(".states")).to_be_empty()
+
+
+def test_a_quarantined_learner_says_why_and_what_to_do(host: Any, page: Page, quarantined: MakeLearner) -> None:
+    host.add(quarantined("prices"))
+    page.goto("/#/learners/prices")
+    notice = page.get_by_role("region", name="What this learner's state means")
+    expect(notice).to_contain_text("Training diverged: at step 2001 the loss became infinite or not a number")
+    expect(notice).to_contain_text("Batch 41 of producer web-1, at position 77 of the journal")
+    for command in (
+        "cbp learners resume prices --lr 0.001",
+        "cbp learners resume prices --skip-batch",
+        "cbp learners restore prices --checkpoint NUMBER",
+    ):
+        expect(notice.get_by_text(command, exact=True)).to_be_visible()
+    host.add(replace(host.records["prices"], state=LearnerState.ACTIVE, quarantine=None))
+    expect(notice).to_be_hidden()
+    expect(page.locator("h1 .state")).to_have_text("active")
+
+
+def test_a_quarantine_without_a_journal_has_no_batch_to_skip(host: Any, page: Page, quarantined: MakeLearner) -> None:
+    host.add(quarantined("prices", position=0, durability=Durability.NONE))
+    page.goto("/#/learners/prices")
+    notice = page.get_by_role("region", name="What this learner's state means")
+    expect(notice.get_by_text("cbp learners resume prices", exact=True)).to_be_visible()
+    expect(notice).not_to_contain_text("--skip-batch")
+    expect(notice).to_contain_text("as its newest checkpoint has it")
+
+
+def test_an_evicted_learner_is_no_error(host: Any, page: Page, make_learner: MakeLearner) -> None:
+    host.add(make_learner("idle", state=LearnerState.EVICTED, samples=0))
+    page.goto("/#/learners/idle")
+    expect(page.locator(".notice")).to_contain_text("the first batch or prediction brings it back")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 def test_numbers_follow_the_server(host: Any, page: Page, make_learner: MakeLearner) -> None:
     host.add(make_learner("clicks"))
     page.goto("/")
@@ -117,6 +181,8 @@ def test_a_learner_in_full(host: Any, page: Page, make_learner: MakeLearner) -> 
     facts = page.locator(".facts")
     expect(facts).to_contain_text("first layer, rate 0.0001, mature after 100 steps, by adaptable contribution")
     expect(facts).to_contain_text("step 1,600")
+    expect(facts).to_contain_text("fsync: what is acknowledged survives a power cut")
+    expect(facts).to_contain_text("76, 15 behind the checkpoint")
     for title, newest in {
         "Accuracy by task": "accuracy 90.0 %",
         "Mean |w|": "hidden_0 0.0530, hidden_1 0.0530, output 0.0530",
@@ -188,13 +254,17 @@ def test_what_is_wrong_is_said_at_the_top(host: Any, page: Page) -> None:
     host.reasons.append("the engine process is down")
     host.broken["clicks"] = "its checkpoint is damaged"
     host.engine = replace(host.engine, up=False)
+    host.journal = JournalStatus(up=False, since=host.journal.since, reason="database or disk is full")
     page.goto("/")
     banner = page.get_by_role("alert")
     expect(banner).to_contain_text("Not ready: the engine process is down.")
+    expect(banner).to_contain_text("Nothing is accepted: the journal cannot be written since")
+    expect(banner).to_contain_text("database or disk is full.")
     expect(banner).to_contain_text("Learner clicks could not be restored: its checkpoint is damaged.")
     expect(page.locator("#engine")).to_contain_text("Engine down")
     host.reasons.clear()
     host.broken.clear()
+    host.journal = replace(host.journal, up=True, reason="")
     expect(banner).to_be_hidden()
 
 
@@ -209,8 +279,8 @@ def test_a_server_that_is_gone_is_noticed(host: Any, http: Any, page: Page, make
 
 
 @pytest.mark.parametrize("width", [360, 768, 1366])
-def test_it_fits_the_screen(host: Any, page: Page, make_learner: MakeLearner, width: int) -> None:
-    host.add(make_learner("a-learner-with-quite-a-long-name"))
+def test_it_fits_the_screen(host: Any, page: Page, quarantined: MakeLearner, width: int) -> None:
+    host.add(quarantined("a-learner-with-quite-a-long-name"))
     page.set_viewport_size({"width": width, "height": 800})
     for path in ("/", "/#/learners/a-learner-with-quite-a-long-name"):
         page.goto(path)

@@ -49,6 +49,8 @@ export const plural = (number, word) => `${count(number)} ${word}${number === 1 
 
 export const clock = (date) => date.toLocaleTimeString("en-GB");
 
+export const moment = (date) => date.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "medium" });
+
 export function network(spec) {
   const { in_features: inputs, hidden, out_features: outputs, activation } = spec.network;
   const equal = hidden.length > 1 && hidden.every((width) => width === hidden[0]);

@@ -9,6 +9,7 @@ const TIMEOUT_MS = 5000;
 const PAGE = 50;
 const HISTORY = 400;
 const NOTABLE_DORMANT = 0.3;
+const MOST_NAMED = 5;
 
 const main = document.querySelector("#main");
 const banner = document.querySelector("#banner");
@@ -58,10 +59,21 @@ function effectiveRank(learner) {
   return last?.effective_rank == null ? "–" : `${format.decimal(last.effective_rank)} / ${last.units}`;
 }
 
-function showState(element, state) {
+// What each state but active looks like, and means. That a learner waits for somebody matters more than where it is.
+const STATES = {
+  unavailable: { look: "bad", about: "The engine process is down, or restoring it." },
+  evicted: { look: "away", about: "Idle, and out of memory. Its first use brings it back." },
+  quarantined: { look: "notable", about: "It could not learn a batch. It predicts, and trains once it is resumed." },
+};
+
+function showState(element, learner) {
+  const state = learner.quarantine ? "quarantined" : learner.state;
   setText(element, state);
-  setClass(element, "bad", state !== "active");
+  element.title = STATES[state]?.about ?? "";
+  for (const { look } of Object.values(STATES)) setClass(element, look, STATES[state]?.look === look);
 }
+
+const learnerLink = (id) => h("a", { href: `#/learners/${encodeURIComponent(id)}` }, id);
 
 // --- all learners ---------------------------------------------------------------------------------------------
 
@@ -86,11 +98,11 @@ class LearnerRow {
       COLUMNS.map(({ key, label, number }) => [key, h("td", { class: number ? "number" : key, "data-label": label })]),
     );
     this.cells.state.append(h("span", { class: "state" }));
-    const href = `#/learners/${encodeURIComponent(id)}`;
+    const link = learnerLink(id);
     this.element = h(
       "tr",
-      { onclick: (event) => event.target.closest("a") || getSelection().toString() || (location.hash = href) },
-      h("th", { scope: "row" }, h("a", { href }, id)),
+      { onclick: (event) => event.target.closest("a") || getSelection().toString() || (location.hash = link.hash) },
+      h("th", { scope: "row" }, link),
       ...Object.values(this.cells),
     );
   }
@@ -98,7 +110,7 @@ class LearnerRow {
   update(learner) {
     const { spec, progress } = learner;
     const dormant = dormantShare(learner);
-    showState(this.cells.state.firstChild, learner.state);
+    showState(this.cells.state.firstChild, learner);
     const texts = {
       network: format.network(spec),
       resets: format.resets(spec),
@@ -131,6 +143,7 @@ class Overview {
       { class: "figures" },
       ...Object.entries(this.figures).map(([label, value]) => h("div", {}, h("dt", {}, label), value)),
     );
+    this.states = h("p", { class: "states quiet" });
     this.body = h("tbody");
     this.more = h("button", { type: "button", class: "more", onclick: () => this.showMore() }, "Show more");
     this.table = h(
@@ -158,6 +171,7 @@ class Overview {
       {},
       h("h1", {}, "Learners"),
       this.summary,
+      this.states,
       this.table,
       this.more,
       this.empty,
@@ -166,7 +180,8 @@ class Overview {
 
   async refresh(server) {
     const { learners, next_page_token: next } = await get(`/v1/learners?page_size=${this.limit}`);
-    const total = Object.values(server.learners).reduce((sum, number) => sum + number, 0);
+    const { deleted, ...states } = server.learners;
+    const total = Object.values(states).reduce((sum, number) => sum + number, 0);
     const figures = {
       Learners: format.count(total),
       "Steps/s": format.rate(this.stepRate.add(server.steps)),
@@ -175,6 +190,7 @@ class Overview {
       "Train streams": format.count(server.open_streams),
     };
     for (const [label, text] of Object.entries(figures)) setText(this.figures[label], text);
+    setText(this.states, statesInWords(states, deleted));
     this.empty.hidden = learners.length > 0;
     this.summary.hidden = learners.length === 0;
     this.table.hidden = learners.length === 0;
@@ -194,6 +210,14 @@ class Overview {
     this.limit = Math.min(1000, this.limit + PAGE);
     poll();
   }
+}
+
+// Nothing if all learners are active, as they mostly are.
+function statesInWords(states, deleted) {
+  const present = Object.entries(states).filter(([, number]) => number > 0);
+  const parts = present.every(([state]) => state === "active") ? [] : present.map(([state, number]) => `${format.count(number)} ${state}`);
+  if (deleted > 0) parts.push(`${format.count(deleted)} deleted, to be seen with cbp learners list --deleted`);
+  return parts.join(" · ");
 }
 
 function emptyState() {
@@ -285,7 +309,13 @@ class PlainTable {
 }
 
 // Facts whose texts need the room of two.
-const WIDE = new Set(["Optimizer", "Resets", "Task", "Checkpoint"]);
+const WIDE = new Set(["Optimizer", "Resets", "Task", "Checkpoint", "Durability"]);
+
+const DURABILITY = {
+  fsync: "fsync: what is acknowledged survives a power cut",
+  os: "os: what is acknowledged survives a crash of the server",
+  none: "none: what came after the checkpoint can be lost",
+};
 
 const byStep = { label: "Step", format: format.short };
 
@@ -294,6 +324,7 @@ class LearnerView {
     this.id = id;
     this.rate = new Rate();
     this.state = h("span", { class: "state" });
+    this.notice = h("section", { class: "notice", "aria-label": "What this learner's state means", hidden: true });
     this.facts = new Map();
     this.list = h("dl", { class: "facts" });
     this.tasks = null;
@@ -328,6 +359,7 @@ class LearnerView {
       {},
       h("p", { class: "crumb" }, h("a", { href: "#/" }, "Learners")),
       h("h1", {}, id, this.state),
+      this.notice,
       this.list,
       this.chartGrid,
       this.layers.element,
@@ -349,7 +381,8 @@ class LearnerView {
       return "No such learner · cbp server";
     }
     if (this.tasks === null) this.addCharts(learner);
-    showState(this.state, learner.state);
+    showState(this.state, learner);
+    this.showNotice(learner);
     this.showFacts(learner);
     this.showTasks(learner.progress);
     this.layers.update((learner.plasticity?.layers ?? []).map((layer) => [layer.layer, layer]));
@@ -379,8 +412,18 @@ class LearnerView {
     this.chartGrid.append(this.tasks.element, ...Object.values(this.charts).map(({ element }) => element));
   }
 
+  showNotice(learner) {
+    const key = JSON.stringify([learner.state, learner.quarantine]);
+    if (key === this.noticeKey) return;
+    this.noticeKey = key;
+    this.notice.hidden = !learner.quarantine && learner.state !== "evicted";
+    setClass(this.notice, "notable", learner.quarantine);
+    this.notice.replaceChildren(...(learner.quarantine ? quarantineNotice(learner) : [h("p", {}, EVICTED)]));
+  }
+
   showFacts(learner) {
     const { spec, progress, checkpoint } = learner;
+    const behind = learner.journal_position - (checkpoint?.journal_position ?? 0);
     const replaced = Object.values(progress.replacements).reduce((sum, number) => sum + number, 0);
     const age = checkpoint && (Date.now() - new Date(checkpoint.time)) / 1000;
     const facts = {
@@ -400,6 +443,8 @@ class LearnerView {
       Checkpoint: checkpoint
         ? `step ${format.count(checkpoint.step)}, ${format.duration(age)} ago, ${format.bytes(checkpoint.size_bytes)}`
         : "none yet",
+      Durability: DURABILITY[learner.durability],
+      Journal: `${format.count(learner.journal_position)}${behind > 0 ? `, ${format.count(behind)} behind the checkpoint` : ""}`,
     };
     for (const [label, text] of Object.entries(facts)) {
       if (!this.facts.has(label)) {
@@ -436,6 +481,38 @@ class LearnerView {
   }
 }
 
+const EVICTED =
+  "Idle, and out of memory. Nothing is lost: the first batch or prediction brings it back, as it was. Until then the " +
+  "numbers are those that it left with.";
+
+// What happened, and what to do about it.
+function quarantineNotice({ id, spec, quarantine }) {
+  const { producer, sequence, journal_position: position, reason, quarantine_time: time } = quarantine;
+  const where = position > 0 ? `, at position ${format.count(position)} of the journal` : "";
+  const choice = (command, meaning) => [h("dt", {}, h("code", {}, command)), h("dd", {}, meaning)];
+  const lower = Number((spec.optimizer.lr / 10).toPrecision(2));
+  const ways = [
+    choice(`cbp learners resume ${id} --lr ${lower}`, "goes on at that batch, with a smaller learning rate"),
+    position > 0
+      ? choice(`cbp learners resume ${id} --skip-batch`, "leaves that batch out")
+      : choice(`cbp learners resume ${id}`, "goes on; its client sends the batch again, or leaves it out"),
+    choice(`cbp learners restore ${id} --checkpoint NUMBER`, "goes back to an earlier state, and does not learn again what came after"),
+  ];
+  return [
+    h("h2", {}, "It does not train: a batch could not be learnt"),
+    h("p", { class: "reason" }, reason),
+    h(
+      "p",
+      {},
+      `Batch ${format.count(sequence)} of producer ${producer}${where}, on ${format.moment(new Date(time))}. `,
+      position > 0
+        ? "The learner is as it was before that batch, and predicts. Nothing that was acknowledged is lost. Resume it:"
+        : "The learner is as its newest checkpoint has it, and predicts. Resume it:",
+    ),
+    h("dl", { class: "ways" }, ...ways.flat()),
+  ];
+}
+
 // --- the page -------------------------------------------------------------------------------------------------
 
 let view = null;
@@ -462,14 +539,30 @@ function showServer(server) {
   setText(footer, `torch ${server.torch_version} · engine memory ${format.bytes(server.engine.resident_bytes)} · as of ${format.clock(new Date())}`);
 }
 
-function warnings({ ready, reasons, unreadable }) {
-  const lost = Object.entries(unreadable).map(([id, reason]) => `Learner ${id} could not be restored: ${reason}.`);
-  return ready ? lost : [`Not ready: ${reasons.join("; ")}.`, ...lost];
+// Each a list of texts and elements.
+function warnings({ ready, reasons, journal, learners, quarantined, unreadable }) {
+  const found = Object.entries(unreadable).map(([id, reason]) => [`Learner ${id} could not be restored: ${reason}.`]);
+  if (quarantined.length > 0) found.unshift(quarantineWarning(quarantined, learners.quarantined));
+  if (!journal.up) {
+    found.unshift([`Nothing is accepted: the journal cannot be written since ${format.moment(new Date(journal.since))}: ${journal.reason}.`]);
+  }
+  if (!ready) found.unshift([`Not ready: ${reasons.join("; ")}.`]);
+  return found;
 }
 
-function showBanner(text) {
-  setText(banner, text);
-  banner.hidden = text === "";
+function quarantineWarning(ids, number) {
+  const named = ids.slice(0, MOST_NAMED);
+  const unnamed = Math.max(number, ids.length) - named.length;
+  const names = named.flatMap((id, index) => (index === 0 ? [learnerLink(id)] : [", ", learnerLink(id)]));
+  if (unnamed > 0) names.push(` and ${format.count(unnamed)} more`);
+  return ["Quarantined, and waiting to be resumed: ", ...names, "."];
+}
+
+function showBanner(found) {
+  const lines = found.map((parts) => h("p", {}, ...parts));
+  const changed = lines.length !== banner.children.length || lines.some((line, index) => !line.isEqualNode(banner.children[index]));
+  if (changed) banner.replaceChildren(...lines);
+  banner.hidden = found.length === 0;
 }
 
 async function refresh() {
@@ -482,11 +575,11 @@ async function refresh() {
     if (shown.element.parentElement !== main) main.replaceChildren(shown.element);
     document.title = title;
     lastAnswer = new Date();
-    showBanner(warnings(server).join(" "));
+    showBanner(warnings(server));
   } catch (error) {
     const since = lastAnswer ? ` What you see is from ${format.clock(lastAnswer)}.` : "";
     const what = error instanceof HttpError ? `The server answered ${error.status}: ${error.message}.` : "The server does not answer.";
-    showBanner(`${what}${since} Trying again every ${POLL_MS / 1000} seconds.`);
+    showBanner([[`${what}${since} Trying again every ${POLL_MS / 1000} seconds.`]]);
     if (!(error instanceof HttpError)) {
       setText(engine, "Not reachable");
       setClass(engine, "bad", true);

@@ -58,3 +58,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("learner_uid", "position", name="journal_pkey"),
         sa.UniqueConstraint("learner_uid", "producer", "sequence", name="journal_batch_once"),
     )
+    resumes = sa.text("kind = 'resume'")
+    op.create_index(
+        "journal_resumes", "journal", ["learner_uid", "position"], sqlite_where=resumes, postgresql_where=resumes
+    )
