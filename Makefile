@@ -25,8 +25,8 @@ demo: .venv/installed ## stream digits to three learners and plot who keeps lear
 test: .venv/installed ## run the tests
 	$(BIN)/pytest
 
-torture: .venv/installed ## kill a server KILLS times while clients stream to it (about half an hour; SEED=n repeats a run)
-	PYTHONPATH=tests $(BIN)/python tests/torture.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+torture: .venv/installed ## kill a server KILLS times while clients stream to it (about half an hour; SEED=n repeats a run, POWER=1 cuts the power)
+	PYTHONPATH=tests $(BIN)/python tests/torture.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(if $(POWER),--power)
 
 check: .venv/installed ## format, lint, types, proto drift, Dockerfile, proto style
 	$(BIN)/ruff format --check .

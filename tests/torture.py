@@ -26,6 +26,7 @@ from faults.plan import Lie, Victims
 from faults.points import POINTS
 from faults.proxy import Proxy
 from faults.server import FaultyServer
+from faults.sqlite_vfs import library_path
 from faults.storage import Failures
 from faults.undisturbed import check_fork, check_learner
 
@@ -110,7 +111,8 @@ class Outcome:
 def random_lives(count: int, seed: int, *, power: bool = False) -> list[Life]:
     """As the seed has it."""
     chance = random.Random(f"{seed} lives")
-    points = [point for point in POINTS if point.partition("/")[0] not in _RARE]
+    watched = library_path() is not None
+    points = [point for point in POINTS if point.partition("/")[0] not in _RARE and (watched or "sqlite" not in point)]
     return [_random_life(chance, points, power=power) for _ in range(count)]
 
 

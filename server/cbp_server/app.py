@@ -33,6 +33,7 @@ from cbp_server.storage import Storage
 from cbp_server.store.catalog import Catalog
 from cbp_server.store.checkpoints import CheckpointFiles
 from cbp_server.store.database import DatabaseInUse, Ownership, exclusive, open_database
+from cbp_server.store.directories import make_directory
 from cbp_server.store.group_commit import GroupCommit
 from cbp_server.store.journal import Entry, Journal
 from cbp_server.web.app import create_app
@@ -246,7 +247,7 @@ class _Server:
 def _locked(data_dir: Path) -> Iterator[None]:
     """Two servers on one data directory would overwrite each other's checkpoints."""
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(data_dir)
         lock = (data_dir / "lock").open("w")
     except OSError as error:
         raise StartError(f"--data-dir {data_dir} cannot be written: {error.strerror}") from error

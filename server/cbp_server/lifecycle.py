@@ -333,28 +333,33 @@ class Lifecycle:
         async with hosted.changing:
             self._check_present(hosted, expected_etag)
             await self._residence.use(hosted)
-            rows = await self._storage.run(self._storage.catalog.checkpoints, hosted.uid)
-            source = None if number is None else _numbered(hosted, rows, number)
-            if position is not None:
-                if not hosted.log.journals_batches:
-                    description = "is not possible: the learner's batches are not journaled; name a checkpoint"
-                    raise InvalidRequest(FieldViolation("journal_position", description))
-                first, last = await self._restorable(hosted, rows)
-                if not first <= position <= last:
-                    raise PositionNotHeld(hosted.learner_id, first, last)
-            await self._residence.occupy(hosted, self._restore(hosted, source, position))
+            await self._check_held(hosted, number, position)
+            await self._residence.occupy(hosted, self._restore(hosted, number, position))
         log.info("learner restored", learner=hosted.learner_id, checkpoint=number, position=position)
         return hosted.record
 
-    async def _restore(self, hosted: Hosted, source: StoredCheckpoint | None, position: int | None) -> None:
+    async def _check_held(self, hosted: Hosted, number: int | None, position: int | None) -> None:
+        rows = await self._storage.run(self._storage.catalog.checkpoints, hosted.uid)
+        if number is not None:
+            _numbered(hosted, rows, number)
+        if position is not None:
+            if not hosted.log.journals_batches:
+                description = "is not possible: the learner's batches are not journaled; name a checkpoint"
+                raise InvalidRequest(FieldViolation("journal_position", description))
+            first, last = await self._restorable(hosted, rows)
+            if not first <= position <= last:
+                raise PositionNotHeld(hosted.learner_id, first, last)
+
+    async def _restore(self, hosted: Hosted, source: int | None, position: int | None) -> None:
         uid, scratch = hosted.uid, f"{hosted.uid}-restored"
         async with hosted.saving:
+            await self._check_held(hosted, source, position)  # once more: it was not, until here, kept from removal
             await self._storage.commit.mend(uid)  # behind everything that was on its way into the journal
             now = await self._engine.call(messages.Describe(uid))
             positions = await self._storage.run(self._positions_at_end, uid, now)
             try:
                 if source is not None:
-                    await self._engine.call(messages.Load(scratch, source.number, uid))
+                    await self._engine.call(messages.Load(scratch, source, uid))
                 else:
                     loaded = await self._recovery.load(hosted.stored, scratch, position)
                     reached = await self._recovery.replay(hosted.stored, scratch, loaded.learner, position)

@@ -35,4 +35,5 @@ class Storage:
         try:
             return await asyncio.to_thread(action, *args, **kwargs)
         except SQLAlchemyError as error:
+            self.commit.end_if_fsync_failed(error)
             raise JournalUnavailable(str(getattr(error, "orig", None) or error)) from error

@@ -10,7 +10,6 @@ import httpx
 import numpy as np
 import pytest
 from faults.server import FaultyServer
-from faults.sqlite_vfs import library_path
 from faults.storage import Failures
 
 from cbp import Batch, Learner, LearnerSpec
@@ -19,10 +18,7 @@ from cbp_proto import decode_tensor
 
 
 @pytest.fixture
-def server(tmp_path):
-    if library_path() is None:
-        reason = "this Python's SQLite is linked statically, so it cannot be made to fail"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+def server(tmp_path, watched_sqlite):  # noqa: ARG001 - tells whether these tests are possible
     faulty = FaultyServer(tmp_path, "--checkpoint-interval", "0.2")
     faulty.start()
     yield faulty

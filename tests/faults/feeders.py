@@ -28,7 +28,7 @@ AnswerT = TypeVar("AnswerT")
 _FLUSHED = 20
 #: One in so many flushes, the producer's process ends at once and another one takes its place.
 _RESTARTS = 15
-_MOST_FORKS = 3
+_MOST_FORKS = 8
 
 
 class Participant(threading.Thread):
@@ -193,7 +193,11 @@ class Operator(Participant):
         handle = self._client.get_learner(learner.name)
         checkpoints = handle.checkpoints()
         if len(checkpoints) and self._chance.random() < 0.5:
-            handle.restore(checkpoint=self._chance.choice(checkpoints.checkpoints).number)
+            number = self._chance.choice(checkpoints.checkpoints).number
+            try:
+                handle.restore(checkpoint=number)
+            except NotFound:
+                return  # a newer one has taken its place
         else:
             first, last = checkpoints.first_restorable_position, checkpoints.last_restorable_position
             handle.restore(position=self._chance.randint(first, last))

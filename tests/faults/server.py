@@ -14,6 +14,7 @@ from faults.broken import BROKEN_HARNESS
 from faults.disk import begin_shadow, lose_power
 from faults.plan import FaultPlan, Kill, Lie, SyncedDisk, Victims
 from faults.processes import children, is_running
+from faults.sqlite_vfs import library_path
 
 _SITE = Path(__file__).parent / "site"
 _END_SECONDS = 60.0
@@ -58,7 +59,9 @@ class FaultyServer(ServerProcess):
     def environment(self) -> dict[str, str]:
         environment = super().environment()
         path = os.pathsep.join(filter(None, (str(_SITE), environment.get("PYTHONPATH"))))
-        plan = FaultPlan(kill=self._kill, disk=self._disk, failures=self.failures)
+        plan = FaultPlan(
+            kill=self._kill, disk=self._disk, failures=self.failures if library_path() is not None else None
+        )
         return environment | plan.environment() | {"PYTHONPATH": path}
 
     def wait_until_ready_or_ended(self) -> bool:

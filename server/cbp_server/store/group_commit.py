@@ -200,11 +200,15 @@ class GroupCommit:
             self._status = JournalStatus(up=True, since=now)
         return {}
 
-    def _unavailable(self, error: Exception) -> JournalUnavailable:
-        reason = _reason(error)
+    def end_if_fsync_failed(self, error: Exception) -> None:
+        """For every transaction's failure: an fsync that fails may have dropped what another transaction wrote."""
         if getattr(getattr(error, "orig", None), "sqlite_errorname", "") in _FSYNC_ERRORS:
-            self._fatal = reason
-            self._on_fatal(reason)
+            self._fatal = _reason(error)
+            self._on_fatal(self._fatal)
+
+    def _unavailable(self, error: Exception) -> JournalUnavailable:
+        self.end_if_fsync_failed(error)
+        reason = _reason(error)
         self._note_failure()
         if self._status.up:
             self._status = JournalStatus(up=False, since=datetime.now(UTC), reason=reason)
