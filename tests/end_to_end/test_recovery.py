@@ -651,3 +651,49 @@ def test_a_restore_counts_once_the_catalog_has_it_whatever_becomes_of_the_engine
     again.results(1)
     checkpoint(wire, "clicks")
     learner.check(wire)
+
+
+# -- coming and going at the same time --
+
+SLOW_BATCHES = """
+import os, time
+from cbp_server.engine import training
+run_slice = training.TrainingJob.run_slice
+def slow(job):
+    if os.path.exists(os.environ["FLAG"]):
+        time.sleep(0.2)
+    run_slice(job)
+training.TrainingJob.run_slice = slow
+"""
+
+
+def test_a_learner_deleted_while_it_is_brought_back_stays_deleted(
+    start_server, connect, small_spec, examples, tmp_path, monkeypatch
+):
+    patch(tmp_path, monkeypatch, SLOW_BATCHES)
+    monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
+    server = start_server("--checkpoint-interval", "3600")
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    for seed in range(10):
+        learner.teach(stream, examples(2, seed=seed))
+    stream.results(10)
+    server.kill()
+    (tmp_path / "flag").touch()
+    server.launch()
+
+    def deleted():
+        with contextlib.suppress(grpc.RpcError, OSError):
+            wire.delete("clicks", timeout=1.0)
+            return True
+
+    wait_until(lambda: server.log.count('"engine process ready"') == 2)
+    time.sleep(0.3)  # into the replay
+    wait_until(deleted)
+    server.wait_until_ready()
+    listed = wire.learners.ListLearners(learner_service_pb2.ListLearnersRequest(show_deleted=True)).learners
+    assert [found.state for found in listed] == [learner_pb2.Learner.STATE_DELETED]
+    wire.learners.UndeleteLearner(learner_service_pb2.UndeleteLearnerRequest(name="learners/clicks"))
+    learner.check(wire)
