@@ -697,3 +697,29 @@ def test_a_learner_deleted_while_it_is_brought_back_stays_deleted(
     assert [found.state for found in listed] == [learner_pb2.Learner.STATE_DELETED]
     wire.learners.UndeleteLearner(learner_service_pb2.UndeleteLearnerRequest(name="learners/clicks"))
     learner.check(wire)
+
+
+def test_a_restore_that_the_servers_end_cuts_off_says_so(
+    start_server, connect, small_spec, examples, explain, tmp_path, monkeypatch
+):
+    patch(tmp_path, monkeypatch, SLOW_BATCHES)
+    monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
+    server = start_server("--checkpoint-interval", "3600", "--drain-timeout", "0.2")
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    for seed in range(10):
+        learner.teach(stream, examples(2, seed=seed))
+    stream.results(10)
+    (tmp_path / "flag").touch()
+    restore = learner_service_pb2.RestoreLearnerRequest(name="learners/clicks", journal_position=10)
+    restoring = wire.learners.RestoreLearner.future(restore)
+    wait_until(lambda: view(server)["state"] == "active")
+    time.sleep(0.3)  # into the replay
+    server.begin_stop()
+    assert explain(restoring.exception()).reason == "SERVER_DRAINING"
+    assert server.wait() == 0
+    (tmp_path / "flag").unlink()
+    server.start()
+    learner.check(connect(server.grpc_target))
