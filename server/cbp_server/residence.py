@@ -207,6 +207,10 @@ class Residence:
             if hosted.stored.delete_time is None:  # else it was taken from under the recovery
                 hosted.unreadable, hosted.in_engine = str(error), False
                 log.error("learner not restored", learner=hosted.learner_id, error=str(error))
+        except Exception as error:  # nobody waits for this task who would tell of it
+            hosted.unreadable = f"the server failed at bringing it back: {type(error).__name__}: {error}"
+            hosted.in_engine = False
+            log.exception("learner not restored", learner=hosted.learner_id)
         finally:
             hosted.recovery = None
             self._on_change(hosted)
