@@ -476,13 +476,18 @@ class Lifecycle:
     async def purge_expired(self) -> None:
         """Removes the deleted learners whose time is over."""
         now = datetime.now(UTC)
+        if self._creation.locked():
+            return  # next time; whoever has it may take long
         for hosted in self._registry.deleted():
             if hosted.record.purge_time is not None and hosted.record.purge_time <= now:
                 await self._purge(hosted)
 
     async def _purge(self, hosted: Hosted) -> None:
-        await self._storage.run(self._storage.catalog.purge, hosted.uid)
-        self._registry.remove(hosted)
+        async with self._creation:
+            if hosted.stored.delete_time is None:
+                return  # undeleted a moment ago
+            await self._storage.run(self._storage.catalog.purge, hosted.uid)
+            self._registry.remove(hosted)
         try:
             await self._storage.run(self._storage.files.delete_all, hosted.uid)
         except OSError as error:

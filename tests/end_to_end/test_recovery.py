@@ -755,3 +755,28 @@ def test_a_learner_whose_recovery_fails_unexpectedly_is_named(
     own_server.start()
     error = refused(lambda: connect(own_server.grpc_target).get("clicks"))
     assert (error.reason, "KeyError" in error.message) == ("UNREADABLE_STATE", True)
+
+
+SLOW_PURGE = """
+import os, time
+from cbp_server.store.catalog import Catalog
+purge = Catalog.purge
+def slow(self, uid):
+    open(os.environ["FLAG"], "w").close()
+    time.sleep(1)
+    purge(self, uid)
+Catalog.purge = slow
+"""
+
+
+def test_a_learner_that_is_being_purged_is_not_undeleted(start_server, connect, refused, tmp_path, monkeypatch):
+    patch(tmp_path, monkeypatch, SLOW_PURGE)
+    monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
+    wire = connect(start_server().grpc_target)
+    wire.create("clicks")
+    wire.delete("clicks")
+    purging = wire.learners.PurgeLearner.future(learner_service_pb2.PurgeLearnerRequest(name="learners/clicks"))
+    wait_until((tmp_path / "flag").exists)
+    undelete = learner_service_pb2.UndeleteLearnerRequest(name="learners/clicks")
+    assert refused(lambda: wire.learners.UndeleteLearner(undelete)).reason == "LEARNER_NOT_FOUND"
+    purging.result()
