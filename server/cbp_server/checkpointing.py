@@ -136,8 +136,8 @@ class Checkpointer:
             before, hosted.unsaved = hosted.unsaved, Unsaved()
             if only_changed and not before.changes:
                 return None
-            number = hosted.checkpoint_number + 1
             try:
+                number = await self.next_number(hosted)
                 report = await self._engine.call(messages.Checkpoint(hosted.uid, number, hosted.uid))
                 checkpoint = stored_checkpoint(hosted.uid, number, report, pinned=pinned)
                 await self._storage.run(self._storage.catalog.add_checkpoint, checkpoint)
@@ -148,6 +148,11 @@ class Checkpointer:
             self.note_saved(hosted, checkpoint, report)
             await self._let_go(hosted)
             return checkpoint
+
+    async def next_number(self, hosted: Hosted) -> int:
+        """Of a new checkpoint. The catalog says it: a commit that was not answered may have added one."""
+        rows = await self._storage.run(self._storage.catalog.checkpoints, hosted.uid)
+        return max(hosted.checkpoint_number, rows[0].number if rows else 0) + 1
 
     def note_saved(
         self, hosted: Hosted, checkpoint: StoredCheckpoint, report: messages.CheckpointReport | None = None

@@ -6,14 +6,14 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import structlog
 
-from cbp import FieldViolation, LearnerSnapshot, LearnerSpec, SnapshotError, SpecError
+from cbp import CbpError, FieldViolation, LearnerSnapshot, LearnerSpec, SnapshotError, SpecError
 from cbp.errors import shown
 from cbp_server.change_log import ChangeLog, NewEntry
 from cbp_server.checkpointing import Checkpointer
@@ -28,6 +28,7 @@ from cbp_server.errors import (
     ExportFailed,
     InvalidRequest,
     JournalDamaged,
+    JournalUnavailable,
     LearnerExists,
     LearnerNotFound,
     LearnerNotQuarantined,
@@ -83,6 +84,7 @@ class Lifecycle:
         self._deleted_seconds = deleted_seconds
         self._history_samples = history_samples
         self._creation = asyncio.Lock()
+        self._in_doubt: set[str] = set()  # uids of learners that were not made, but for all we know are in the catalog
 
     # -- making --
 
@@ -91,13 +93,13 @@ class Lifecycle:
     ) -> LearnerRecord:
         """A new learner; or, repeated with the same request_id, the one that was made the first time."""
         request_digest = digest({"learner_id": learner_id, "spec": spec.to_plain(), "durability": durability.value})
-        async with self._creation:
+        async with self._creating():
             stored = _new(learner_id, spec, durability, request_id, request_digest, born=True)
             if (earlier := self._made_by(stored)) is not None:
                 return earlier.record
             if not self._engine.status.up:
                 raise EngineUnavailable
-            await self._storage.run(self._storage.catalog.add, stored)
+            await self._add(stored)
             hosted = hosted_from_catalog(stored, None, LearnerState.UNAVAILABLE, self._history_samples)
             self._registry.add([hosted])
             await asyncio.wait([self._residence.begin_recovery(hosted)])
@@ -114,7 +116,7 @@ class Lifecycle:
         """A copy of a live learner under a new name."""
         durability = durability or source.stored.durability
         request_digest = digest({"learner_id": learner_id, "fork": source.uid, "durability": durability.value})
-        async with self._creation:
+        async with self._creating():
             stored = _new(learner_id, source.record.spec, durability, request_id, request_digest, born=False)
             if (earlier := self._made_by(stored)) is not None:
                 return earlier.record
@@ -140,7 +142,7 @@ class Lifecycle:
         check_spec(spec)
         content = {"learner_id": learner_id, "import": len(data), "durability": durability.value}
         request_digest = digest(content | {"metadata": snapshot.metadata})
-        async with self._creation:
+        async with self._creating():
             stored = _new(learner_id, spec, durability, request_id, request_digest, born=False)
             if (earlier := self._made_by(stored)) is not None:
                 return earlier.record
@@ -150,6 +152,24 @@ class Lifecycle:
                 raise InvalidRequest(FieldViolation("data", str(error))) from error
         log.info("learner imported", learner=learner_id)
         return hosted.record
+
+    @asynccontextmanager
+    async def _creating(self) -> AsyncIterator[None]:
+        """Names are given to one learner at a time, and what earlier failures may have left does not hold any."""
+        async with self._creation:
+            for uid in list(self._in_doubt):
+                await self._storage.run(self._storage.catalog.purge, uid)
+                self._in_doubt.discard(uid)
+                with suppress(OSError):
+                    await self._storage.run(self._storage.files.delete_all, uid)
+            yield
+
+    async def _add(self, stored: StoredLearner, checkpoint: StoredCheckpoint | None = None) -> None:
+        try:
+            await self._storage.run(self._storage.catalog.add, stored, checkpoint)
+        except JournalUnavailable:
+            self._in_doubt.add(stored.uid)  # the commit may have happened
+            raise
 
     def _made_by(self, stored: StoredLearner) -> Hosted | None:
         """The learner that an earlier attempt of the same request has made; None if a new one may be made."""
@@ -177,11 +197,12 @@ class Lifecycle:
             await self._engine.call(request)
             written = await self._engine.call(messages.Checkpoint(uid, 1, uid))
             checkpoint = stored_checkpoint(uid, 1, written)
-            await self._storage.run(self._storage.catalog.add, stored, checkpoint)
+            await self._add(stored, checkpoint)
         except BaseException:
             self._forget(uid)
-            with suppress(OSError):
-                await self._storage.run(self._storage.files.delete_all, uid)
+            if uid not in self._in_doubt:
+                with suppress(OSError):
+                    await self._storage.run(self._storage.files.delete_all, uid)
             raise
         hosted = hosted_from_catalog(stored, checkpoint, LearnerState.ACTIVE, self._history_samples)
         hosted.in_engine, hosted.used = True, time.monotonic()
@@ -258,7 +279,9 @@ class Lifecycle:
                     with_learning_rate(hosted.record.spec, lr)
                 except SpecError as error:
                     raise InvalidRequest(FieldViolation("lr", error.violations[0].description)) from error
-            position = hosted.log.position + 1
+            bounds = await self._storage.run(self._storage.journal.bounds, hosted.uid)
+            # Behind a resumption whose commit was not answered, too: the same one twice is the same as once.
+            position = max(hosted.log.position, bounds[1] if bounds is not None else 0) + 1
             if skip_batch and not quarantine.position:
                 description = (
                     "cannot be done for a learner without a journal: its client sends the batch, or leaves it out"
@@ -356,7 +379,7 @@ class Lifecycle:
             await self._check_held(hosted, source, position)  # once more: it was not, until here, kept from removal
             await self._storage.commit.mend(uid)  # behind everything that was on its way into the journal
             now = await self._engine.call(messages.Describe(uid))
-            positions = await self._storage.run(self._positions_at_end, uid, now)
+            positions, last = await self._storage.run(self._positions_at_end, uid, now)
             try:
                 if source is not None:
                     await self._engine.call(messages.Load(scratch, source, uid))
@@ -365,10 +388,10 @@ class Lifecycle:
                     reached = await self._recovery.replay(hosted.stored, scratch, loaded.learner, position)
                     if reached.journal_position != position:
                         raise JournalDamaged(uid, reached.journal_position + 1)
-                end = hosted.log.position + 1
+                end = last + 1
                 placed = messages.Place(scratch, positions, end, datetime.now(UTC).isoformat())
                 report = await self._engine.call(placed)
-                number = hosted.checkpoint_number + 1
+                number = await self._checkpointer.next_number(hosted)
                 written = await self._engine.call(messages.Checkpoint(scratch, number, uid))
                 checkpoint = stored_checkpoint(uid, number, written)
                 payload = json.dumps({"checkpoint": number}).encode()
@@ -377,25 +400,29 @@ class Lifecycle:
             except BaseException:
                 self._forget(scratch)
                 raise
-            await self._engine.call(messages.Rename(scratch, uid))
+            # It counts from here on, also if the engine ends now.
             hosted.log.position = end
             hosted.unsaved = Unsaved()
             hosted.set_quarantine(None)
+            self._checkpointer.note_saved(hosted, checkpoint)
+            await self._engine.call(messages.Rename(scratch, uid))
             hosted.install(report)
             hosted.record.state = LearnerState.ACTIVE
-            self._checkpointer.note_saved(hosted, checkpoint)
 
-    def _positions_at_end(self, uid: str, report: messages.LearnerReport) -> dict[str, messages.Position]:
-        """Where the producers stand behind the whole journal, also behind batches that were never applied."""
-        positions = dict(report.positions)
+    def _positions_at_end(self, uid: str, report: messages.LearnerReport) -> tuple[dict[str, messages.Position], int]:
+        """Where the producers stand behind the whole journal, also behind batches that were never applied; its end.
+
+        The journal says where that is: entries that the log counts may have failed to be written.
+        """
+        positions, last = dict(report.positions), report.journal_position
         for entry in self._storage.journal.read(uid, report.journal_position):
-            producer, epoch = entry.producer or "", entry.epoch or 0
+            last, producer, epoch = entry.position, entry.producer or "", entry.epoch or 0
             before = positions.get(producer, messages.Position())
             if entry.kind is EntryKind.OPEN:
                 positions[producer] = before.opened(epoch, entry.payload.decode())
             elif entry.kind is EntryKind.BATCH:
                 positions[producer] = before.advance(epoch, entry.sequence or 0, entry.payload_hash)
-        return positions
+        return positions, last
 
     # -- out --
 
@@ -434,7 +461,7 @@ class Lifecycle:
 
     async def undelete(self, learner_id: str, uid: str) -> LearnerRecord:
         """Brings a deleted learner back as it was."""
-        async with self._creation:
+        async with self._creating():
             hosted = self._registry.get_deleted(learner_id, uid)[0]
             self._check_room(learner_id)
             await self._storage.run(self._storage.catalog.undelete, hosted.uid)
@@ -455,6 +482,8 @@ class Lifecycle:
     async def purge_expired(self) -> None:
         """Removes the deleted learners whose time is over."""
         now = datetime.now(UTC)
+        if self._creation.locked():
+            return  # next time; whoever has it may take long
         for hosted in self._registry.deleted():
             if hosted.record.purge_time is not None and hosted.record.purge_time <= now:
                 try:
@@ -463,13 +492,18 @@ class Lifecycle:
                     log.warning("learner not purged", learner=hosted.learner_id, error=str(error))
 
     async def _purge(self, hosted: Hosted) -> None:
+        async with self._creation:
+            if hosted.stored.delete_time is None:
+                return  # undeleted a moment ago
+            self._registry.remove(hosted)  # nobody can bring it back any more
+        run, uid = self._storage.run, hosted.uid
         try:
-            await self._storage.run(self._storage.files.delete_all, hosted.uid)  # first: its row is what finds them
-        except OSError as error:
-            raise CheckpointFailed(f"checkpoints of learner '{hosted.learner_id}' were not removed: {error}") from error
-        await self._storage.run(self._storage.journal.forget, hosted.uid)  # bit by bit, not all in one transaction
-        await self._storage.run(self._storage.catalog.purge, hosted.uid)
-        self._registry.remove(hosted)
+            await run(self._storage.files.delete_all, uid)  # first: its row is what finds them
+            await run(self._storage.journal.forget, uid)  # bit by bit, not all in one transaction
+            await run(self._storage.catalog.purge, uid)
+        except (OSError, CbpError) as error:
+            self._registry.add([hosted])
+            raise CheckpointFailed(f"learner '{hosted.learner_id}' was not removed whole: {error}") from error
         log.info("learner purged", learner=hosted.learner_id, uid=hosted.uid)
 
 

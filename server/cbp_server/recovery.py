@@ -14,7 +14,7 @@ import structlog
 from cbp import Batch, CbpError, LearnerSpec, SnapshotError
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
-from cbp_server.errors import BatchNotLearnt, EngineUnavailable, JournalDamaged
+from cbp_server.errors import BatchNotLearnt, EngineUnavailable, JournalDamaged, ServerDraining
 from cbp_server.records import Quarantine, SampleRecord
 from cbp_server.storage import Storage
 from cbp_server.store.catalog import StoredLearner
@@ -268,7 +268,7 @@ class _Replaying:
                     entry.position, entry.producer or "", entry.sequence or 0, "the engine process ended at it"
                 ) from None
             raise
-        except BatchNotLearnt:
+        except (BatchNotLearnt, ServerDraining):
             self._abandon()
             raise
         except CbpError as error:

@@ -130,7 +130,7 @@ class Residence:
         if hosted.recovery is None:
             hosted.end_sessions(because or NotInEngine())
             hosted.recovery = asyncio.create_task(self._recover(hosted, quarantine, carefully=carefully))
-            hosted.recovery.add_done_callback(lambda task: task.cancelled() or task.exception())
+            hosted.recovery.add_done_callback(_forget)
         return hosted.recovery
 
     async def occupy(self, hosted: Hosted, operation: Coroutine[Any, Any, None]) -> None:
@@ -178,6 +178,8 @@ class Residence:
         pause, started = _FIRST_PAUSE, time.monotonic()
         try:
             while True:
+                if hosted.stored.delete_time is not None:
+                    return
                 if not hosted.in_engine:
                     hosted.record.state = LearnerState.UNAVAILABLE
                     self._on_change(hosted)
@@ -192,6 +194,9 @@ class Residence:
                     if not hosted.in_engine:
                         raise
                     hosted.in_engine = False  # it is not what it seemed to be: from the checkpoint, then
+            if hosted.stored.delete_time is not None:  # meanwhile
+                self._engine.submit(messages.Drop(hosted.uid)).add_done_callback(_forget)
+                return
             self._install(hosted, recovered)
             if recovered.journal_position:  # not a newborn
                 self._observer.learner_recovered(time.monotonic() - started)
@@ -199,8 +204,13 @@ class Residence:
             hosted.in_engine = False
             raise
         except CbpError as error:
-            hosted.unreadable, hosted.in_engine = str(error), False
-            log.error("learner not restored", learner=hosted.learner_id, error=str(error))
+            if hosted.stored.delete_time is None:  # else it was taken from under the recovery
+                hosted.unreadable, hosted.in_engine = str(error), False
+                log.error("learner not restored", learner=hosted.learner_id, error=str(error))
+        except Exception as error:  # nobody waits for this task who would tell of it
+            hosted.unreadable = f"the server failed at bringing it back: {type(error).__name__}: {error}"
+            hosted.in_engine = False
+            log.exception("learner not restored", learner=hosted.learner_id)
         finally:
             hosted.recovery = None
             self._on_change(hosted)
@@ -324,6 +334,12 @@ class Residence:
                 await dropped
         self._observer.learner_evicted()
         log.info("learner evicted", learner=hosted.learner_id)
+
+
+def _forget(done: "asyncio.Future[None]") -> None:
+    """Whatever came of it, nobody needs to hear."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _raise_unavailable(tasks: Iterable["asyncio.Task[None]"]) -> None:

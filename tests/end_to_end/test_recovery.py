@@ -526,6 +526,265 @@ def test_an_orderly_end_waits_for_a_checkpoint_under_way(
     learner.check(connect(server.grpc_target))
 
 
+# -- commits in doubt --
+
+IN_DOUBT = """
+import os
+from sqlalchemy.exc import OperationalError
+from cbp_server.store.catalog import Catalog
+def doubtful(name):
+    method = getattr(Catalog, name)
+    def call(self, *args, **kwargs):
+        method(self, *args, **kwargs)
+        if os.path.exists(os.environ["FLAG"]):
+            os.unlink(os.environ["FLAG"])
+            raise OperationalError("COMMIT", {}, Exception("connection lost"))
+    setattr(Catalog, name, call)
+for name in ("add", "add_checkpoint", "resume", "restore"):
+    doubtful(name)
+"""
+
+
+@pytest.fixture
+def in_doubt(tmp_path, monkeypatch):
+    """Touching it loses the connection behind the next commit of an operation."""
+    patch(tmp_path, monkeypatch, IN_DOUBT)
+    monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
+    return tmp_path / "flag"
+
+
+def twice(refused, flag, action):
+    """Loses the connection at the first attempt; returns what the second one answers."""
+    flag.touch()
+    assert refused(action).reason == "JOURNAL_UNAVAILABLE"
+    return action()
+
+
+def test_an_operation_whose_commit_is_in_doubt_can_be_repeated(
+    in_doubt, start_server, connect, small_spec, examples, refused
+):
+    server = start_server("--checkpoint-interval", "3600")
+    wire = connect(server.grpc_target)
+    request_id = "6f8a1f0e-0d7c-4b52-9d55-0c1d0f8c6a01"
+    twice(refused, in_doubt, lambda: wire.create("clicks", request_id))
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    learner.teach(stream, examples(10, seed=1))
+    stream.results(1)
+    made = twice(refused, in_doubt, lambda: checkpoint(wire, "clicks"))
+    then = Learner.restore(learner.local.snapshot())
+    learner.teach(stream, examples(10, seed=2))
+    stream.results(1)
+
+    restore = learner_service_pb2.RestoreLearnerRequest(name="learners/clicks", checkpoint=made.name)
+
+    def restored():
+        while True:
+            try:
+                return wire.learners.RestoreLearner(restore)
+            except grpc.RpcError as error:
+                if "brought back" not in error.details():
+                    raise
+
+    twice(refused, in_doubt, restored)
+    learner.local = then
+    learner.check(wire)
+    fork = learner_service_pb2.ForkLearnerRequest(
+        name="learners/clicks", learner_id="copy", request_id="6f8a1f0e-0d7c-4b52-9d55-0c1d0f8c6a02"
+    )
+    twice(refused, in_doubt, lambda: wire.learners.ForkLearner(fork))
+    checkpoint(wire, "clicks")
+    again = stream_when_back(wire)
+    learner.teach(again, examples(10, seed=3))
+    again.results(1)
+    server.kill()
+    server.start()
+    wire = connect(server.grpc_target)
+    learner.check(wire)
+    wire.get("copy")
+
+
+def test_a_resume_whose_commit_is_in_doubt_can_be_repeated(in_doubt, start_server, connect, refused):
+    server = start_server()
+    wire = connect(server.grpc_target)
+    wire.create("clicks", loss="mse")
+    stream = wire.stream("clicks")
+    huge = np.full((4, 4), 3e38, np.float32), np.full((4, 3), 3e38, np.float32)
+    stream.send_batch(1, *huge)
+    stream.failure()
+    wait_until(lambda: view(server)["state"] == "quarantined")
+    resume = learner_service_pb2.ResumeLearnerRequest(name="learners/clicks", skip_batch=True)
+    twice(refused, in_doubt, lambda: wire.learners.ResumeLearner(resume))
+    assert stream_when_back(wire).opened.next_sequence == 2
+
+
+DIES_OF_RENAME = """
+import os
+from cbp_server.engine import messages
+from cbp_server.engine.process import EngineProcess
+submit = EngineProcess.submit
+def dying(self, request):
+    if isinstance(request, messages.Rename) and os.path.exists(os.environ["FLAG"]):
+        os.unlink(os.environ["FLAG"])
+        os.kill(self.pid, 9)
+    return submit(self, request)
+EngineProcess.submit = dying
+"""
+
+
+def test_a_restore_counts_once_the_catalog_has_it_whatever_becomes_of_the_engine(
+    start_server, connect, small_spec, examples, refused, tmp_path, monkeypatch
+):
+    patch(tmp_path, monkeypatch, DIES_OF_RENAME)
+    monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
+    server = start_server("--checkpoint-interval", "3600")
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    learner.teach(stream, examples(10, seed=1))
+    stream.results(1)
+    then = Learner.restore(learner.local.snapshot())
+    learner.teach(stream, examples(10, seed=2))
+    stream.results(1)
+    (tmp_path / "flag").touch()
+    restore = learner_service_pb2.RestoreLearnerRequest(name="learners/clicks", journal_position=2)
+    refused(lambda: wire.learners.RestoreLearner(restore))
+    learner.local = then
+    again = stream_when_back(wire)
+    learner.teach(again, examples(10, seed=3))
+    again.results(1)
+    checkpoint(wire, "clicks")
+    learner.check(wire)
+
+
+# -- coming and going at the same time --
+
+SLOW_BATCHES = """
+import os, time
+from cbp_server.engine import training
+run_slice = training.TrainingJob.run_slice
+def slow(job):
+    if os.path.exists(os.environ["FLAG"]):
+        time.sleep(0.2)
+    run_slice(job)
+training.TrainingJob.run_slice = slow
+"""
+
+
+def test_a_learner_deleted_while_it_is_brought_back_stays_deleted(
+    start_server, connect, small_spec, examples, tmp_path, monkeypatch
+):
+    patch(tmp_path, monkeypatch, SLOW_BATCHES)
+    monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
+    server = start_server("--checkpoint-interval", "3600")
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    for seed in range(10):
+        learner.teach(stream, examples(2, seed=seed))
+    stream.results(10)
+    server.kill()
+    (tmp_path / "flag").touch()
+    server.launch()
+
+    def deleted():
+        with contextlib.suppress(grpc.RpcError, OSError):
+            wire.delete("clicks", timeout=1.0)
+            return True
+
+    wait_until(lambda: server.log.count('"engine process ready"') == 2)
+    time.sleep(0.3)  # into the replay
+    wait_until(deleted)
+    server.wait_until_ready()
+    listed = wire.learners.ListLearners(learner_service_pb2.ListLearnersRequest(show_deleted=True)).learners
+    assert [found.state for found in listed] == [learner_pb2.Learner.STATE_DELETED]
+    wire.learners.UndeleteLearner(learner_service_pb2.UndeleteLearnerRequest(name="learners/clicks"))
+    learner.check(wire)
+
+
+def test_a_restore_that_the_servers_end_cuts_off_says_so(
+    start_server, connect, small_spec, examples, explain, tmp_path, monkeypatch
+):
+    patch(tmp_path, monkeypatch, SLOW_BATCHES)
+    monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
+    server = start_server("--checkpoint-interval", "3600", "--drain-timeout", "0.2")
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    for seed in range(10):
+        learner.teach(stream, examples(2, seed=seed))
+    stream.results(10)
+    (tmp_path / "flag").touch()
+    restore = learner_service_pb2.RestoreLearnerRequest(name="learners/clicks", journal_position=10)
+    restoring = wire.learners.RestoreLearner.future(restore)
+    wait_until(lambda: view(server)["state"] == "active")
+    time.sleep(0.3)  # into the replay
+    server.begin_stop()
+    assert explain(restoring.exception()).reason == "SERVER_DRAINING"
+    assert server.wait() == 0
+    (tmp_path / "flag").unlink()
+    server.start()
+    learner.check(connect(server.grpc_target))
+
+
+FAILING_READS = """
+import os
+from cbp_server.store import checkpoints, journal
+def failing(owner, name, error):
+    method = getattr(owner, name)
+    def call(*args, **kwargs):
+        if os.path.exists(os.environ["FLAG"]):
+            raise error
+        return method(*args, **kwargs)
+    setattr(owner, name, call)
+if os.environ["FAILING"] == "journal":
+    failing(journal.Journal, "resumes", KeyError("at"))
+else:
+    failing(checkpoints.CheckpointFiles, "read", TimeoutError("the storage does not answer"))
+"""
+
+
+def test_a_learner_whose_recovery_fails_unexpectedly_is_named(own_server, connect, refused, tmp_path, monkeypatch):
+    wire = connect(own_server.grpc_target)
+    wire.create("clicks")
+    assert own_server.stop() == 0
+    patch(tmp_path, monkeypatch, FAILING_READS)
+    monkeypatch.setenv("FLAG", str(tmp_path))
+    monkeypatch.setenv("FAILING", "journal")
+    own_server.tolerate("learner not restored")
+    own_server.start()
+    error = refused(lambda: connect(own_server.grpc_target).get("clicks"))
+    assert (error.reason, "KeyError" in error.message) == ("UNREADABLE_STATE", True)
+
+
+SLOW_PURGE = """
+import os, time
+from cbp_server.store.catalog import Catalog
+purge = Catalog.purge
+def slow(self, uid):
+    open(os.environ["FLAG"], "w").close()
+    time.sleep(1)
+    purge(self, uid)
+Catalog.purge = slow
+"""
+
+
+def test_a_learner_that_is_being_purged_is_not_undeleted(start_server, connect, refused, tmp_path, monkeypatch):
+    patch(tmp_path, monkeypatch, SLOW_PURGE)
+    monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
+    wire = connect(start_server().grpc_target)
+    wire.create("clicks")
+    wire.delete("clicks")
+    purging = wire.learners.PurgeLearner.future(learner_service_pb2.PurgeLearnerRequest(name="learners/clicks"))
+    wait_until((tmp_path / "flag").exists)
+    undelete = learner_service_pb2.UndeleteLearnerRequest(name="learners/clicks")
+    assert refused(lambda: wire.learners.UndeleteLearner(undelete)).reason == "LEARNER_NOT_FOUND"
+    purging.result()
+
+
 # -- PostgreSQL --
 
 

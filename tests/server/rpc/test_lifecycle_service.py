@@ -1,4 +1,4 @@
-"""Checkpoints, restores, copies, files, deletion, quarantine over the wire, compared with learners beside the server."""
+"""Checkpoints, restores, copies, files, deletion, quarantine over the wire, beside local learners."""
 
 import uuid
 
