@@ -730,20 +730,11 @@ def test_a_restore_that_the_servers_end_cuts_off_says_so(
     learner.check(connect(server.grpc_target))
 
 
-FAILING_READS = """
-import os
-from cbp_server.store import checkpoints, journal
-def failing(owner, name, error):
-    method = getattr(owner, name)
-    def call(*args, **kwargs):
-        if os.path.exists(os.environ["FLAG"]):
-            raise error
-        return method(*args, **kwargs)
-    setattr(owner, name, call)
-if os.environ["FAILING"] == "journal":
-    failing(journal.Journal, "resumes", KeyError("at"))
-else:
-    failing(checkpoints.CheckpointFiles, "read", TimeoutError("the storage does not answer"))
+FAILING_RECOVERY = """
+from cbp_server.store.journal import Journal
+def failing(*_):
+    raise KeyError("at")
+Journal.resumes = failing
 """
 
 
@@ -751,9 +742,7 @@ def test_a_learner_whose_recovery_fails_unexpectedly_is_named(own_server, connec
     wire = connect(own_server.grpc_target)
     wire.create("clicks")
     assert own_server.stop() == 0
-    patch(tmp_path, monkeypatch, FAILING_READS)
-    monkeypatch.setenv("FLAG", str(tmp_path))
-    monkeypatch.setenv("FAILING", "journal")
+    patch(tmp_path, monkeypatch, FAILING_RECOVERY)
     own_server.tolerate("learner not restored")
     own_server.start()
     error = refused(lambda: connect(own_server.grpc_target).get("clicks"))
