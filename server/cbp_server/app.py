@@ -29,7 +29,7 @@ from cbp_server.metrics import HostMetrics, JournalMetrics, RpcMetrics, register
 from cbp_server.rpc.convert import journaled_batch
 from cbp_server.rpc.server import RpcServer
 from cbp_server.settings import Settings
-from cbp_server.storage import Storage
+from cbp_server.storage import Guard, Storage
 from cbp_server.store.catalog import Catalog
 from cbp_server.store.checkpoints import CheckpointFiles
 from cbp_server.store.database import DatabaseInUse, Ownership, exclusive, open_database
@@ -92,11 +92,12 @@ class _Server:
         registry = CollectorRegistry()
         rpc_metrics = RpcMetrics(registry)
         checkpoint_url = settings.checkpoint_url or str(settings.data_dir / _CHECKPOINTS)
-        journal = Journal(database)
+        guard, journal = Guard(ownership), Journal(database)
         storage = Storage(
+            guard=guard,
             catalog=Catalog(database),
             journal=journal,
-            commit=GroupCommit(_append(journal, ownership), _end_loudly, JournalMetrics(registry)),
+            commit=GroupCommit(_append(journal, guard), _end_loudly, JournalMetrics(registry)),
             files=_checkpoint_files(checkpoint_url),
         )
         self._commit = storage.commit
@@ -271,17 +272,9 @@ def _published(path: Path, endpoints: dict[str, object]) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _append(journal: Journal, ownership: Ownership) -> Callable[[Sequence[Entry], bool], None]:
-    """Writes to the journal; after the database was away, only if no other server has taken it meanwhile."""
-    in_doubt = False
-
+def _append(journal: Journal, guard: Guard) -> Callable[[Sequence[Entry], bool], None]:
     def append(entries: Sequence[Entry], sync: bool) -> None:
-        nonlocal in_doubt
-        if in_doubt:
-            ownership.renew()
-        in_doubt = True
-        journal.append(entries, sync=sync)
-        in_doubt = False
+        guard.call(journal.append, entries, sync=sync)
 
     return append
 

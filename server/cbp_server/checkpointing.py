@@ -174,12 +174,16 @@ class Checkpointer:
         catalog, run = self._storage.catalog, self._storage.run
         try:
             unpinned = [row for row in await run(catalog.checkpoints, hosted.uid) if not row.pinned]
-            for row in unpinned[self._policy.kept :]:
-                await run(catalog.remove_checkpoint, hosted.uid, row.number)
-                await run(self._storage.files.delete, hosted.uid, row.number)
-            if len(unpinned) >= self._policy.kept:
-                oldest = unpinned[self._policy.kept - 1]
-                await run(self._storage.journal.truncate, hosted.uid, oldest.position)
+            # One that could not be read is nothing to fall back to; now that there is a newer one, it may go.
+            whole = [row for row in unpinned if row.number not in hosted.damaged]
+            kept = whole[: self._policy.kept]
+            for row in unpinned:
+                if row not in kept:
+                    await run(catalog.remove_checkpoint, hosted.uid, row.number)
+                    await run(self._storage.files.delete, hosted.uid, row.number)
+            hosted.damaged.clear()
+            if len(kept) == self._policy.kept:
+                await run(self._storage.journal.truncate, hosted.uid, kept[-1].position)
         except (CbpError, OSError) as error:
             log.warning("old checkpoints not removed", learner=hosted.learner_id, error=str(error))
 

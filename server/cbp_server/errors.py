@@ -32,6 +32,7 @@ CbpError                       (cbp) root of all
     ├── EngineFault            the engine failed at one request and lives on
     ├── ExportFailed
     ├── CheckpointFailed       state could not be written
+    ├── CheckpointsUnreachable state cannot be read now; it is not said to be damaged
     ├── JournalUnavailable     a change could not be written to the journal
     ├── JournalDamaged         the journal is not what was written to it
     └── ServerDraining
@@ -241,6 +242,11 @@ class CheckpointFailed(ServiceError):
     pass
 
 
+class CheckpointsUnreachable(ServiceError):
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the storage of checkpoints cannot be reached: {reason}")
+
+
 class JournalUnavailable(ServiceError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"the journal cannot be written, so nothing is accepted: {reason}")
@@ -355,6 +361,13 @@ CATALOG: Mapping[type[CbpError], CatalogEntry] = {
     ),
     CheckpointFailed: CatalogEntry(
         grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "CHECKPOINT_FAILED", "State not saved", 5.0
+    ),
+    CheckpointsUnreachable: CatalogEntry(
+        grpc.StatusCode.UNAVAILABLE,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "CHECKPOINTS_UNREACHABLE",
+        "Checkpoints out of reach",
+        1.0,
     ),
     JournalUnavailable: CatalogEntry(
         grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "JOURNAL_UNAVAILABLE", "Journal not written", 1.0

@@ -62,6 +62,7 @@ class Hosted:
     unsaved: Unsaved = field(default_factory=Unsaved)
     checkpoint_number: int = 0  # of the newest one
     saved_position: int = 0  # that the newest one contains
+    damaged: set[int] = field(default_factory=set)  # numbers of checkpoints that turned out to be unreadable
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     saving: asyncio.Lock = field(default_factory=asyncio.Lock)
 

@@ -20,6 +20,7 @@ from cbp_server.checkpointing import Checkpointer
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
 from cbp_server.errors import (
+    BatchNotLearnt,
     CheckpointFailed,
     CheckpointNeeded,
     CheckpointNotFound,
@@ -27,7 +28,6 @@ from cbp_server.errors import (
     EtagMismatch,
     ExportFailed,
     InvalidRequest,
-    JournalDamaged,
     JournalUnavailable,
     LearnerExists,
     LearnerNotFound,
@@ -38,7 +38,7 @@ from cbp_server.errors import (
 )
 from cbp_server.hosted import Hosted, Unsaved, digest, etag, hosted_from_catalog, stored_checkpoint
 from cbp_server.records import Durability, LearnerRecord, LearnerState
-from cbp_server.recovery import Recovery, Resumption, with_learning_rate
+from cbp_server.recovery import Recovery, Restoration, Resumption, with_learning_rate
 from cbp_server.registry import Registry
 from cbp_server.residence import Residence
 from cbp_server.storage import Storage
@@ -379,24 +379,18 @@ class Lifecycle:
             await self._check_held(hosted, source, position)  # once more: it was not, until here, kept from removal
             await self._storage.commit.mend(uid)  # behind everything that was on its way into the journal
             now = await self._engine.call(messages.Describe(uid))
-            positions, last = await self._storage.run(self._positions_at_end, uid, now)
+            positions, last = await self._storage.run(self._recovery.positions_behind, uid, now)
+            end, number = last + 1, await self._checkpointer.next_number(hosted)
+            restoration = Restoration(number, datetime.now(UTC).isoformat(), source, position)
             try:
-                if source is not None:
-                    await self._engine.call(messages.Load(scratch, source, uid))
-                else:
-                    loaded = await self._recovery.load(hosted.stored, scratch, position)
-                    reached = await self._recovery.replay(hosted.stored, scratch, loaded.learner, position)
-                    if reached.journal_position != position:
-                        raise JournalDamaged(uid, reached.journal_position + 1)
-                end = last + 1
-                placed = messages.Place(scratch, positions, end, datetime.now(UTC).isoformat())
-                report = await self._engine.call(placed)
-                number = await self._checkpointer.next_number(hosted)
+                report = await self._recovery.rebuild(hosted.stored, scratch, restoration, positions, end)
                 written = await self._engine.call(messages.Checkpoint(scratch, number, uid))
                 checkpoint = stored_checkpoint(uid, number, written)
-                payload = json.dumps({"checkpoint": number}).encode()
-                entry = NewEntry(kind=EntryKind.RESTORE, payload=payload).at(uid, end)
+                entry = NewEntry(kind=EntryKind.RESTORE, payload=restoration.to_payload()).at(uid, end)
                 await self._storage.run(self._storage.catalog.restore, entry, checkpoint)
+            except BatchNotLearnt as error:
+                description = f"cannot be reached any more: {error}"
+                raise InvalidRequest(FieldViolation("journal_position", description)) from error
             except BaseException:
                 self._forget(scratch)
                 raise
@@ -408,21 +402,6 @@ class Lifecycle:
             await self._engine.call(messages.Rename(scratch, uid))
             hosted.install(report)
             hosted.record.state = LearnerState.ACTIVE
-
-    def _positions_at_end(self, uid: str, report: messages.LearnerReport) -> tuple[dict[str, messages.Position], int]:
-        """Where the producers stand behind the whole journal, also behind batches that were never applied; its end.
-
-        The journal says where that is: entries that the log counts may have failed to be written.
-        """
-        positions, last = dict(report.positions), report.journal_position
-        for entry in self._storage.journal.read(uid, report.journal_position):
-            last, producer, epoch = entry.position, entry.producer or "", entry.epoch or 0
-            before = positions.get(producer, messages.Position())
-            if entry.kind is EntryKind.OPEN:
-                positions[producer] = before.opened(epoch, entry.payload.decode())
-            elif entry.kind is EntryKind.BATCH:
-                positions[producer] = before.advance(epoch, entry.sequence or 0, entry.payload_hash)
-        return positions, last
 
     # -- out --
 

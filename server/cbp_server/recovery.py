@@ -47,6 +47,33 @@ class Recovered:
     samples: tuple[SampleRecord, ...] | None  # None: the learner was in the engine all along
     quarantine: Quarantine | None
     journal_position: int  # of the journal's last entry
+    damaged: tuple[int, ...] = ()  # checkpoints that turned out to be unreadable
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A learner in the engine as a checkpoint holds it, or newborn."""
+
+    report: messages.LearnerReport
+    samples: tuple[SampleRecord, ...]
+    damaged: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What a RESTORE entry says: which checkpoint holds the restored state, and what that was made of."""
+
+    checkpoint: int
+    update_time: str
+    source: int | None = None  # another checkpoint
+    position: int | None = None  # or a position of the journal
+
+    def to_payload(self) -> bytes:
+        return json.dumps(vars(self)).encode()
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> "Restoration":
+        return cls(**json.loads(payload))
 
 
 @dataclass(frozen=True)
@@ -113,7 +140,7 @@ class Recovery:
             loaded = None
             if not in_engine:
                 loaded = await self.load(stored, uid, last)
-            report = loaded.learner if loaded is not None else await self._engine.call(messages.Describe(uid))
+            report = loaded.report if loaded is not None else await self._engine.call(messages.Describe(uid))
             try:
                 report = await self.replay(stored, uid, report, last, carefully=carefully)
                 await self._check_whole(uid, report, last)
@@ -125,7 +152,9 @@ class Recovery:
                 on_quarantine(quarantine)
         bounds = await self._storage.run(self._storage.journal.bounds, uid)
         end = max(report.journal_position, bounds[1] if bounds is not None else 0)
-        return Recovered(report, loaded.samples if loaded is not None else None, quarantine, end)
+        if loaded is None:
+            return Recovered(report, None, quarantine, end)
+        return Recovered(report, loaded.samples, quarantine, end, loaded.damaged)
 
     async def _check_whole(self, uid: str, report: messages.LearnerReport, last: int | None) -> None:
         """Raises `JournalDamaged` if a checkpoint, readable or not, holds more than what has been brought back."""
@@ -134,29 +163,31 @@ class Recovery:
         if report.journal_position < known:
             raise JournalDamaged(uid, report.journal_position + 1)
 
-    async def load(self, stored: StoredLearner, uid: str, last: int | None) -> messages.LoadReport:
+    async def load(self, stored: StoredLearner, uid: str, last: int | None) -> Loaded:
         """Loads the newest readable checkpoint that goes no further than position `last`, as learner `uid`.
 
         Raises:
             SnapshotError: there is none.
         """
         storage = self._storage
-        failures: list[str] = []
+        failures: dict[int, str] = {}
         checkpoints = await storage.run(storage.catalog.checkpoints, stored.uid)
         for checkpoint in checkpoints:
             if last is not None and checkpoint.position > last:
                 continue
             try:
-                return await self._engine.call(messages.Load(uid, checkpoint.number, stored.uid))
+                loaded = await self._engine.call(messages.Load(uid, checkpoint.number, stored.uid))
+                return Loaded(loaded.learner, loaded.samples, tuple(failures))
             except SnapshotError as error:
                 log.warning("checkpoint unreadable", learner=stored.learner_id, error=str(error))
-                failures.append(str(error))
+                failures[checkpoint.number] = str(error)
         bounds = await storage.run(storage.journal.bounds, stored.uid)
         reaches_back = bounds[0] == 1 if bounds is not None else not checkpoints
         if not (stored.born and reaches_back):
-            raise SnapshotError(f"no checkpoint of learner '{stored.learner_id}' is readable: {'; '.join(failures)}")
+            reasons = "; ".join(failures.values()) or "there is none that reaches back so far"
+            raise SnapshotError(f"no checkpoint of learner '{stored.learner_id}' is readable: {reasons}")
         report = await self._engine.call(messages.Create(uid, LearnerSpec.parse(stored.spec)))
-        return messages.LoadReport(report, ())
+        return Loaded(report, (), tuple(failures))
 
     async def replay(
         self,
@@ -182,8 +213,10 @@ class Recovery:
     async def _replay(
         self, stored: StoredLearner, uid: str, report: messages.LearnerReport, last: int | None, *, carefully: bool
     ) -> messages.LearnerReport:
-        replaying = _Replaying(self, stored, uid, report, 1 if carefully else _UNDER_WAY)
         storage, started, told = self._storage, time.monotonic(), time.monotonic()
+        if restores := await storage.run(storage.journal.restores, stored.uid, report.journal_position, last):
+            report = await self._restored(stored, uid, report, restores[-1])  # whatever lies before it
+        replaying = _Replaying(self, stored, uid, report, 1 if carefully else _UNDER_WAY)
         resumes = await storage.run(storage.journal.resumes, stored.uid, report.journal_position)
         replaying.resumptions = [Resumption.from_payload(entry.payload) for entry in resumes]
         entries = storage.journal.read(stored.uid, report.journal_position, last)
@@ -200,6 +233,65 @@ class Recovery:
         seconds = round(time.monotonic() - started, 3)
         log.info("journal replayed", learner=stored.learner_id, entries=replaying.applied, seconds=seconds)
         return await self._engine.call(messages.Describe(uid))
+
+    async def _restored(
+        self, stored: StoredLearner, uid: str, report: messages.LearnerReport, entry: Entry
+    ) -> messages.LearnerReport:
+        """The learner behind a RESTORE entry: from the checkpoint that was written for it, or made once more."""
+        restoration = Restoration.from_payload(entry.payload)
+        try:
+            return (await self._engine.call(messages.Load(uid, restoration.checkpoint, stored.uid))).learner
+        except SnapshotError as error:
+            log.warning("checkpoint unreadable", learner=stored.learner_id, error=str(error))
+        scratch = f"{uid}-restored"
+        positions, _ = await self._storage.run(self.positions_behind, stored.uid, report, entry.position - 1)
+        try:
+            restored = await self.rebuild(stored, scratch, restoration, positions, entry.position)
+        except BatchNotLearnt as error:
+            raise SnapshotError(f"the state that was restored cannot be made again: {error}") from error
+        await self._engine.call(messages.Rename(scratch, uid))
+        return restored
+
+    async def rebuild(
+        self,
+        stored: StoredLearner,
+        scratch: str,
+        restoration: Restoration,
+        positions: dict[str, messages.Position],
+        journal_position: int,
+    ) -> messages.LearnerReport:
+        """Makes the earlier state that is to be restored, as learner `scratch`, placed behind the journal.
+
+        Raises:
+            BatchNotLearnt: on the way there; it was left out or given up when it was first met.
+            SnapshotError: a checkpoint that it takes is not readable.
+            JournalDamaged: the journal does not hold what it takes.
+        """
+        if restoration.source is not None:
+            await self._engine.call(messages.Load(scratch, restoration.source, stored.uid))
+        else:
+            loaded = await self.load(stored, scratch, restoration.position)
+            reached = await self.replay(stored, scratch, loaded.report, restoration.position)
+            if reached.journal_position != restoration.position:
+                raise JournalDamaged(stored.uid, reached.journal_position + 1)
+        placed = messages.Place(scratch, positions, journal_position, restoration.update_time)
+        return await self._engine.call(placed)
+
+    def positions_behind(
+        self, uid: str, report: messages.LearnerReport, last: int | None = None
+    ) -> tuple[dict[str, messages.Position], int]:
+        """Where the producers stand behind the journal up to `last`, also behind batches that were never applied; and
+        where that is: entries that the log counts may have failed to be written.
+        """
+        positions, end = dict(report.positions), report.journal_position
+        for entry in self._storage.journal.read(uid, report.journal_position, last):
+            end, producer, epoch = entry.position, entry.producer or "", entry.epoch or 0
+            before = positions.get(producer, messages.Position())
+            if entry.kind is EntryKind.OPEN:
+                positions[producer] = before.opened(epoch, entry.payload.decode())
+            elif entry.kind is EntryKind.BATCH:
+                positions[producer] = before.advance(epoch, entry.sequence or 0, entry.payload_hash)
+        return positions, end
 
     def _decoded(self, entries: Iterator[Entry], spec: LearnerSpec) -> list[tuple[Entry, Batch | None]]:
         decoded: list[tuple[Entry, Batch | None]] = []
@@ -240,14 +332,9 @@ class _Replaying:
         resumptions = [resumption for resumption in self.resumptions if resumption.at == entry.position]
         for resumption in resumptions:
             await self._revise(resumption)
-        if entry.kind is EntryKind.RESTORE:
-            await self.finish()
-            restored = messages.Load(self._uid, json.loads(entry.payload)["checkpoint"], self._stored.uid)
-            self._spec = (await self._engine.call(restored)).learner.spec
-        else:
-            skip = any(resumption.skip for resumption in resumptions)
-            self._bytes_under_way += len(entry.payload)
-            self._under_way.append((entry, self._engine.submit(self._request(entry, batch, skip=skip))))
+        skip = any(resumption.skip for resumption in resumptions)
+        self._bytes_under_way += len(entry.payload)
+        self._under_way.append((entry, self._engine.submit(self._request(entry, batch, skip=skip))))
         self.applied += 1
         while len(self._under_way) >= self._most_under_way or self._bytes_under_way > _BYTES_UNDER_WAY:
             await self._settle_oldest()

@@ -15,6 +15,7 @@ from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
 from cbp_server.errors import (
     BatchNotLearnt,
+    CheckpointsUnreachable,
     EngineFault,
     EngineUnavailable,
     JournalUnavailable,
@@ -186,8 +187,8 @@ class Residence:
                 try:
                     recovered = await self._recovered(hosted, quarantine, carefully=carefully)
                     break
-                except JournalUnavailable as error:
-                    log.warning("learner waits for the journal", learner=hosted.learner_id, error=str(error))
+                except (JournalUnavailable, CheckpointsUnreachable) as error:
+                    log.warning("learner waits for its storage", learner=hosted.learner_id, error=str(error))
                     await self._pause(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
                 except (NotInEngine, EngineFault):
@@ -250,6 +251,7 @@ class Residence:
             record.samples.clear()
             record.samples.extend(recovered.samples)
         hosted.in_engine, hosted.unreadable, hosted.used = True, "", time.monotonic()
+        hosted.damaged.update(recovered.damaged)
         hosted.set_quarantine(recovered.quarantine)
         record.state = LearnerState.QUARANTINED if recovered.quarantine is not None else LearnerState.ACTIVE
         if report.journal_position > hosted.saved_position:

@@ -256,9 +256,89 @@ def test_checkpoints_in_an_object_store(start_server, connect, small_spec, examp
         learner.local = then
         learner.check(wire)
         assert not (server.data_dir / "checkpoints").exists()
+
+        s3.stop()  # a storage that is away has not lost anything
+        server.kill()
+        server.launch()
+        wait_until(lambda: "learner waits for its storage" in server.log)
+        s3 = moto_server.ThreadedMotoServer("127.0.0.1", port=port, verbose=False)
+        s3.start()
+        server.wait_until_ready()
+        learner.check(connect(server.grpc_target))
         assert server.stop() == 0
     finally:
         s3.stop()
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def file_of(server, made):
+    (directory,) = (server.data_dir / "checkpoints").iterdir()
+    return directory / f"{made.rpartition('/')[2]}.safetensors"
+
+
+@pytest.mark.parametrize("target", ["checkpoint", "journal_position"])
+def test_a_restore_whose_own_checkpoint_is_damaged_is_made_again(own_server, connect, small_spec, examples, target):
+    wire = connect(own_server.grpc_target)
+    wire.create("clicks")
+    learner = Taught(small_spec)
+    stream = wire.stream("clicks")
+    learner.teach(stream, examples(20, seed=1))
+    stream.results(1)
+    made = checkpoint(wire, "clicks")
+    then = Learner.restore(learner.local.snapshot())
+    for seed in (2, 3):
+        learner.teach(stream, examples(20, seed=seed))
+    stream.results(2)
+    where = {"checkpoint": made.name} if target == "checkpoint" else {"journal_position": made.journal_position}
+    wire.learners.RestoreLearner(learner_service_pb2.RestoreLearnerRequest(name="learners/clicks", **where))
+    learner.local = then
+    again = stream_when_back(wire)
+    learner.teach(again, examples(20, seed=4))
+    again.results(1)
+    own_server.kill()
+    damage(file_of(own_server, "2"))  # the restore's
+    own_server.start()
+    wire = connect(own_server.grpc_target)
+    learner.check(wire)
+    stream = wire.stream("clicks")
+    assert stream.opened.next_sequence == 5
+    learner.teach(stream, examples(20, seed=5))
+    stream.results(1)
+    learner.check(wire)
+
+
+def test_a_damaged_checkpoint_is_not_counted_among_those_to_fall_back_to(start_server, connect, small_spec, examples):
+    server = start_server("--checkpoint-interval", "3600", "--checkpoint-steps", "20")
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    learner = Taught(small_spec)
+
+    def numbers():
+        with contextlib.closing(sqlite3.connect(server.data_dir / "journal.db")) as database:
+            return [number for (number,) in database.execute("SELECT number FROM checkpoints ORDER BY number")]
+
+    def teach_and_save(expected):
+        stream = stream_when_back(wire)
+        learner.teach(stream, examples(25, seed=expected[-1]))
+        stream.results(1)
+        stream.close()
+        wait_until(lambda: numbers() == expected)
+
+    teach_and_save([1])
+    teach_and_save([1, 2])
+    server.kill()
+    damage(file_of(server, "2"))
+    server.start()
+    wire = connect(server.grpc_target)
+    learner.check(wire)
+    teach_and_save([1, 3])
+    server.kill()
+    damage(file_of(server, "3"))
+    server.start()
+    learner.check(connect(server.grpc_target))
 
 
 # -- recovery --

@@ -52,6 +52,7 @@ INSTANCES = [
     errors.EngineUnavailable(),
     errors.EngineFault("Sample failed"),
     errors.CheckpointFailed("disk full"),
+    errors.CheckpointsUnreachable("connection refused"),
     errors.JournalUnavailable("database or disk is full"),
     errors.JournalDamaged("uid", 3),
     errors.ServerDraining(),

@@ -36,7 +36,15 @@ from cbp_server.engine import messages
 from cbp_server.engine.inbox import Inbox
 from cbp_server.engine.spares import SpareSnapshots
 from cbp_server.engine.training import StopTrainingError, TrainingJob
-from cbp_server.errors import BatchNotLearnt, CheckpointFailed, EngineFault, NotInEngine, SequenceGap, ServerDraining
+from cbp_server.errors import (
+    BatchNotLearnt,
+    CheckpointFailed,
+    CheckpointsUnreachable,
+    EngineFault,
+    NotInEngine,
+    SequenceGap,
+    ServerDraining,
+)
 from cbp_server.logs import configure_logging
 from cbp_server.records import SampleRecord
 from cbp_server.store.checkpoints import CheckpointFiles
@@ -323,7 +331,7 @@ class EngineWorker:
 
     def _load(self, request: messages.Load) -> messages.LoadReport:
         try:
-            snapshot = LearnerSnapshot.from_bytes(self._files.read(request.stored_as, request.number))
+            snapshot = LearnerSnapshot.from_bytes(self._read(request))
             service = json.loads(snapshot.extra[_SERVICE_KEY])
             hosted = HostedLearner(
                 self._restored(snapshot),
@@ -338,6 +346,14 @@ class EngineWorker:
             raise SnapshotError(f"checkpoint {request.number} is unreadable: {error}") from error
         self._hosted[request.learner] = hosted
         return messages.LoadReport(hosted.report, tuple(hosted.samples))
+
+    def _read(self, request: messages.Load) -> bytes:
+        try:
+            return self._files.read(request.stored_as, request.number)
+        except OSError as error:
+            if self._files.remote and not isinstance(error, FileNotFoundError):
+                raise CheckpointsUnreachable(str(error)) from error
+            raise
 
     def _place(self, request: messages.Place) -> messages.LearnerReport:
         hosted = self._get(request.learner)

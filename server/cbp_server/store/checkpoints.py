@@ -43,6 +43,11 @@ class CheckpointFiles:
         else:
             self._files = _Storage(root)
 
+    @property
+    def remote(self) -> bool:
+        """Whether a file that cannot be read may be whole, and its storage out of reach."""
+        return isinstance(self._files, _Storage)
+
     def write(self, uid: str, number: int, data: bytes) -> None:
         """Stores a checkpoint, or replaces it; the file is whole and durable when this returns.
 

@@ -110,6 +110,20 @@ class Journal:
                     break
         return rows
 
+    def restores(self, learner_uid: str, after: int, up_to: int | None = None) -> list[Entry]:
+        """The learner's entries of kind RESTORE behind position `after` up to `up_to`, in order.
+
+        Raises:
+            JournalDamaged: one of them is not what was written.
+        """
+        query = select(JOURNAL).where(
+            _of(learner_uid), JOURNAL.c.position > after, JOURNAL.c.kind == EntryKind.RESTORE.value
+        )
+        if up_to is not None:
+            query = query.where(JOURNAL.c.position <= up_to)
+        with self._engine.connect() as connection:
+            return [_entry(row) for row in connection.execute(query.order_by(JOURNAL.c.position)).mappings()]
+
     def resumes(self, learner_uid: str, after: int) -> list[Entry]:
         """The learner's entries of kind RESUME behind position `after`, in order.
 
