@@ -22,8 +22,8 @@ install: .venv/installed ## create .venv with everything the project needs
 demo: .venv/installed ## stream digits to three learners and plot who keeps learning (about a minute)
 	$(BIN)/cbp demo --output $(DEMO_DIR)
 
-test: .venv/installed ## run the tests
-	$(BIN)/pytest
+test: .venv/installed ## run the tests, two at a time
+	$(BIN)/pytest -n 2 --dist worksteal
 
 torture: .venv/installed ## kill a server KILLS times while clients stream to it (about half an hour; SEED=n repeats a run, POWER=1 cuts the power)
 	PYTHONPATH=tests $(BIN)/python tests/torture.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(if $(POWER),--power)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cbp import Batch, CbpError, FieldViolation, LearnerSpec, SnapshotError
 from cbp.batches import validate_features
+from cbp_server.alterations import Alterations
 from cbp_server.byte_budget import ByteBudget
 from cbp_server.change_log import ChangeLog, NewEntry
 from cbp_server.checkpointing import Checkpointer, CheckpointObserver, CheckpointPolicy
@@ -121,12 +122,13 @@ class Host:
             on_change=self._registry.touch,
             observer=observer,
         )
+        self._alterations = Alterations(
+            engine, storage, self._changes, self._registry, recovery, self._checkpointer, self._residence
+        )
         self._lifecycle = Lifecycle(
             engine,
             storage,
-            self._changes,
             self._registry,
-            recovery,
             self._checkpointer,
             self._residence,
             max_learners=options.max_learners,
@@ -223,7 +225,7 @@ class Host:
         """Returns when any learner has changed, come or gone."""
         await self._registry.changed.wait()
 
-    # -- life of a learner; see Lifecycle --
+    # -- life of a learner; see Lifecycle and Alterations --
 
     async def create(
         self,
@@ -244,7 +246,7 @@ class Host:
         etag: str = "",
     ) -> LearnerRecord:
         hosted = self._registry.get(learner_id)
-        return await self._complete(self._lifecycle.update(hosted, revise, durability, etag))
+        return await self._complete(self._alterations.update(hosted, revise, durability, etag))
 
     async def delete(self, learner_id: str, *, etag: str = "") -> LearnerRecord:
         return await self._complete(self._lifecycle.delete(self._registry.get(learner_id), etag))
@@ -277,26 +279,26 @@ class Host:
         return await self._lifecycle.export(self._registry.get(learner_id), format_name)
 
     async def create_checkpoint(self, learner_id: str) -> StoredCheckpoint:
-        return await self._complete(self._lifecycle.create_checkpoint(self._registry.get(learner_id)))
+        return await self._complete(self._alterations.create_checkpoint(self._registry.get(learner_id)))
 
     async def checkpoints(self, learner_id: str) -> tuple[list[StoredCheckpoint], int, int]:
-        return await self._lifecycle.checkpoints(self._registry.get(learner_id))
+        return await self._alterations.checkpoints(self._registry.get(learner_id))
 
     async def delete_checkpoint(self, learner_id: str, number: int) -> None:
-        await self._complete(self._lifecycle.delete_checkpoint(self._registry.get(learner_id), number))
+        await self._complete(self._alterations.delete_checkpoint(self._registry.get(learner_id), number))
 
     async def restore(self, learner_id: str, *, number: int | None, position: int | None, etag: str) -> LearnerRecord:
         hosted = self._registry.get(learner_id)
-        operation = self._lifecycle.restore(hosted, number=number, position=position, expected_etag=etag)
+        operation = self._alterations.restore(hosted, number=number, position=position, expected_etag=etag)
         return await self._complete(operation)
 
     async def resume(self, learner_id: str, lr: float | None, *, skip_batch: bool) -> LearnerRecord:
         hosted = self._registry.get(learner_id)
-        return await self._complete(self._lifecycle.resume(hosted, lr, skip_batch=skip_batch))
+        return await self._complete(self._alterations.resume(hosted, lr, skip_batch=skip_batch))
 
     async def reset_units(self, learner_id: str, layers: Sequence[str], fraction: float) -> dict[str, int]:
         hosted = self._registry.get(learner_id)
-        return await self._complete(self._lifecycle.reset_units(hosted, layers, fraction))
+        return await self._complete(self._alterations.reset_units(hosted, layers, fraction))
 
     async def _complete(self, operation: Coroutine[Any, Any, AnswerT]) -> AnswerT:
         """Carries an operation through even if its caller goes away half-way: engine and records must agree."""

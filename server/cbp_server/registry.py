@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from cbp_server.broadcast import Broadcast
-from cbp_server.errors import LearnerNotDeleted, LearnerNotFound
+from cbp_server.errors import EtagMismatch, LearnerNotDeleted, LearnerNotFound
 from cbp_server.hosted import Hosted
 
 
@@ -49,6 +49,13 @@ class Registry:
     def has(self, hosted: Hosted) -> bool:
         """Whether this very learner is present."""
         return self._present.get(hosted.learner_id) is hosted
+
+    def check_present(self, hosted: Hosted, expected_etag: str) -> None:
+        """Raises `LearnerNotFound` if it was deleted since it was looked up, `EtagMismatch` if its spec has changed."""
+        if not self.has(hosted):
+            raise LearnerNotFound(hosted.learner_id)
+        if expected_etag and expected_etag != hosted.record.etag:
+            raise EtagMismatch(hosted.learner_id, hosted.record.etag)
 
     def get_deleted(self, learner_id: str, uid: str) -> list[Hosted]:
         """Deleted learners of this id, the one deleted last first; only the one with this uid if one is given.

@@ -79,6 +79,10 @@ class Residence:
         self._suspects: set[str] = set()  # uids that had batches in the engine, or were replayed, when it died
         self._stopping = asyncio.Event()
 
+    def drop(self, uid: str) -> None:
+        """Takes a learner that nobody needs out of the engine."""
+        self._engine.submit(messages.Drop(uid)).add_done_callback(_forget)
+
     # -- use --
 
     async def use(self, hosted: Hosted) -> None:
@@ -196,7 +200,7 @@ class Residence:
                         raise
                     hosted.in_engine = False  # it is not what it seemed to be: from the checkpoint, then
             if hosted.stored.delete_time is not None:  # meanwhile
-                self._engine.submit(messages.Drop(hosted.uid)).add_done_callback(_forget)
+                self.drop(hosted.uid)
                 return
             self._install(hosted, recovered)
             if recovered.journal_position:  # not a newborn
