@@ -169,7 +169,8 @@ class Torture:
         self.server = FaultyServer(directory, *flags, power_can_fail=power_can_fail, lies=lies)
 
     def run(self, lives: Sequence[Life]) -> Outcome:
-        """
+        """Starts the clients, goes through the lives, lets the clients finish, and checks everything.
+
         Raises:
             AssertionError: a promise was broken; see `undisturbed.check_learner`.
         """

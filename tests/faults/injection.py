@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -17,7 +17,7 @@ from faults.broken import break_off
 from faults.disk import DurableDisk, watch_syncs
 from faults.plan import Kill, plan_of_this_process
 from faults.points import METHODS, SQLITE_POINTS, Method, Role
-from faults.processes import children
+from faults.processes import children, command
 from faults.sqlite_vfs import SQLITE_OK, SqliteWatcher, install_vfs
 from faults.storage import FailingStorage
 
@@ -70,16 +70,20 @@ class KillSwitch:
             self._kill.marker.touch(exist_ok=False)
         except FileExistsError:
             return  # it has happened in an earlier process
-        for pid in self._victims():
+        victims = self._victims()
+        for pid in victims:
             os.kill(pid, signal.SIGKILL)
-        while os.getpid() in self._victims():
+        while os.getpid() in victims:
             time.sleep(1)  # until the signal has arrived
 
-    def _victims(self) -> Sequence[int]:
+    def _victims(self) -> list[int]:
         """Process ids, this process's last."""
-        if self._role == "engine":
-            return [os.getpid()] if self._kill.victims == "engine" else [os.getppid(), os.getpid()]
-        return [*children(os.getpid()), *([os.getpid()] if self._kill.victims == "all" else [])]
+        if self._kill.victims == "engine":
+            return [os.getpid()] if self._role == "engine" else children(os.getpid())
+        if self._role == "front":
+            return [*children(os.getpid()), os.getpid()]
+        front = os.getppid()  # or whoever has adopted this process
+        return [front, os.getpid()] if "cbp_server" in command(front) else [os.getpid()]
 
 
 class _SqlitePoints(SqliteWatcher):

@@ -13,6 +13,14 @@ def is_running(pid: int) -> bool:
     return _processes().get(pid, ("Z", 0))[0] != "Z"
 
 
+def command(pid: int) -> list[str]:
+    """The process's command line; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
+
+
 def _processes() -> dict[int, tuple[str, int]]:
     """State and parent, by process id."""
     found = {}
