@@ -25,7 +25,8 @@ demo: .venv/installed ## stream digits to three learners and plot who keeps lear
 test: .venv/installed ## run the tests, two at a time
 	$(BIN)/pytest -n 2 --dist worksteal
 
-torture: .venv/installed ## kill a server KILLS times while clients stream to it (about half an hour; SEED=n repeats a run, POWER=1 cuts the power)
+torture: .venv/installed ## kills at every point and power losses, then KILLS kills at random (an hour; SEED=n repeats, POWER=1 cuts the power)
+	$(BIN)/pytest -m torture
 	PYTHONPATH=tests $(BIN)/python tests/torture.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(if $(POWER),--power)
 
 check: .venv/installed ## format, lint, types, proto drift, Dockerfile, proto style

@@ -29,6 +29,7 @@ def test_nothing_that_was_acknowledged_is_lost_with_the_power(tmp_path):
     assert outcome.power_losses == 4
 
 
+@pytest.mark.torture
 def test_nothing_is_lost_with_the_power_after_kills_at_random(tmp_path):
     lives = random_lives(5, seed=4, power=True)
     assert Torture(tmp_path, seed=4, power_can_fail=True).run(lives).batches > 0
@@ -94,6 +95,7 @@ def test_a_data_directory_that_the_server_has_made_outlasts_the_power(machine):
     assert durable(machine) == told
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("nth", [2, 5])
 def test_what_a_killed_server_had_not_synced_is_not_called_durable_by_the_next_one(machine, nth):
     """The next server reads it from the system's cache, where it is lost with the power."""
@@ -114,6 +116,7 @@ def test_what_a_killed_server_had_not_synced_is_not_called_durable_by_the_next_o
     assert durable(machine) >= told
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("nth", [1, 2], ids=["of all learners", "of one learner"])
 def test_a_checkpoint_directory_that_a_killed_server_has_made_outlasts_the_power_once_it_is_used(machine, nth):
     """The next server finds it there, which does not make its name durable."""

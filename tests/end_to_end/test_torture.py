@@ -1,4 +1,4 @@
-"""Kills and network faults while clients stream; `make torture` is the long run."""
+"""Kills and network faults while clients stream; `make torture` runs what is marked so, and kills at random for longer."""
 
 import pytest
 from faults.points import METHODS, SQLITE_POINTS
@@ -28,7 +28,9 @@ def test_learners_survive_whatever_happens_at_random(tmp_path):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("group", _POINTS)
+@pytest.mark.parametrize(
+    "group", ["journal", *(pytest.param(group, marks=pytest.mark.torture) for group in _POINTS if group != "journal")]
+)
 def test_learners_survive_a_kill_at_every_point(tmp_path, group):
     points = points_of(group)
     # A life's first checkpoint directories, forks and restores are its only ones, or nearly so.
@@ -39,6 +41,7 @@ def test_learners_survive_a_kill_at_every_point(tmp_path, group):
     assert outcome.fired.keys() == set(points)
 
 
+@pytest.mark.torture
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("watched_sqlite")
 def test_learners_survive_a_kill_within_sqlite(tmp_path):
@@ -46,6 +49,7 @@ def test_learners_survive_a_kill_within_sqlite(tmp_path):
     assert outcome.fired.keys() == set(SQLITE_POINTS)
 
 
+@pytest.mark.torture
 @pytest.mark.timeout(600)
 def test_learners_survive_their_engine_being_killed_at_every_point(tmp_path):
     points = [point for point in points_of("engine") if "mkdir" not in point]
