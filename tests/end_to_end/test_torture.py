@@ -1,4 +1,4 @@
-"""Kills and network faults while clients stream; `make torture` runs those marked so, and kills at random for longer."""
+"""Kills and network faults while clients stream; `make torture` runs those marked so, and kills at random."""
 
 import pytest
 from faults.points import METHODS, SQLITE_POINTS
