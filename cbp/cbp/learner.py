@@ -71,7 +71,7 @@ class Learner:
         self._spec = spec
         self._progress = ProgressTracker()
         self._examples = 0
-        self._pending = self._no_examples()
+        self._none = self._pending = self._no_examples()
         self._probe = Probe(spec.monitoring.probe_size, self._pending.features, self._pending.targets)
         self._samples: deque[PlasticitySample] = deque(maxlen=SAMPLE_LIMIT)
         self._training = False
@@ -137,10 +137,13 @@ class Learner:
         """
         self._refuse_while_training("train")
         self._check_fits(batch)
-        waiting = self._pending.followed_by(Examples.of(batch))
+        waiting = Examples.of(batch)
+        if len(self._pending):
+            waiting = self._pending.followed_by(waiting)
         step_size = self._spec.batch_size or len(waiting)
         first_step = self._state.steps[0] + 1
-        due, later = waiting.split_at(len(waiting) // step_size * step_size)
+        count = len(waiting) // step_size * step_size
+        due, later = (waiting, self._none) if count == len(waiting) else waiting.split_at(count)
         work = self._engine.begin(due, step_size)  # may run out of memory: before anything changes
         self._pending = later
         self._training = True
@@ -149,8 +152,10 @@ class Learner:
         finally:
             self._training = False
             steps = self._state.steps[0] + 1 - first_step
-            applied, rest = due.split_at(steps * step_size)
-            self._pending = rest.followed_by(self._pending)
+            applied = due
+            if steps * step_size < len(due):
+                applied, rest = due.split_at(steps * step_size)
+                self._pending = rest.followed_by(self._pending)
             loss, accuracy = self._account(applied, work, first_step, step_size)
         return TrainResult(
             steps=steps,
@@ -169,10 +174,9 @@ class Learner:
     def _check_fits(self, batch: Batch) -> None:
         """A batch validated for another specification must not get in, for it would fail between two updates."""
         violations = []
-        example = self._no_examples()
         for name, array, expected in (
-            ("features", batch.features, example.features),
-            ("targets", batch.targets, example.targets),
+            ("features", batch.features, self._none.features),
+            ("targets", batch.targets, self._none.targets),
         ):
             if array.dtype != expected.dtype or array.shape[1:] != expected.shape[1:]:
                 description = (
@@ -233,7 +237,8 @@ class Learner:
             step_size,
             self._spec.monitoring.average_decay,
         )
-        return float(scores.losses.mean()), None if scores.accuracies is None else float(scores.accuracies.mean())
+        accuracy = None if scores.accuracies is None else _mean(scores.accuracies)
+        return _mean(scores.losses), accuracy
 
     def _refuse_divergence(
         self, example_losses: NDArray[np.float64], outputs: NDArray[np.float32], first_step: int, step_size: int
@@ -480,3 +485,7 @@ def _copy_to_host(tensor: Tensor, room: Tensor | None) -> Tensor:
     if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype or not room.is_contiguous():
         room = torch.empty(tensor.shape, dtype=tensor.dtype)
     return room.copy_(tensor)
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(np.add.reduce(values)) / len(values)

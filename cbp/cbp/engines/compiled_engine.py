@@ -8,6 +8,7 @@ Shapes: N examples of a message, I inputs, C outputs, U hidden units.
 
 import functools
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -24,12 +25,18 @@ from cbp.engines.torch_engine import StackState
 from cbp.networks import FlatLayers
 from cbp.optimizers import AdamState, SgdState
 from cbp.pending import Examples
-from cbp.replacement import DrawSource
+from cbp.replacement import DrawSource, ReplacementSchedule
 from cbp.spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, SgdSpec, Utility
 
 _RANDOM_VALUES = 2**20
 """Draws of the `random` utility that are made ahead at most."""
 _NANOSECONDS_BETWEEN_CALLS = 1e6
+
+_CORRECTED = 18.0
+"""1 − e⁻¹⁸ is 1 in float32."""
+_KNOWN_CORRECTIONS = 4096
+_NEVER = 2**62
+_DUE, _PARAMETER_SUM, _MOMENT_SUM = int(Table.DUE), int(Real.PARAMETER_SUM), int(Real.MOMENT_SUM)
 
 _NO_LABELS = np.empty(0, np.int64)
 _NO_VALUES = np.empty((0, 0), np.float32)
@@ -58,8 +65,18 @@ class CompiledEngine(EagerEngine):
         self._schedule = np.zeros((3, len(widths) - 2))
         self._room = np.empty(0, np.float32)
         self._sums = np.empty(0)
-        self._versions: tuple[int, ...] = ()
+        log_decay = float(self.reals[Real.LOG_DECAY])
+        corrections = min(int(_CORRECTED / -log_decay) + 2, _KNOWN_CORRECTIONS)
+        self._corrections = np.zeros(corrections, np.float32)
+        kernels.fill_corrections(self.reals[Real.LOG_DECAY], self._corrections)
+        self._versions: list[int] = []
+        self._schedule_of: ReplacementSchedule | None = None
+        self._ripens_at = 0
         self._follows_ages = True
+        self._step_size = -1
+        self._draws_utilities = self.spec.resets.utility == "random"
+        self.labelled = self.spec.loss.kind == "cross_entropy"
+        self.scores_accuracy = self.spec.loss.kind in ("cross_entropy", "binary_cross_entropy")
         self._fill_table()
 
     def _fill_table(self) -> None:
@@ -88,6 +105,10 @@ class CompiledEngine(EagerEngine):
         table[Table.AGES] = state.units.age.data_ptr()
         table[Table.MEANS] = state.units.mean_activation.data_ptr()
         table[Table.SCHEDULE] = self._schedule.ctypes.data
+        table[Table.CORRECTIONS] = self._corrections.ctypes.data
+        table[Table.CORRECTION_COUNT] = len(self._corrections)
+        slots = state.optimizer.slots().values()
+        self._tensors = [state.parameters.flat, state.units.age, *(slot.flat for slot in slots)]
 
     def begin(self, examples: Examples, step_size: int) -> Work:
         self._make_room(step_size)
@@ -104,8 +125,10 @@ class CompiledEngine(EagerEngine):
         return max(int(_NANOSECONDS_BETWEEN_CALLS / nanoseconds), 1)
 
     def _make_room(self, step_size: int) -> None:
-        if step_size == self.table[Table.BATCH]:
+        if step_size == self._step_size:
             return
+        self._step_size = step_size
+        self.reals[Real.SCALE] = losses.gradient_scale(self.spec.loss, self.spec.network.out_features) / step_size
         widths = self.table[Table.WIDTHS :]
         units, widest = int(widths.sum()), int(widths.max())
         matrix = int((widths[1:] * widths[:-1]).max()) if step_size > 1 else widest
@@ -128,9 +151,7 @@ class CompiledEngine(EagerEngine):
 
     def _notice_changes(self) -> None:
         """What the kernels know beside the state no longer holds if somebody else has changed the state's tensors."""
-        state = self.state
-        tensors = (state.parameters.flat, state.units.age, *(slot.flat for slot in state.optimizer.slots().values()))
-        versions = tuple(tensor._version for tensor in tensors)
+        versions = [tensor._version for tensor in self._tensors]
         if versions != self._versions:
             self._versions = versions
             self.table[Table.SUMS_ARE_KNOWN] = 0
@@ -164,23 +185,21 @@ class CompiledEngine(EagerEngine):
         labels: NDArray[np.int64],
         values: NDArray[np.float32],
         outputs: NDArray[np.float32],
-        scores: NDArray[np.float32],
+        scores: NDArray[np.float64],
         start: int,
         steps: int,
     ) -> None:
         """Learns from the examples from `start` on."""
         state, table = self.state, self.table
         schedule = state.schedules[0]
-        batch = int(table[Table.BATCH])
+        batch = self._step_size
         while steps:
-            quiet = schedule.quiet_steps(state.steps[0] + 1)
-            at_once = steps if quiet is None else min(steps, quiet)
-            self._schedule[:] = schedule.accumulated, schedule.rates, schedule.mature
-            if self.spec.resets.utility == "random":
+            quiet = self._quiet_steps(schedule)
+            at_once = min(steps, quiet)
+            if self._draws_utilities:
                 at_once = self._until_due(min(at_once, max(_RANDOM_VALUES // self._layout.total, 1)))
                 drawn = torch.cat([self._draws.utilities() for _ in range(at_once)]).numpy()
                 table[Table.RANDOM] = drawn.ctypes.data
-            table[Table.STEPS] = state.steps[0]
             taken = kernels.run(
                 table,
                 self.reals,
@@ -197,10 +216,21 @@ class CompiledEngine(EagerEngine):
             schedule.accumulated[:] = self._schedule[0].tolist()
             start += taken * batch
             steps -= taken
-            if table[Table.DUE]:
+            if table[_DUE]:
                 counts = schedule.advance(state.steps[0])
                 assert counts is not None
                 self._replace([counts], published_order=self._published_order)
+
+    def _quiet_steps(self, schedule: ReplacementSchedule) -> int:
+        """Steps to come until another unit ripens; the kernels know all that happens before."""
+        step = self.state.steps[0] + 1
+        if schedule is not self._schedule_of or step >= self._ripens_at:
+            self._schedule_of = schedule
+            quiet = schedule.quiet_steps(step)
+            self._ripens_at = _NEVER if quiet is None else step + quiet
+            self._schedule[:] = schedule.accumulated, schedule.rates, schedule.mature
+            self.table[Table.STEPS] = step - 1
+        return self._ripens_at - step
 
     def _until_due(self, limit: int) -> int:
         """Steps up to and including the next that replaces units, at most `limit`: no draw is made too early."""
@@ -222,6 +252,7 @@ class CompiledEngine(EagerEngine):
             if count:
                 drawn.append(self._draws.incoming_weights(0, layer, count).reshape(-1))
         self._notice_changes()
+        self._schedule_of = None
         biases = kernels.replace(
             self.table,
             self.reals,
@@ -237,14 +268,12 @@ class _CompiledWork:
         self._engine = engine
         self._examples = examples
         self._step_size = step_size
-        labelled = engine.spec.loss.kind == "cross_entropy"
         targets: NDArray[Any] = examples.targets
-        self._labels: NDArray[np.int64] = targets if labelled else _NO_LABELS
-        self._values: NDArray[np.float32] = _NO_VALUES if labelled else targets
+        self._labels: NDArray[np.int64] = targets if engine.labelled else _NO_LABELS
+        self._values: NDArray[np.float32] = _NO_VALUES if engine.labelled else targets
         self._outputs = np.zeros((len(examples), engine.spec.network.out_features), np.float32)
-        self._scores = np.zeros((2, len(examples)), np.float32)
+        self._scores = np.zeros((2, len(examples)))
         self._next = 0
-        engine.reals[Real.SCALE] = losses.gradient_scale(engine.spec.loss, engine.spec.network.out_features) / step_size
 
     def run(self, steps: int) -> None:
         self._engine.take_steps(
@@ -256,11 +285,10 @@ class _CompiledWork:
         return self._outputs
 
     def scores(self, count: int) -> Scores:
-        measured = self._scores[:, :count].astype(np.float64)
+        measured, accuracies = self._scores[:, :count]
         reals = self._engine.reals
-        finite = np.isfinite(measured[0].sum() + reals[Real.PARAMETER_SUM] + reals[Real.MOMENT_SUM])
-        regression = self._engine.spec.loss.kind in ("mse", "huber")
-        return Scores(measured[0], None if regression else measured[1], bool(finite))
+        numbers = float(np.add.reduce(measured)) + float(reals[_PARAMETER_SUM]) + float(reals[_MOMENT_SUM])
+        return Scores(measured, accuracies if self._engine.scores_accuracy else None, math.isfinite(numbers))
 
 
 def _address(layers: FlatLayers) -> int:

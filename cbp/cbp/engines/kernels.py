@@ -69,7 +69,10 @@ class Table(IntEnum):
     """float64: per hidden layer what is owed, the rate, and how many units are mature."""
     RANDOM = 23
     """[steps, U] draws for the `random` utility; 0 if there are none."""
-    WIDTHS = 24
+    CORRECTIONS = 24
+    """1 − ηᵃ at every age a from 0 on, as far as `CORRECTION_COUNT`; float32."""
+    CORRECTION_COUNT = 25
+    WIDTHS = 26
     """I, hidden widths, C; to the end of the table."""
 
 
@@ -111,6 +114,7 @@ _DUE, _STEPS, _MATURITY, _PARAMETERS = int(Table.DUE), int(Table.STEPS), int(Tab
 _MOMENTUM, _SECOND_MOMENT, _COUNTS = int(Table.MOMENTUM), int(Table.SECOND_MOMENT), int(Table.COUNTS)
 _UTILITIES, _AGES, _MEANS, _FLOATS = int(Table.UTILITIES), int(Table.AGES), int(Table.MEANS), int(Table.FLOATS)
 _SUMS, _SCHEDULE, _RANDOM, _WIDTHS = int(Table.SUMS), int(Table.SCHEDULE), int(Table.RANDOM), int(Table.WIDTHS)
+_CORRECTIONS, _CORRECTION_COUNT = int(Table.CORRECTIONS), int(Table.CORRECTION_COUNT)
 
 _NEGATIVE_LR, _MU, _WEIGHT_DECAY = int(Real.NEGATIVE_LR), int(Real.MOMENTUM), int(Real.WEIGHT_DECAY)
 _ONE_MINUS_BETA1, _BETA2, _ONE_MINUS_BETA2 = int(Real.ONE_MINUS_BETA1), int(Real.BETA2), int(Real.ONE_MINUS_BETA2)
@@ -570,6 +574,7 @@ def _evaluate(
     random: Floats,
     activity: Floats,
     corrections: Floats,
+    known_corrections: Floats,
 ) -> None:
     """`cbp.replacement.evaluate_units` for one layer.
 
@@ -582,9 +587,12 @@ def _evaluate(
     for u in range(units):
         age = ages[u] + 1
         ages[u] = age
-        if age != known_age:
-            known_age, correction = age, _bias_correction(age, log_decay)
-        corrections[u] = correction
+        if age < len(known_corrections):
+            corrections[u] = known_corrections[age]
+        else:
+            if age != known_age:
+                known_age, correction = age, _bias_correction(age, log_decay)
+            corrections[u] = correction
 
     count = np.float32(examples)
     if examples == 1:
@@ -631,6 +639,13 @@ def _evaluate(
 @_exactly
 def _bias_correction(age: int, log_decay: Number) -> Number:
     return np.float32(-math.expm1(np.float32(age) * log_decay))
+
+
+@_exactly
+def fill_corrections(log_decay: Number, corrections: Floats) -> None:
+    """corrections[a] ← 1 − ηᵃ."""
+    for age in range(len(corrections)):
+        corrections[age] = _bias_correction(age, log_decay)
 
 
 @_exactly
@@ -896,7 +911,7 @@ def run(
     values: Floats,
     weights: Floats,
     outputs: Floats,
-    scores: Floats,
+    scores: Doubles,
     start: int,
     steps: int,
 ) -> int:
@@ -1037,6 +1052,7 @@ def run(
                 _row(table[_RANDOM] + 4 * ((done - 1) * units + offset), after),
                 _row(activity_at, after),
                 _row(corrections_at, after),
+                _row(table[_CORRECTIONS], table[_CORRECTION_COUNT]),
             )
             offset += after
             before = after
