@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cbp import Batch, CbpError, Learner, LearnerSnapshot, LearnerSpec
+from cbp import Batch, CbpError, Learner, LearnerSnapshot, LearnerSpec, compile_ahead
+from cbp.engines import kernels
 from cbp.engines.eager_engine import EngineName
 from cbp.spec import Activation, LossKind, Utility
 
@@ -229,6 +230,21 @@ def test_somebody_may_look_between_runs_of_steps(make_spec: MakeSpec, make_batch
     assert 1 <= at_once < 100
     assert seen == list(range(at_once, 200, at_once))
     assert result.steps == 200
+
+
+def test_arrays_of_any_kind_need_no_other_code(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    compile_ahead(make_spec())
+    compiled = [len(kernel.signatures) for kernel in (kernels.run, kernels.replace)]
+    spec = make_spec(loss="mse")
+    plain = make_batch(spec, 40)
+    features, targets = np.asfortranarray(plain.features), plain.targets.copy()
+    targets.flags.writeable = False
+    awkward = Batch(features[::-1][::-1], targets, None, "")
+    learner, other = (Learner(spec, engine="compiled") for _ in range(2))
+    learner.train(plain)
+    other.train(awkward)
+    assert torch.equal(learner._state.parameters.flat, other._state.parameters.flat)
+    assert [len(kernel.signatures) for kernel in (kernels.run, kernels.replace)] == compiled == [1, 1]
 
 
 def test_an_engine_that_cannot_run_there_is_refused(make_spec: MakeSpec) -> None:

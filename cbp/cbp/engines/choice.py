@@ -36,3 +36,15 @@ def make_engine(
     from cbp.engines.compiled_engine import CompiledEngine
 
     return CompiledEngine(spec, state, draws, published_order=published_order)
+
+
+def compile_ahead(spec: LearnerSpec) -> None:
+    """Readies the compiled engine for learners of this specification; from then on none of them waits for a compiler.
+
+    Takes about half a minute the first time. The code is kept on disk, beside the package or where `NUMBA_CACHE_DIR`
+    says; with it there, the next process takes about a second. Other threads run meanwhile, but not on the same core.
+    """
+    del spec  # today one compilation serves all of them
+    from cbp.engines.compiled_engine import compile_kernels
+
+    compile_kernels()

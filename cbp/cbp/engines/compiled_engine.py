@@ -21,7 +21,7 @@ from cbp import losses
 from cbp.engines import kernels
 from cbp.engines.eager_engine import EagerEngine, EngineName, Scores, Work
 from cbp.engines.kernels import Real, Table
-from cbp.engines.torch_engine import StackState
+from cbp.engines.torch_engine import StackState, initial_stack
 from cbp.networks import FlatLayers
 from cbp.optimizers import AdamState, SgdState
 from cbp.pending import Examples
@@ -181,15 +181,16 @@ class CompiledEngine(EagerEngine):
 
     def take_steps(
         self,
-        examples: Examples,
+        features: NDArray[np.float32],
         labels: NDArray[np.int64],
         values: NDArray[np.float32],
+        weights: NDArray[np.float32],
         outputs: NDArray[np.float32],
         scores: NDArray[np.float64],
         start: int,
         steps: int,
     ) -> None:
-        """Learns from the examples from `start` on."""
+        """Learns from the examples from `start` on; the arrays are as `kernels.run` wants them."""
         state, table = self.state, self.table
         schedule = state.schedules[0]
         batch = self._step_size
@@ -203,10 +204,10 @@ class CompiledEngine(EagerEngine):
             taken = kernels.run(
                 table,
                 self.reals,
-                examples.features,
+                features,
                 labels,
                 values,
-                examples.weights,
+                weights,
                 outputs,
                 scores,
                 start,
@@ -266,9 +267,9 @@ class CompiledEngine(EagerEngine):
 class _CompiledWork:
     def __init__(self, engine: CompiledEngine, examples: Examples, step_size: int) -> None:
         self._engine = engine
-        self._examples = examples
+        self._features, self._weights = _plain(examples.features), _plain(examples.weights)
         self._step_size = step_size
-        targets: NDArray[Any] = examples.targets
+        targets: NDArray[Any] = _plain(examples.targets)
         self._labels: NDArray[np.int64] = targets if engine.labelled else _NO_LABELS
         self._values: NDArray[np.float32] = _NO_VALUES if engine.labelled else targets
         self._outputs = np.zeros((len(examples), engine.spec.network.out_features), np.float32)
@@ -277,7 +278,14 @@ class _CompiledWork:
 
     def run(self, steps: int) -> None:
         self._engine.take_steps(
-            self._examples, self._labels, self._values, self._outputs, self._scores, self._next, steps
+            self._features,
+            self._labels,
+            self._values,
+            self._weights,
+            self._outputs,
+            self._scores,
+            self._next,
+            steps,
         )
         self._next += steps * self._step_size
 
@@ -289,6 +297,11 @@ class _CompiledWork:
         reals = self._engine.reals
         numbers = float(np.add.reduce(measured)) + float(reals[_PARAMETER_SUM]) + float(reals[_MOMENT_SUM])
         return Scores(measured, accuracies if self._engine.scores_accuracy else None, math.isfinite(numbers))
+
+
+def _plain(array: NDArray[Any]) -> NDArray[Any]:
+    """The array, copied if numba would take it for another type and compile anew: read-only, strided or unaligned."""
+    return array if array.flags.carray else np.array(array, order="C")
 
 
 def _address(layers: FlatLayers) -> int:
@@ -330,3 +343,18 @@ def _keep_to_one_thread() -> None:
     of_scipy = [library for library in products if "scipy.libs" in library.filepath]
     for library in of_scipy or products:
         library.set_num_threads(1)
+
+
+def compile_kernels() -> None:
+    """Compiles what every specification needs, or loads it from disk."""
+    spec = LearnerSpec.parse(
+        {
+            "network": {"kind": "mlp", "in_features": 1, "hidden": [1], "out_features": 1},
+            "loss": "mse",
+            "optimizer": {"kind": "sgd", "lr": 0.1},
+            "resets": {"replacement_rate": 1.0, "maturity_threshold": 0},
+        }
+    )
+    engine = CompiledEngine(spec, initial_stack([spec], torch.device("cpu")))
+    rows = np.ones((2, 1), np.float32)
+    engine.begin(Examples(rows, rows, np.ones(2, np.float32), (("", 2),)), 1).run(2)
