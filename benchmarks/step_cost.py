@@ -5,7 +5,7 @@
 Interleaved rounds on one thread, medians of steps per second. "backprop" is the loop one would write: autograd and
 torch.optim. A Learner also scores its predictions and accounts for its examples. Columns, first table: the torch engine
 with resets in no layer (but ages and utilities kept), in the first, in all. Second table: the compiled engine with
-resets in all layers, by the steps in one call of `Learner.train`; "its backprop" is the same engine without ages,
+resets in all layers and no plasticity samples, by the steps in one call of `Learner.train`; "its backprop" is the same engine without ages,
 utilities and resets, and "CBP's cost" the time that those add.
 
 All sides run with the same settings of malloc, which the script sets for itself: without them every large tensor is
@@ -119,6 +119,8 @@ def continual_backprop(
             "optimizer": optimizer,
             "batch_size": case.batch_size,
             "resets": {"layers": layers, "replacement_rate": case.replacement_rate},
+            # A plasticity sample takes as long as thousands of compiled steps of net A; they would hide the steps.
+            "monitoring": {"interval": 1000 if engine == "torch" else 0},
         }
     )
     learner = Learner(spec, engine=engine)
@@ -188,6 +190,7 @@ def compiled_table(rounds: int) -> None:
         )
         cost = seconds[columns[1]] / seconds[columns[2]] - 1
         print_row(f"{case.name} {case.shape} {kind}", seconds, f"  {cost:+.0%}")
+    print("batches of `N a call` hold fewer steps where a round does: B 16")
 
 
 def processor() -> str:

@@ -32,7 +32,7 @@ class Examples:
 
     @classmethod
     def of(cls, batch: Batch) -> "Examples":
-        weights = np.ones(len(batch), dtype=np.float32) if batch.weights is None else batch.weights
+        weights = np.ones(len(batch.features), dtype=np.float32) if batch.weights is None else batch.weights
         return cls(batch.features, batch.targets, weights, ((batch.task, len(batch)),))
 
     @classmethod

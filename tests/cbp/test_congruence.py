@@ -78,7 +78,7 @@ def assert_congruent(spec: LearnerSpec, make_batch: MakeBatch) -> None:
     assert [s.step for s in samples[0]] == [s.step for s in samples[1]] == [37, 74]
 
 
-@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("utility", get_args(Utility))
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_every_activation_and_utility(
@@ -172,7 +172,7 @@ def test_a_snapshot_goes_on_in_the_other_engine(
 
 
 def test_changes_from_outside_are_noticed(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
-    """The compiled engine keeps sums of weights beside the state; a reset by hand or an update makes them stale."""
+    """By hand, by an update, behind its back: what the compiled engine assumes of the state may not hold any more."""
     spec = make_spec(batch_size=1)
     learners = [Learner(spec, engine=engine) for engine in get_args(EngineName)]
     for learner in learners:
@@ -203,22 +203,6 @@ def test_adams_counts_need_not_be_ages(make_spec: MakeSpec, make_batch: MakeBatc
     expected, actual = (learner.snapshot() for learner in learners)
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(actual.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("weight", [1e4, 1e6])
-def test_huge_weights_cost_no_exactness(weight: float, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
-    """Beyond the range in which the sums of magnitudes are exact they are taken afresh at every step."""
-    spec = make_spec(batch_size=1, loss="huber", optimizer__lr=1e-6)
-    learner, cut = (Learner(spec, engine="compiled") for _ in range(2))
-    stream = make_batch(spec, 60)
-    for each in (learner, cut):
-        each._state.parameters.weights[0][0, 0] = weight
-    learner.train(stream)
-    for step in range(60):
-        cut.train(Batch.validate(spec, stream.features[step : step + 1], stream.targets[step : step + 1]))
-        cut = Learner.restore(cut.snapshot(), engine="compiled")
-    for name, tensor in learner.snapshot().tensors.items():
-        assert torch.equal(cut.snapshot().tensors[name], tensor), name
 
 
 def test_somebody_may_look_between_runs_of_steps(make_spec: MakeSpec, make_batch: MakeBatch) -> None:

@@ -64,7 +64,6 @@ class CompiledEngine(EagerEngine):
         self.reals = _reals(self.spec)
         self._schedule = np.zeros((3, len(widths) - 2))
         self._room = np.empty(0, np.float32)
-        self._sums = np.empty(0)
         log_decay = float(self.reals[Real.LOG_DECAY])
         corrections = min(int(_CORRECTED / -log_decay) + 2, _KNOWN_CORRECTIONS)
         self._corrections = np.zeros(corrections, np.float32)
@@ -143,18 +142,13 @@ class CompiledEngine(EagerEngine):
             and table[Table.OPTIMIZER] == kernels.SGD
             and not table[Table.DECAYS_WEIGHTS]
         )
-        if table[Table.SKIPS] and not len(self._sums):
-            self._sums = np.zeros(2 * units + widest)
-            table[Table.SUMS] = self._sums.ctypes.data
-        table[Table.SUMS_ARE_KNOWN] = 0
         table[Table.BATCH] = step_size
 
     def _notice_changes(self) -> None:
-        """What the kernels know beside the state no longer holds if somebody else has changed the state's tensors."""
+        """What the kernels assume of the state may no longer hold if somebody else has changed its tensors."""
         versions = [tensor._version for tensor in self._tensors]
         if versions != self._versions:
             self._versions = versions
-            self.table[Table.SUMS_ARE_KNOWN] = 0
             self._follows_ages = self._counts_follow_ages()
 
     def _counts_follow_ages(self) -> bool:
@@ -252,7 +246,6 @@ class CompiledEngine(EagerEngine):
             self.state.replacements[0][layer] += count
             if count:
                 drawn.append(self._draws.incoming_weights(0, layer, count).reshape(-1))
-        self._notice_changes()
         self._schedule_of = None
         biases = kernels.replace(
             self.table,

@@ -45,34 +45,31 @@ class Table(IntEnum):
     SKIPS = 7
     """1 if units without a gradient may be passed over: ReLU, one example a step, nothing but the gradient in the
     update."""
-    SUMS_ARE_KNOWN = 8
-    EVALUATES = 9
+    EVALUATES = 8
     """0 leaves ages and utilities alone: ordinary backprop, to compare with."""
-    DUE = 10
+    DUE = 9
     """Set by `run`: 1 if units are to be replaced after the last step it took."""
-    STEPS = 11
+    STEPS = 10
     """Steps the learner has taken so far; `run` counts on."""
-    MATURITY = 12
-    PARAMETERS = 13
+    MATURITY = 11
+    PARAMETERS = 12
     """Addresses from here on."""
-    MOMENTUM = 14
-    SECOND_MOMENT = 15
-    COUNTS = 16
-    UTILITIES = 17
-    AGES = 18
-    MEANS = 19
-    FLOATS = 20
+    MOMENTUM = 13
+    SECOND_MOMENT = 14
+    COUNTS = 15
+    UTILITIES = 16
+    AGES = 17
+    MEANS = 18
+    FLOATS = 19
     """Room for float32."""
-    SUMS = 21
-    """float64, while units may be skipped: sums of the weights' magnitudes by row and by column, and room."""
-    SCHEDULE = 22
+    SCHEDULE = 20
     """float64: per hidden layer what is owed, the rate, and how many units are mature."""
-    RANDOM = 23
+    RANDOM = 21
     """[steps, U] draws for the `random` utility; 0 if there are none."""
-    CORRECTIONS = 24
+    CORRECTIONS = 22
     """1 − ηᵃ at every age a from 0 on, as far as `CORRECTION_COUNT`; float32."""
-    CORRECTION_COUNT = 25
-    WIDTHS = 26
+    CORRECTION_COUNT = 23
+    WIDTHS = 24
     """I, hidden widths, C; to the end of the table."""
 
 
@@ -109,11 +106,11 @@ CONTRIBUTION, ZERO_CONTRIBUTION, ADAPTABLE_CONTRIBUTION, WEIGHT, ADAPTATION, FEA
 
 _DEPTH, _BATCH, _ACTIVATION, _LOSS = int(Table.DEPTH), int(Table.BATCH), int(Table.ACTIVATION), int(Table.LOSS)
 _OPTIMIZER, _UTILITY, _DECAYS_WEIGHTS = int(Table.OPTIMIZER), int(Table.UTILITY), int(Table.DECAYS_WEIGHTS)
-_SKIPS, _SUMS_ARE_KNOWN, _EVALUATES = int(Table.SKIPS), int(Table.SUMS_ARE_KNOWN), int(Table.EVALUATES)
+_SKIPS, _EVALUATES = int(Table.SKIPS), int(Table.EVALUATES)
 _DUE, _STEPS, _MATURITY, _PARAMETERS = int(Table.DUE), int(Table.STEPS), int(Table.MATURITY), int(Table.PARAMETERS)
 _MOMENTUM, _SECOND_MOMENT, _COUNTS = int(Table.MOMENTUM), int(Table.SECOND_MOMENT), int(Table.COUNTS)
 _UTILITIES, _AGES, _MEANS, _FLOATS = int(Table.UTILITIES), int(Table.AGES), int(Table.MEANS), int(Table.FLOATS)
-_SUMS, _SCHEDULE, _RANDOM, _WIDTHS = int(Table.SUMS), int(Table.SCHEDULE), int(Table.RANDOM), int(Table.WIDTHS)
+_SCHEDULE, _RANDOM, _WIDTHS = int(Table.SCHEDULE), int(Table.RANDOM), int(Table.WIDTHS)
 _CORRECTIONS, _CORRECTION_COUNT = int(Table.CORRECTIONS), int(Table.CORRECTION_COUNT)
 
 _NEGATIVE_LR, _MU, _WEIGHT_DECAY = int(Real.NEGATIVE_LR), int(Real.MOMENTUM), int(Real.WEIGHT_DECAY)
@@ -133,16 +130,13 @@ _SMALLEST_INCOMING = np.float32(1e-12)
 _LAST_COUNT = np.float32(2.0**24)
 """Where a float32 count of Adam stops."""
 
-_GRID = 1.5 * 2.0**16
-"""Adding it to a float64 rounds that to a multiple of 2⁻³⁶. Sums of such multiples are exact up to 2¹⁷, so the sums of
-magnitudes are the same whether they are added up afresh or kept up to date weight by weight, in whatever order."""
-_LARGEST_MAGNITUDE = 2.0**15
-_LARGEST_SUM = 2.0**17
+_LONG_ROW = 512
+"""From here on a library's product is faster than ours, which is for networks that fit a cache."""
 
 
 def _compiled(*fastmath: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Never with the flags that assume away infinities and NaN. 'contract' lets a product and a sum be rounded once;
-    'reassoc' lets a sum be taken in several lanes, and must not be near `_GRID`."""
+    'reassoc' lets a sum be taken in several lanes."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         def with_cache(cache: bool) -> Callable[P, R]:
@@ -409,14 +403,6 @@ def _sum_of_magnitudes(row: Floats) -> Number:
     return total
 
 
-@_in_any_order
-def _sum_of_doubles(row: Doubles) -> float:
-    total = 0.0
-    for i in range(len(row)):
-        total += row[i]
-    return total
-
-
 # --- Updates of one row of weights; `columns` gathers the magnitudes of what comes out --------------------------------
 
 
@@ -517,43 +503,41 @@ def _adam_row(
     return total, moments
 
 
-@_exactly
-def _skip_row(
-    row: Floats, inputs: Floats, delta: Number, negative_lr: Number, back: Floats, change: Doubles, columns: Doubles
-) -> None:
-    """SGD by one example: backward and update in one pass, and the exact change of the sums of magnitudes."""
+@_in_any_order
+def _skip_row(row: Floats, inputs: Floats, delta: Number, negative_lr: Number, back: Floats, columns: Floats) -> Number:
+    """SGD by one example: backward and update in one pass."""
+    total = _ZERO
     for i in range(len(row)):
         old = row[i]
         back[i] += delta * old
-        new = old + (delta * inputs[i]) * negative_lr
-        row[i] = new
-        difference = (np.float64(abs(new)) + _GRID) - (np.float64(abs(old)) + _GRID)
-        change[i] = difference
-        columns[i] += difference
+        value = old + (delta * inputs[i]) * negative_lr
+        row[i] = value
+        magnitude = abs(value)
+        columns[i] += magnitude
+        total += magnitude
+    return total
 
 
-@_exactly
-def _skip_first_row(row: Floats, inputs: Floats, delta: Number, negative_lr: Number, change: Doubles) -> None:
+@_in_any_order
+def _skip_first_row(row: Floats, inputs: Floats, delta: Number, negative_lr: Number) -> Number:
     """The same where nothing lies before."""
+    total = _ZERO
     for i in range(len(row)):
-        old = row[i]
-        new = old + (delta * inputs[i]) * negative_lr
-        row[i] = new
-        change[i] = (np.float64(abs(new)) + _GRID) - (np.float64(abs(old)) + _GRID)
+        value = row[i] + (delta * inputs[i]) * negative_lr
+        row[i] = value
+        total += abs(value)
+    return total
 
 
-@_exactly
-def _measure(weight: Floats, rows: Doubles, columns: Doubles) -> None:
-    """Sums of magnitudes over each row and column of weight [out, in], afresh."""
-    out, into = weight.shape
-    columns[:into] = 0.0
-    for o in range(out):
-        total = 0.0
-        for i in range(into):
-            magnitude = (np.float64(abs(weight[o, i])) + _GRID) - _GRID
-            total += magnitude
-            columns[i] += magnitude
-        rows[o] = total
+@_in_any_order
+def _skipped_row(row: Floats, columns: Floats) -> Number:
+    """The same for a row that stays as it is."""
+    total = _ZERO
+    for i in range(len(row)):
+        magnitude = abs(row[i])
+        columns[i] += magnitude
+        total += magnitude
+    return total
 
 
 # --- Units ------------------------------------------------------------------------------------------------------------
@@ -802,19 +786,17 @@ def _skipping_backward(
 ) -> Number:
     """For ReLU, plain SGD and one example: a unit that was silent has no gradient, and its weights stay as they are.
 
-    The sums of magnitudes are kept up to date in `table[_SUMS]`, exactly, and rounded for this step's utilities.
+    Returns the sum of the parameters' magnitudes: of all that changed, or of all.
     """
     depth, width = table[_DEPTH], table[_WIDTHS]
-    negative_lr = reals[_NEGATIVE_LR]
+    negative_lr, evaluates = reals[_NEGATIVE_LR], table[_EVALUATES]
     unit = width
     place = 0
     for layer in range(depth):
         before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
         unit += after
         place += after * (before + 1)
-    rows_at, columns_at, change_at = table[_SUMS], table[_SUMS] + 8 * (unit - width), table[_SUMS] + 8 * (2 * unit)
-    parameter_sum = 0.0
-    exact = True
+    parameter_sum = _ZERO
 
     for layer in range(depth - 1, -1, -1):
         before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
@@ -823,54 +805,35 @@ def _skipping_backward(
         weight = _rows(table[_PARAMETERS] + 4 * place, after, before)
         bias = _row(table[_PARAMETERS] + 4 * (place + after * before), after)
         delta, back = _row(delta_at, after), _row(back_at, before)
-        rows = _doubles(rows_at + 8 * (unit - width), after)
-        columns = _doubles(columns_at + 8 * (unit - before if layer else 0), before)
-        change = _doubles(change_at, before)
         incoming = _row(incoming_at + 4 * (unit - width), after)
+        columns = _row(outgoing_at + 4 * (unit - before if layer else 0), before)
         if layer:
             layer_input = _row(post_at + 4 * (unit - width - before), before)
             back[:] = _ZERO
+            columns[:] = _ZERO
         else:
             layer_input = features
         for o in range(after):
             slope = delta[o]
             if slope != _ZERO:
                 if layer:
-                    _skip_row(weight[o], layer_input, slope, negative_lr, back, change, columns)
+                    incoming[o] = _skip_row(weight[o], layer_input, slope, negative_lr, back, columns)
                 else:
-                    _skip_first_row(weight[o], layer_input, slope, negative_lr, change)
-                rows[o] += _sum_of_doubles(change)
+                    incoming[o] = _skip_first_row(weight[o], layer_input, slope, negative_lr)
                 bias[o] += slope * negative_lr
-            parameter_sum += rows[o] + abs(bias[o])
-            exact = exact and rows[o] < _LARGEST_MAGNITUDE
-            incoming[o] = rows[o]
+            elif not evaluates:
+                incoming[o] = _ZERO
+            elif layer:
+                incoming[o] = _skipped_row(weight[o], columns)
+            else:
+                incoming[o] = _sum_of_magnitudes(weight[o])
+            parameter_sum += incoming[o] + abs(bias[o])
         if layer:
-            outgoing = _row(outgoing_at + 4 * (unit - before), before)
             for i in range(before):
-                exact = exact and columns[i] < _LARGEST_SUM
-                outgoing[i] = columns[i]
                 if layer_input[i] <= _ZERO:
                     back[i] = _ZERO
             delta_at, back_at = back_at, delta_at
-    table[_SUMS_ARE_KNOWN] = 1 if exact else 0
-    return np.float32(parameter_sum)
-
-
-@_exactly
-def _measure_layers(table: Integers) -> None:
-    """All sums of magnitudes, afresh."""
-    depth = table[_DEPTH]
-    total = 0
-    for layer in range(depth):
-        total += table[_WIDTHS + layer + 1]
-    address = table[_PARAMETERS]
-    rows_at, columns_at = table[_SUMS], table[_SUMS] + 8 * total
-    for layer in range(depth):
-        before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
-        _measure(_rows(address, after, before), _doubles(rows_at, after), _doubles(columns_at, before))
-        address += 4 * after * (before + 1)
-        rows_at += 8 * after
-        columns_at += 8 * before
+    return parameter_sum
 
 
 @_exactly
@@ -973,8 +936,11 @@ def run(
                 layer_output = _rows(pre_at + 4 * batch * offset, batch, after)
             else:
                 layer_output = outputs[begin : begin + batch]
-            if batch == 1:
+            if batch == 1 and before < _LONG_ROW:
                 _affine(weight, bias, layer_input[0], layer_output[0])
+            elif batch == 1:
+                np.dot(weight, layer_input[0], layer_output[0])
+                _add_bias(bias, layer_output)
             else:
                 np.dot(layer_input, weight.T, layer_output)
                 _add_bias(bias, layer_output)
@@ -1003,8 +969,6 @@ def run(
         # Backward and update, layer by layer from the last
         parameter_sum = moment_sum = _ZERO
         if skips:
-            if not table[_SUMS_ARE_KNOWN]:
-                _measure_layers(table)
             parameter_sum = _skipping_backward(
                 table, reals, features[begin], post_at, delta_at, back_at, incoming_at, outgoing_at
             )
@@ -1072,11 +1036,7 @@ def replace(table: Integers, reals: Floats, counts: Integers, drawn: Floats, pub
     drawn: the incoming weights of all of them, one after another. Returns the sum of the biases' magnitudes: bias
     compensation may overflow them.
     """
-    depth, width = table[_DEPTH], table[_WIDTHS]
-    known = table[_SKIPS] and table[_SUMS_ARE_KNOWN]
-    total = 0
-    for layer in range(depth):
-        total += table[_WIDTHS + layer + 1]
+    depth = table[_DEPTH]
     chosen = np.empty((depth - 1, max(counts)), np.int64)
     place = 0
     unit = 0
@@ -1103,13 +1063,7 @@ def replace(table: Integers, reals: Floats, counts: Integers, drawn: Floats, pub
         for rank in range(counts[layer]):
             j = chosen[layer, rank]
             row = _row(table[_PARAMETERS] + 4 * (place + j * before), before)
-            if known:
-                rows = _doubles(table[_SUMS] + 8 * unit, after)
-                column = 0 if layer == 0 else width + unit - before
-                columns = _doubles(table[_SUMS] + 8 * (total + column), before)
-                rows[j] += _redraw(row, drawn[start : start + before], columns)
-            else:
-                row[:] = drawn[start : start + before]
+            row[:] = drawn[start : start + before]
             start += before
             _row(table[_PARAMETERS] + 4 * (place + after * before + j), 1)[0] = _ZERO
             for slot in (table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
@@ -1120,18 +1074,16 @@ def replace(table: Integers, reals: Floats, counts: Integers, drawn: Floats, pub
             _row(table[_MEANS] + 4 * (unit + j), 1)[0] = _ZERO
             _integers(table[_AGES] + 8 * (unit + j), 1)[0] = 0
         if published_order:
-            _forget_outgoing(table, layer, unit, next_place, total, known, chosen[layer, : counts[layer]])
+            _forget_outgoing(table, layer, next_place, chosen[layer, : counts[layer]])
         place = next_place
         unit += after
 
     if not published_order:
         place = 0
-        unit = 0
         for layer in range(depth - 1):
             before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
             place += after * (before + 1)
-            _forget_outgoing(table, layer, unit, place, total, known, chosen[layer, : counts[layer]])
-            unit += after
+            _forget_outgoing(table, layer, place, chosen[layer, : counts[layer]])
 
     bias_sum = _ZERO
     place = 0
@@ -1172,34 +1124,12 @@ def _compensate(
 
 
 @_exactly
-def _redraw(row: Floats, drawn: Floats, columns: Doubles) -> float:
-    """Writes the new weights, keeps the columns' exact sums of magnitudes, and returns the change of the row's."""
-    change = 0.0
-    for i in range(len(row)):
-        difference = (np.float64(abs(drawn[i])) + _GRID) - (np.float64(abs(row[i])) + _GRID)
-        columns[i] += difference
-        change += difference
-        row[i] = drawn[i]
-    return change
-
-
-@_exactly
-def _forget_outgoing(
-    table: Integers, layer: int, unit: int, place: int, total: int, known: int, chosen: Integers
-) -> None:
-    """Zeroes what the next layer, its weights at `place`, reads of the chosen units; the first of them is `unit`."""
-    width, after, readers = table[_WIDTHS], table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
+def _forget_outgoing(table: Integers, layer: int, place: int, chosen: Integers) -> None:
+    """Zeroes what the next layer, its weights at `place`, reads of the chosen units."""
+    after, readers = table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
     for slot in (table[_PARAMETERS], table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
         if slot:
             weight = _rows(slot + 4 * place, readers, after)
-            if known and slot == table[_PARAMETERS]:
-                rows = _doubles(table[_SUMS] + 8 * (unit + after), readers)
-                columns = _doubles(table[_SUMS] + 8 * (total + width + unit), after)
+            for o in range(readers):
                 for j in chosen:
-                    for o in range(readers):
-                        difference = _GRID - (np.float64(abs(weight[o, j])) + _GRID)
-                        rows[o] += difference
-                        columns[j] += difference
-            for j in chosen:
-                for o in range(readers):
                     weight[o, j] = _ZERO
