@@ -3,10 +3,12 @@
     python benchmarks/step_cost.py
 
 Interleaved rounds on one thread, medians of steps per second. "backprop" is the loop one would write: autograd and
-torch.optim. A Learner also scores its predictions and accounts for its examples. Columns, first table: the torch engine
-with resets in no layer (but ages and utilities kept), in the first, in all. Second table: the compiled engine with
-resets in all layers and no plasticity samples, by the steps in one call of `Learner.train`; "its backprop" is the same engine without ages,
-utilities and resets, and "CBP's cost" the time that those add.
+torch.optim. A Learner also scores its predictions and accounts for its examples.
+
+The first table is of the torch engine: resets in no layer (but ages and utilities kept), in the first, in all. The
+second is of the compiled engine with resets in all layers and without plasticity samples, by the steps in one call of
+`Learner.train`; "its backprop" is the same engine without ages, utilities and resets, and "CBP's cost" the time that
+those add.
 
 All sides run with the same settings of malloc, which the script sets for itself: without them every large tensor is
 mapped and unmapped anew, and net B's eager loop is two to three times slower.
