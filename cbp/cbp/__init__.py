@@ -2,6 +2,7 @@
 
 from cbp.batches import Batch
 from cbp.continual_backprop import ContinualBackprop
+from cbp.engines.choice import compile_ahead
 from cbp.errors import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
 from cbp.learner import Learner, TrainResult
 from cbp.plasticity import LayerPlasticity, PlasticitySample
@@ -42,4 +43,5 @@ __all__ = [
     "SpecError",
     "TaskRecord",
     "TrainResult",
+    "compile_ahead",
 ]

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from cbp import losses, optimizers
 from cbp.batches import Batch, validate_features
-from cbp.engines.torch_engine import StackState, TorchEngine, initial_stack, schedules, unit_layout
+from cbp.engines.choice import checked_engine, make_engine
+from cbp.engines.eager_engine import EngineName, Work
+from cbp.engines.torch_engine import StackState, initial_stack, schedules, unit_layout
 from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError, SpecError, shown
 from cbp.networks import FlatLayers, Mlp, flat_layers
 from cbp.pending import Examples, Probe
@@ -58,13 +60,18 @@ class Learner:
     Not thread-safe: calls come one after another, except `predict` from within `train`'s `between_steps`.
     """
 
-    def __init__(self, spec: LearnerSpec, *, device: torch.device | str = "cpu") -> None:
-        """A newborn, its weights drawn from the specification's seed."""
+    def __init__(self, spec: LearnerSpec, *, device: torch.device | str = "cpu", engine: EngineName = "torch") -> None:
+        """A newborn, its weights drawn from the specification's seed.
+
+        `engine` executes its steps: "torch" on any device, or "compiled" on the CPU, which is much faster for small
+        networks. They agree to float32 rounding. Raises `CbpError` if it cannot run there.
+        """
         self._device = torch.device(device)
+        self._engine_name = checked_engine(engine, self._device)
         self._spec = spec
         self._progress = ProgressTracker()
         self._examples = 0
-        self._pending = self._no_examples()
+        self._none = self._pending = self._no_examples()
         self._probe = Probe(spec.monitoring.probe_size, self._pending.features, self._pending.targets)
         self._samples: deque[PlasticitySample] = deque(maxlen=SAMPLE_LIMIT)
         self._training = False
@@ -73,7 +80,9 @@ class Learner:
     def _install(self, state: StackState, draws: DrawSource | None = None, *, published_order: bool = False) -> None:
         self._state = state
         self._initial_parameters: dict[str, Tensor] | None = None  # on the CPU, for snapshots
-        self._engine = TorchEngine([self._spec], state, self._device, draws, published_order=published_order)
+        self._engine = make_engine(
+            self._engine_name, self._spec, state, self._device, draws, published_order=published_order
+        )
 
     def _no_examples(self) -> Examples:
         network = self._spec.network
@@ -87,6 +96,11 @@ class Learner:
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def engine(self) -> EngineName:
+        """What executes the steps."""
+        return self._engine.name
 
     @property
     def progress(self) -> LearnerProgress:
@@ -112,9 +126,10 @@ class Learner:
     ) -> TrainResult:
         """Learns from the examples, in steps of `batch_size`; a remainder waits for the next call.
 
-        `between_steps` runs after every step but the last. The learner is whole at that moment and may predict; it
-        refuses to change. An exception from it stops training there: the steps taken are accounted for, and the
-        examples not yet applied wait.
+        `between_steps` runs after every step but the last; with the compiled engine after every few steps, which take
+        about a millisecond at most. The learner is whole at that moment and may predict; it refuses to change. An
+        exception from it stops training there: the steps taken are accounted for, and the examples not yet applied
+        wait.
 
         Raises `DivergenceError` if outputs, losses, parameters or the optimizer's state are no longer finite when the
         steps are taken (also where `between_steps` raised; its exception is then the context). The learner is in no
@@ -122,21 +137,26 @@ class Learner:
         """
         self._refuse_while_training("train")
         self._check_fits(batch)
-        waiting = self._pending.followed_by(Examples.of(batch))
+        waiting = Examples.of(batch)
+        if len(self._pending):
+            waiting = self._pending.followed_by(waiting)
         step_size = self._spec.batch_size or len(waiting)
         first_step = self._state.steps[0] + 1
-        due, later = waiting.split_at(len(waiting) // step_size * step_size)
-        message = self._encode(due, step_size)  # may run out of memory: before anything changes
+        count = len(waiting) // step_size * step_size
+        due, later = (waiting, self._none) if count == len(waiting) else waiting.split_at(count)
+        work = self._engine.begin(due, step_size)  # may run out of memory: before anything changes
         self._pending = later
         self._training = True
         try:
-            self._take_steps(due, message, step_size, between_steps)
+            self._take_steps(due, work, step_size, between_steps)
         finally:
             self._training = False
             steps = self._state.steps[0] + 1 - first_step
-            applied, rest = due.split_at(steps * step_size)
-            self._pending = rest.followed_by(self._pending)
-            loss, accuracy = self._account(applied, message, first_step, step_size)
+            applied = due
+            if steps * step_size < len(due):
+                applied, rest = due.split_at(steps * step_size)
+                self._pending = rest.followed_by(self._pending)
+            loss, accuracy = self._account(applied, work, first_step, step_size)
         return TrainResult(
             steps=steps,
             first_step=first_step,
@@ -144,7 +164,7 @@ class Learner:
             pending=len(self._pending),
             loss=loss,
             accuracy=accuracy,
-            outputs=message.outputs[0].cpu().numpy() if return_outputs else None,
+            outputs=work.outputs() if return_outputs else None,
         )
 
     def _refuse_while_training(self, action: str) -> None:
@@ -154,10 +174,9 @@ class Learner:
     def _check_fits(self, batch: Batch) -> None:
         """A batch validated for another specification must not get in, for it would fail between two updates."""
         violations = []
-        example = self._no_examples()
         for name, array, expected in (
-            ("features", batch.features, example.features),
-            ("targets", batch.targets, example.targets),
+            ("features", batch.features, self._none.features),
+            ("targets", batch.targets, self._none.targets),
         ):
             if array.dtype != expected.dtype or array.shape[1:] != expected.shape[1:]:
                 description = (
@@ -168,86 +187,69 @@ class Learner:
         if violations:
             raise BatchError(violations)
 
-    def _encode(self, examples: Examples, step_size: int) -> "_Message":
-        network, loss = self._spec.network, self._spec.loss
-        targets = torch.from_numpy(examples.targets).to(self._device).unsqueeze(0)
-        scale = torch.from_numpy(examples.weights).to(self._device).reshape(1, -1, 1)
-        return _Message(
-            features=torch.from_numpy(examples.features).to(self._device).unsqueeze(0),
-            targets=losses.encode_targets(loss, targets, network.out_features),
-            scale=scale * (losses.gradient_scale(loss, network.out_features) / step_size),
-            outputs=torch.zeros(1, len(examples), network.out_features, device=self._device),
-        )
-
     def _take_steps(
         self,
         examples: Examples,
-        message: "_Message",
+        work: Work,
         step_size: int,
         between_steps: Callable[[], None] | None,
     ) -> None:
         interval = self._spec.monitoring.interval
-        last = len(examples) // step_size - 1
-        taken = shown = 0
+        total = len(examples) // step_size
+        at_once = total if between_steps is None else self._engine.steps_between_calls(step_size)
+        first, examples_before, shown = self._state.steps[0], self._examples, 0
+
+        def show_probe() -> None:
+            nonlocal shown
+            taken = (self._state.steps[0] - first) * step_size
+            self._examples = examples_before + taken
+            self._probe.extend(examples.features[shown:taken], examples.targets[shown:taken])
+            shown = taken
+
         try:
-            for index, of_one_step in enumerate(message.split(step_size)):
-                self._engine.step(*of_one_step)
-                self._examples += step_size
-                taken += step_size
-                if interval and self._state.steps[0] % interval == 0:
-                    self._probe.extend(examples.features[shown:taken], examples.targets[shown:taken])
-                    shown = taken
+            while (steps := self._state.steps[0]) - first < total:
+                until_sample = interval - steps % interval if interval else total
+                work.run(min(at_once, until_sample, total - (steps - first)))
+                steps = self._state.steps[0]
+                self._examples = examples_before + (steps - first) * step_size
+                if interval and steps % interval == 0:
+                    show_probe()
                     self._samples.append(self.sample_plasticity())
-                if between_steps is not None and index < last:
+                if between_steps is not None and steps - first < total:
                     between_steps()
         finally:
-            self._probe.extend(examples.features[shown:taken], examples.targets[shown:taken])
+            show_probe()
 
     def _account(
-        self, applied: Examples, message: "_Message", first_step: int, step_size: int
+        self, applied: Examples, work: Work, first_step: int, step_size: int
     ) -> tuple[float | None, float | None]:
-        """Adds the applied examples to the averages; the one place where `train` reads from the device.
-
-        Raises `DivergenceError`, and adds nothing then.
-        """
+        """Adds the applied examples to the averages. Raises `DivergenceError`, and adds nothing then."""
         if not len(applied):
             return None, None
-        outputs, targets = message.outputs[0, : len(applied)], message.targets[0, : len(applied)]
-        measured = [losses.example_losses(self._spec.loss, outputs, targets)]
-        right = losses.example_accuracies(self._spec.loss, outputs, targets)
-        if right is not None:
-            measured.append(right)
-        # A sum passes infinities and NaN on at the price of one pass, which is the cheapest way to look for them.
-        sums = [numbers.sum().reshape(1) for _, numbers in self._checked_numbers()]
-        read = torch.cat([*measured, *sums]).cpu().to(torch.float64).numpy()
-        on_host = read[: len(measured) * len(applied)].reshape(len(measured), len(applied))
-        if not np.isfinite(read).all():
-            self._refuse_divergence(on_host[0], outputs, first_step, step_size)
+        scores = work.scores(len(applied))
+        if not scores.finite:
+            self._refuse_divergence(scores.losses, work.outputs(), first_step, step_size)
         self._progress.extend(
-            on_host[0],
-            None if right is None else on_host[1],
+            scores.losses,
+            scores.accuracies,
             applied.tasks,
             first_step,
             step_size,
             self._spec.monitoring.average_decay,
         )
-        return float(on_host[0].mean()), None if right is None else float(on_host[1].mean())
-
-    def _checked_numbers(self) -> list[tuple[Diverged, Tensor]]:
-        """Where a step whose predictions are finite may yet have left something that is not."""
-        unseen = self._state.optimizer.overflowing_unseen()
-        return [("parameters", self._state.parameters.flat), *(("optimizer state", slot.flat) for slot in unseen)]
+        accuracy = None if scores.accuracies is None else _mean(scores.accuracies)
+        return _mean(scores.losses), accuracy
 
     def _refuse_divergence(
-        self, example_losses: NDArray[np.float64], outputs: Tensor, first_step: int, step_size: int
+        self, example_losses: NDArray[np.float64], outputs: NDArray[np.float32], first_step: int, step_size: int
     ) -> None:
         """Raises `DivergenceError` if there is reason to; finite numbers may have a sum that is not."""
         wrong = ~np.isfinite(example_losses)
         if wrong.any():
             example = int(wrong.argmax())
-            what: Diverged = "loss" if bool(outputs[example].isfinite().all()) else "outputs"
+            what: Diverged = "loss" if np.isfinite(outputs[example]).all() else "outputs"
             raise DivergenceError(first_step + example // step_size, what)
-        for what, numbers in self._checked_numbers():
+        for what, numbers in self._state.checked_numbers():
             if not bool(numbers.isfinite().all()):
                 raise DivergenceError(self._state.steps[0], what)
 
@@ -413,10 +415,16 @@ class Learner:
         return named
 
     @classmethod
-    def restore(cls, snapshot: LearnerSnapshot, *, device: torch.device | str = "cpu") -> "Learner":
-        """The learner that the snapshot was taken of. Raises `SnapshotError` if anything is missing or does not fit."""
+    def restore(
+        cls, snapshot: LearnerSnapshot, *, device: torch.device | str = "cpu", engine: EngineName = "torch"
+    ) -> "Learner":
+        """The learner that the snapshot was taken of. Raises `SnapshotError` if anything is missing or does not fit.
+
+        The engine may be another one than that of the snapshot's learner.
+        """
+        checked_engine(engine, torch.device(device))
         try:
-            learner = cls(snapshot.read_spec(), device=device)
+            learner = cls(snapshot.read_spec(), device=device, engine=engine)
             learner._load_counters(snapshot.metadata)
             learner._load_tensors(snapshot.tensors, snapshot.metadata)
         except SnapshotError:
@@ -479,23 +487,5 @@ def _copy_to_host(tensor: Tensor, room: Tensor | None) -> Tensor:
     return room.copy_(tensor)
 
 
-@dataclass(frozen=True)
-class _Message:
-    """A message's examples on the device; N of them."""
-
-    features: Tensor
-    """[1, N, I]"""
-    targets: Tensor
-    """[1, N, C], as encoded by the loss."""
-    scale: Tensor
-    """[1, N, 1], each example's share in its step's gradient."""
-    outputs: Tensor
-    """[1, N, C], filled in step by step."""
-
-    def split(self, step_size: int) -> "zip[tuple[Tensor, Tensor, Tensor, Tensor]]":
-        """The same, step by step."""
-        if not self.features.shape[1]:
-            return zip((), (), (), (), strict=True)
-        parts = (self.features, self.targets, self.scale, self.outputs)
-        features, targets, scale, outputs = (torch.split(part, step_size, dim=1) for part in parts)
-        return zip(features, targets, scale, outputs, strict=True)
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(np.add.reduce(values)) / len(values)

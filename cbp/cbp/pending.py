@@ -32,7 +32,7 @@ class Examples:
 
     @classmethod
     def of(cls, batch: Batch) -> "Examples":
-        weights = np.ones(len(batch), dtype=np.float32) if batch.weights is None else batch.weights
+        weights = np.ones(len(batch.features), dtype=np.float32) if batch.weights is None else batch.weights
         return cls(batch.features, batch.targets, weights, ((batch.task, len(batch)),))
 
     @classmethod
@@ -100,13 +100,15 @@ class _Window(Generic[RowT]):
         return self._buffer[self._start : self._end]
 
     def extend(self, rows: NDArray[RowT]) -> None:
-        rows = rows[-self._size :]
-        kept = self.rows[max(len(self.rows) + len(rows) - self._size, 0) :]
-        if self._end + len(rows) > len(self._buffer):
-            self._move_to_front(kept, len(kept) + len(rows))
-        self._buffer[self._end : self._end + len(rows)] = rows
-        self._end += len(rows)
-        self._start = self._end - len(kept) - len(rows)
+        count = len(rows)
+        if count > self._size:
+            rows, count = rows[-self._size :], self._size
+        kept = min(self._end - self._start, self._size - count)
+        if self._end + count > len(self._buffer):
+            self._move_to_front(self._buffer[self._end - kept : self._end], kept + count)
+        self._buffer[self._end : self._end + count] = rows
+        self._end += count
+        self._start = self._end - kept - count
 
     def _move_to_front(self, kept: NDArray[RowT], needed: int) -> None:
         buffer, room = self._buffer, min(2 * needed, 2 * self._size)

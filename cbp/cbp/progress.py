@@ -70,6 +70,10 @@ class ExponentialAverage:
     weight: float = 0.0
 
     def extend(self, values: NDArray[np.float64], decay: float) -> None:
+        if len(values) == 1:  # the same numbers, without the price of arrays
+            self.total = self.total * decay + (1.0 - decay) * float(values[0])
+            self.weight = self.weight * decay + (1.0 - decay)
+            return
         shares = (1.0 - decay) * decay ** np.arange(len(values) - 1, -1, -1, dtype=np.float64)
         faded = decay ** len(values)
         self.total = self.total * faded + float((shares * values).sum())

@@ -400,6 +400,22 @@ class ReplacementSchedule:
                 self._rejuvenate(layer, whole, step)
         return tuple(due) if any_due else None
 
+    @property
+    def rates(self) -> tuple[float, ...]:
+        return self._rates
+
+    @property
+    def mature(self) -> tuple[int, ...]:
+        """Per hidden layer, units that may be replaced, as of the last step asked about."""
+        return tuple(self._mature)
+
+    def quiet_steps(self, step: int) -> int | None:
+        """How many steps from this one on bring no other unit to maturity than those that are mature by then; None if
+        none ever ripens. At these steps, `advance` replaces in a layer once rate · mature adds up to a unit."""
+        self._ripen(step)
+        births = [young[0][0] for young in self._young if young]
+        return min(births) + self._maturity_threshold + 1 - step if births else None
+
     def replace(self, wanted: Sequence[int], step: int) -> tuple[int, ...]:
         """Units to replace per hidden layer by hand, after this step: as many as wanted, or as are mature.
 

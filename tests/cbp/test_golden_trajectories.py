@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from torch import nn
 
 import cbp.continual_backprop
 from cbp import Batch, ContinualBackprop, Learner, LearnerSpec, losses
+from cbp.engines.eager_engine import EngineName
 from cbp.engines.torch_engine import TorchEngine, initial_stack
 from cbp.replacement import replace_units
 
@@ -110,9 +111,10 @@ def test_the_recorded_trajectories_are_all_here() -> None:
     assert len(NAMES) == 7
 
 
-def test_learner_follows_the_published_algorithm(trajectory: Trajectory) -> None:
+@pytest.mark.parametrize("engine", get_args(EngineName))
+def test_learner_follows_the_published_algorithm(engine: EngineName, trajectory: Trajectory) -> None:
     spec = trajectory.spec
-    learner = Learner(spec)
+    learner = Learner(spec, engine=engine)
     state = learner._state
     for layer, (weight, bias) in enumerate(zip(state.parameters.weights, state.parameters.biases, strict=True)):
         weight[0] = torch.from_numpy(trajectory.arrays[f"init_weight_{layer}"])

@@ -247,7 +247,7 @@ def test_running_out_of_memory_before_the_first_step_changes_nothing(
     first, second = make_batch(spec, 3), make_batch(spec, 7, seed=1)
     learner.train(first)
     with monkeypatch.context() as patch:
-        patch.setattr(learner, "_encode", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(learner._engine, "begin", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             learner.train(second)
     assert (learner.progress.step, learner.progress.pending) == (0, 3)

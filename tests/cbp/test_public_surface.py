@@ -3,7 +3,7 @@ import cbp
 EXPECTED = """
 AdamSpec AdamWSpec Batch BatchError CbpError ContinualBackprop DivergenceError FieldViolation LayerPlasticity Learner
 LearnerProgress LearnerSnapshot LearnerSpec LossSpec MlpSpec MonitoringSpec PlasticitySample ResetSpec SgdSpec
-SnapshotError SpecError TaskRecord TrainResult
+SnapshotError SpecError TaskRecord TrainResult compile_ahead
 """
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cbp import Batch, ContinualBackprop, Learner, LearnerSnapshot, LearnerSpec
+from cbp.engines.eager_engine import EngineName
 from cbp.spec import Utility
 
 MakeSpec = Callable[..., LearnerSpec]
@@ -47,9 +48,11 @@ def examples(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class LearnerRun:
+    engine: EngineName = "torch"
+
     def __init__(self, spec: LearnerSpec, device: str) -> None:
         self._device = device
-        self._learner = Learner(spec, device=device)
+        self._learner = Learner(spec, device=device, engine=self.engine)
 
     def learn(self, seed: int) -> None:
         features, labels = examples(seed, 61)  # steps of 3: one or two examples wait when the message has ended
@@ -60,7 +63,7 @@ class LearnerRun:
         owed = torch.tensor(snapshot.metadata["accumulated_replacements"], dtype=torch.float64)
         return snapshot.tensors | {"owed": owed}
 
-    def resumed(self, *forgotten: str) -> "LearnerRun":
+    def resumed(self, *forgotten: str) -> Self:
         snapshot = LearnerSnapshot.from_bytes(self._learner.snapshot().to_bytes())
         newborn = Learner(self._learner.spec).snapshot()
         for name in snapshot.tensors:
@@ -68,9 +71,13 @@ class LearnerRun:
                 snapshot.tensors[name] = newborn.tensors[name]
         if "owed" in forgotten:
             snapshot.metadata["accumulated_replacements"] = newborn.metadata["accumulated_replacements"]
-        run = LearnerRun(self._learner.spec, self._device)
-        run._learner = Learner.restore(snapshot, device=self._device)
+        run = type(self)(self._learner.spec, self._device)
+        run._learner = Learner.restore(snapshot, device=self._device, engine=self.engine)
         return run
+
+
+class CompiledLearnerRun(LearnerRun):
+    engine: EngineName = "compiled"
 
 
 class ModuleRun:
@@ -145,10 +152,12 @@ def furthest_weight(one: Run, other: Run) -> float:
 @pytest.mark.parametrize("utility", get_args(Utility))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", [LearnerRun, ModuleRun])
+@pytest.mark.parametrize("kind", [LearnerRun, CompiledLearnerRun, ModuleRun])
 def test_resumed_is_uninterrupted_and_weights_alone_are_not(
     kind: Callable[[LearnerSpec, str], Run], device: str, optimizer: str, utility: str, make_spec: MakeSpec
 ) -> None:
+    if kind is CompiledLearnerRun and device != "cpu":
+        pytest.skip("the compiled engine runs on the CPU")
     spec = make_spec(
         optimizer=OPTIMIZERS[optimizer], resets__utility=utility, batch_size=3, resets__replacement_rate=0.06
     )

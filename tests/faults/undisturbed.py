@@ -90,7 +90,8 @@ class Undisturbed:
         self.log = log
         self._fed = fed
         self._summaries = {checkpoint.number: checkpoint.summary for checkpoint in checkpoints}
-        self._restored: dict[int, LearnerSnapshot] = {}  # by position of the restore
+        self._restores = {entry.position: self._summary(entry) for entry in log if entry.kind == "restore"}
+        self._kept: dict[str, LearnerSnapshot] = {}  # states that the learner was restored to, by what describes them
 
     def at_end(self) -> Learner:
         """The learner with the whole log in it."""
@@ -102,28 +103,46 @@ class Undisturbed:
 
         The summary has running means of loss and accuracy, to the last bit, so it fits one state only.
         """
+        wanted = _description(summary["spec"], summary["progress"])
         for learner in self._states(last):
-            progress = json.loads(json.dumps(learner.progress.to_plain()))
-            if learner.spec.to_plain() == summary["spec"] and progress == summary["progress"]:
+            if _description(learner.spec.to_plain(), learner.progress.to_plain()) == wanted:
                 return learner
         raise AssertionError(f"{self._fed.name} was restored or forked to a state that it never had: {summary}")
 
     def _states(self, last: int) -> Iterator[Learner]:
         """The learner before the first entry and behind each one up to position `last`; changed by each next state."""
         learner = Learner(LearnerSpec.parse(self._fed.spec))
+        self._keep(learner)
         yield learner
         for entry in self.log[:last]:
             if entry.kind == "restore":
                 learner = self._restored_by(entry)
             else:
                 _apply(learner, entry)
+                self._keep(learner)
             yield learner
 
+    def _keep(self, learner: Learner) -> None:
+        """Keeps the state if the learner is restored to it further on."""
+        progress = learner.progress
+        if any(summary["progress"]["step"] == progress.step for summary in self._restores.values()):
+            description = _description(learner.spec.to_plain(), progress.to_plain())
+            if description not in self._kept:
+                self._kept[description] = learner.snapshot()
+
     def _restored_by(self, entry: LogEntry) -> Learner:
-        if entry.position not in self._restored:
-            summary = self._summaries[json.loads(entry.payload)["checkpoint"]]
-            self._restored[entry.position] = self.described_by(summary, entry.position - 1).snapshot()
-        return Learner.restore(self._restored[entry.position])
+        summary = self._restores[entry.position]
+        description = _description(summary["spec"], summary["progress"])
+        assert description in self._kept, f"{self._fed.name} was restored to a state that it never had: {summary}"
+        return Learner.restore(self._kept[description])
+
+    def _summary(self, entry: LogEntry) -> Mapping[str, Any]:
+        return self._summaries[json.loads(entry.payload)["checkpoint"]]
+
+
+def _description(spec: Mapping[str, Any], progress: Mapping[str, Any]) -> str:
+    """Of one state only: the running means of loss and accuracy are in it, to the last bit."""
+    return json.dumps([spec, progress], sort_keys=True)
 
 
 def assert_same(name: str, stored: LearnerSnapshot, undisturbed: Learner) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cbp import optimizers
+from cbp.errors import Diverged
 from cbp.losses import output_gradient
 from cbp.networks import FlatLayers, Mlp, draw_uniform, flat_layers, initial_bounds, layer_shapes
 from cbp.optimizers import OptimizerState
@@ -47,6 +48,11 @@ class StackState:
     """Per learner, steps taken."""
     replacements: list[list[int]]
     """Per learner and hidden layer, units replaced so far."""
+
+    def checked_numbers(self) -> list[tuple[Diverged, Tensor]]:
+        """Where a step whose predictions are finite may yet have left something that is not."""
+        unseen = self.optimizer.overflowing_unseen()
+        return [("parameters", self.parameters.flat), *(("optimizer state", slot.flat) for slot in unseen)]
 
 
 def unit_layout(network: MlpSpec, device: torch.device) -> UnitLayout:

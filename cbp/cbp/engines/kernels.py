@@ -1,0 +1,1135 @@
+"""Whole steps of Continual Backprop for one learner, compiled by numba: `run` takes steps, `replace` puts in newborns.
+
+Both work in place on the memory of a `StackState`, found by address, and let other threads run. What they compute is
+what `torch_engine` does; where sums come in another order, the last bits differ.
+
+All compiled code is in this one file: numba recompiles what it has cached on disk when the file of a function changes,
+and does not look at the files of the functions that it calls.
+
+Shapes: B examples in a step, I inputs, C outputs, U hidden units of all layers side by side; one linear layer is
+[out, in] with `out` and `in` the widths around it.
+"""
+
+import math
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, ParamSpec, TypeVar
+
+import numba
+import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Number = Any
+"""A scalar whose width matters: float32 here, unless said otherwise."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Table(IntEnum):
+    """What stands where in the int64 table that a kernel gets."""
+
+    DEPTH = 0
+    """Linear layers."""
+    BATCH = 1
+    ACTIVATION = 2
+    LOSS = 3
+    OPTIMIZER = 4
+    UTILITY = 5
+    DECAYS_WEIGHTS = 6
+    SKIPS = 7
+    """1 if units without a gradient may be passed over: ReLU, one example a step, nothing but the gradient in the
+    update."""
+    EVALUATES = 8
+    """0 leaves ages and utilities alone: ordinary backprop, to compare with."""
+    DUE = 9
+    """Set by `run`: 1 if units are to be replaced after the last step it took."""
+    STEPS = 10
+    """Steps the learner has taken so far; `run` counts on."""
+    MATURITY = 11
+    PARAMETERS = 12
+    """Addresses from here on."""
+    MOMENTUM = 13
+    SECOND_MOMENT = 14
+    COUNTS = 15
+    UTILITIES = 16
+    AGES = 17
+    MEANS = 18
+    FLOATS = 19
+    """Room for float32."""
+    SCHEDULE = 20
+    """float64: per hidden layer what is owed, the rate, and how many units are mature."""
+    RANDOM = 21
+    """[steps, U] draws for the `random` utility; 0 if there are none."""
+    CORRECTIONS = 22
+    """1 − ηᵃ at every age a from 0 on, as far as `CORRECTION_COUNT`; float32."""
+    CORRECTION_COUNT = 23
+    WIDTHS = 24
+    """I, hidden widths, C; to the end of the table."""
+
+
+class Real(IntEnum):
+    """What stands where in the float32 settings."""
+
+    NEGATIVE_LR = 0
+    MOMENTUM = 1
+    WEIGHT_DECAY = 2
+    ONE_MINUS_BETA1 = 3
+    BETA2 = 4
+    ONE_MINUS_BETA2 = 5
+    LOG_BETA1 = 6
+    LOG_BETA2 = 7
+    EPSILON = 8
+    SHRINKAGE = 9
+    ONE_MINUS_DECAY = 10
+    LOG_DECAY = 11
+    BIAS_COMPENSATION = 12
+    DELTA = 13
+    SCALE = 14
+    """What the loss's residual is multiplied by, apart from the example's weight."""
+    PARAMETER_SUM = 15
+    """Set by `run`: sum of all parameters' magnitudes; not finite if one of them is not."""
+    MOMENT_SUM = 16
+    """Set by `run`: sum of Adam's second moments."""
+    COUNT = 17
+
+
+RELU, LEAKY_RELU, ELU, SELU, GELU, SILU, TANH, SIGMOID, IDENTITY = range(9)
+CROSS_ENTROPY, MSE, HUBER, BINARY_CROSS_ENTROPY = range(4)
+SGD, MOMENTUM_SGD, ADAM, ADAMW = range(4)
+CONTRIBUTION, ZERO_CONTRIBUTION, ADAPTABLE_CONTRIBUTION, WEIGHT, ADAPTATION, FEATURE_BY_INPUT, RANDOM = range(7)
+
+_DEPTH, _BATCH, _ACTIVATION, _LOSS = int(Table.DEPTH), int(Table.BATCH), int(Table.ACTIVATION), int(Table.LOSS)
+_OPTIMIZER, _UTILITY, _DECAYS_WEIGHTS = int(Table.OPTIMIZER), int(Table.UTILITY), int(Table.DECAYS_WEIGHTS)
+_SKIPS, _EVALUATES = int(Table.SKIPS), int(Table.EVALUATES)
+_DUE, _STEPS, _MATURITY, _PARAMETERS = int(Table.DUE), int(Table.STEPS), int(Table.MATURITY), int(Table.PARAMETERS)
+_MOMENTUM, _SECOND_MOMENT, _COUNTS = int(Table.MOMENTUM), int(Table.SECOND_MOMENT), int(Table.COUNTS)
+_UTILITIES, _AGES, _MEANS, _FLOATS = int(Table.UTILITIES), int(Table.AGES), int(Table.MEANS), int(Table.FLOATS)
+_SCHEDULE, _RANDOM, _WIDTHS = int(Table.SCHEDULE), int(Table.RANDOM), int(Table.WIDTHS)
+_CORRECTIONS, _CORRECTION_COUNT = int(Table.CORRECTIONS), int(Table.CORRECTION_COUNT)
+
+_NEGATIVE_LR, _MU, _WEIGHT_DECAY = int(Real.NEGATIVE_LR), int(Real.MOMENTUM), int(Real.WEIGHT_DECAY)
+_ONE_MINUS_BETA1, _BETA2, _ONE_MINUS_BETA2 = int(Real.ONE_MINUS_BETA1), int(Real.BETA2), int(Real.ONE_MINUS_BETA2)
+_LOG_BETA1, _LOG_BETA2, _EPSILON = int(Real.LOG_BETA1), int(Real.LOG_BETA2), int(Real.EPSILON)
+_SHRINKAGE, _ONE_MINUS_DECAY, _LOG_DECAY = int(Real.SHRINKAGE), int(Real.ONE_MINUS_DECAY), int(Real.LOG_DECAY)
+_BIAS_COMPENSATION, _DELTA, _SCALE = int(Real.BIAS_COMPENSATION), int(Real.DELTA), int(Real.SCALE)
+_PARAMETER_SUM, _MOMENT_SUM = int(Real.PARAMETER_SUM), int(Real.MOMENT_SUM)
+
+_ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
+_LEAKY_SLOPE = np.float32(0.01)
+_SELU_ALPHA_SCALE = np.float32(1.6732632423543772848170429916717 * 1.0507009873554804934193349852946)
+_SELU_SCALE = np.float32(1.0507009873554804934193349852946)
+_ROOT_HALF = np.float32(math.sqrt(0.5))
+_DENSITY_SCALE = np.float32(1.0 / math.sqrt(2.0 * math.pi))
+_SMALLEST_INCOMING = np.float32(1e-12)
+_LAST_COUNT = np.float32(2.0**24)
+"""Where a float32 count of Adam stops."""
+
+_LONG_ROW = 512
+"""From here on a library's product is faster than ours, which is for networks that fit a cache."""
+
+
+def _compiled(*fastmath: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Never with the flags that assume away infinities and NaN. 'contract' lets a product and a sum be rounded once;
+    'reassoc' lets a sum be taken in several lanes."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        def with_cache(cache: bool) -> Callable[P, R]:
+            options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath), "cache": cache}
+            compiled: Callable[P, R] = numba.njit(**options)(function)
+            return compiled
+
+        try:
+            return with_cache(True)
+        except RuntimeError:  # there is no place on disk to keep it
+            return with_cache(False)
+
+    return decorate
+
+
+_as_written = _compiled()
+_exactly = _compiled("contract")
+_in_any_order = _compiled("contract", "reassoc")
+
+
+def _view(element: Any, dimensions: int) -> Any:
+    """A function of an address and lengths that gives the array there; nobody owns its memory."""
+
+    pack: Any = cgutils.pack_array
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array_type = signature.return_type
+        array = context.make_array(array_type)(context, builder)
+        element_type = context.get_data_type(element)
+        size = context.get_abi_sizeof(element_type)
+        lengths = list(arguments[1:])
+        strides = [context.get_constant(types.intp, size)]
+        for length in reversed(lengths[1:]):
+            strides.insert(0, builder.mul(strides[0], length))
+        context.populate_array(
+            array,
+            data=builder.inttoptr(arguments[0], element_type.as_pointer()),
+            shape=pack(builder, lengths),
+            strides=pack(builder, strides),
+            itemsize=context.get_constant(types.intp, size),
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    array_type = types.Array(element, dimensions, "C")
+    if dimensions == 1:
+
+        def typing_of_row(_context: Any, address: Any, length: Any) -> Any:
+            return array_type(address, length), code
+
+        return intrinsic(typing_of_row)
+
+    def typing_of_rows(_context: Any, address: Any, rows: Any, columns: Any) -> Any:
+        return array_type(address, rows, columns), code
+
+    return intrinsic(typing_of_rows)
+
+
+_row: Callable[[int, int], Floats] = _view(types.float32, 1)
+_rows: Callable[[int, int, int], Floats] = _view(types.float32, 2)
+_doubles: Callable[[int, int], Doubles] = _view(types.float64, 1)
+_integers: Callable[[int, int], Integers] = _view(types.int64, 1)
+
+
+# --- Nonlinearities ---------------------------------------------------------------------------------------------------
+
+
+@_exactly
+def _activate(kind: int, pre: Floats, post: Floats) -> None:
+    """post ← activations of pre; a NaN stays one."""
+    count = len(pre)
+    if kind == RELU:
+        for k in range(count):
+            value = pre[k]
+            post[k] = _ZERO if value <= _ZERO else value
+    elif kind == LEAKY_RELU:
+        for k in range(count):
+            value = pre[k]
+            post[k] = value if value > _ZERO else value * _LEAKY_SLOPE
+    elif kind == ELU:
+        for k in range(count):
+            value = pre[k]
+            post[k] = value if value > _ZERO else np.float32(math.expm1(value))
+    elif kind == SELU:
+        for k in range(count):
+            value = pre[k]
+            post[k] = value * _SELU_SCALE if value > _ZERO else np.float32(math.expm1(value)) * _SELU_ALPHA_SCALE
+    elif kind == GELU:
+        for k in range(count):
+            post[k] = pre[k] * _normal_distribution(pre[k])
+    elif kind == SILU:
+        for k in range(count):
+            post[k] = pre[k] * _sigmoid(pre[k])
+    elif kind == TANH:
+        for k in range(count):
+            post[k] = math.tanh(pre[k])
+    elif kind == SIGMOID:
+        for k in range(count):
+            post[k] = _sigmoid(pre[k])
+    else:
+        for k in range(count):
+            post[k] = pre[k]
+
+
+@_exactly
+def _differentiate(kind: int, pre: Floats, post: Floats, gradient: Floats) -> None:
+    """gradient in the activations → gradient in the pre-activations, in place."""
+    count = len(pre)
+    if kind == RELU:
+        for k in range(count):
+            gradient[k] = _ZERO if post[k] <= _ZERO else gradient[k]
+    elif kind == LEAKY_RELU:
+        for k in range(count):
+            gradient[k] = gradient[k] if pre[k] > _ZERO else gradient[k] * _LEAKY_SLOPE
+    elif kind == ELU:
+        for k in range(count):
+            if pre[k] <= _ZERO:
+                gradient[k] *= np.float32(math.exp(pre[k]))
+    elif kind == SELU:
+        for k in range(count):
+            slope = _SELU_ALPHA_SCALE * np.float32(math.exp(pre[k])) if pre[k] <= _ZERO else _SELU_SCALE
+            gradient[k] *= slope
+    elif kind == GELU:
+        for k in range(count):
+            value = pre[k]
+            density = np.float32(math.exp(-_HALF * value * value)) * _DENSITY_SCALE
+            gradient[k] *= _normal_distribution(value) + value * density
+    elif kind == SILU:
+        for k in range(count):
+            share = _sigmoid(pre[k])
+            gradient[k] *= share * (_ONE + pre[k] * (_ONE - share))
+    elif kind == TANH:
+        for k in range(count):
+            gradient[k] *= _ONE - post[k] * post[k]
+    elif kind == SIGMOID:
+        for k in range(count):
+            gradient[k] *= (_ONE - post[k]) * post[k]
+
+
+@_exactly
+def _sigmoid(value: Number) -> Number:
+    return _ONE / (_ONE + np.float32(math.exp(-value)))
+
+
+@_exactly
+def _normal_distribution(value: Number) -> Number:
+    return _HALF * (_ONE + np.float32(math.erf(value * _ROOT_HALF)))
+
+
+# --- Losses -----------------------------------------------------------------------------------------------------------
+
+
+@_exactly
+def _cross_entropy(outputs: Floats, label: int, factor: Number, residual: Floats) -> tuple[Number, Number]:
+    """Loss and accuracy of one example; its gradient in the outputs, times `factor`, goes into `residual`."""
+    classes = len(outputs)
+    best = 0
+    for c in range(1, classes):
+        if outputs[c] > outputs[best]:
+            best = c
+    total = _ZERO
+    for c in range(classes):
+        residual[c] = math.exp(outputs[c] - outputs[best])
+        total += residual[c]
+    for c in range(classes):
+        share = residual[c] / total
+        residual[c] = (share - _ONE if c == label else share) * factor
+    loss = np.float32(math.log(total)) + outputs[best] - outputs[label]
+    return loss, _ONE if best == label else _ZERO
+
+
+@_exactly
+def _regression(
+    kind: int, outputs: Floats, targets: Floats, factor: Number, delta: Number, residual: Floats
+) -> tuple[Number, Number]:
+    """As `_cross_entropy`, for the losses that are a mean over the outputs."""
+    total = right = _ZERO
+    for c in range(len(outputs)):
+        output, target = outputs[c], targets[c]
+        error = output - target
+        if kind == MSE:
+            total += error * error
+        elif kind == HUBER:
+            size = abs(error)
+            if size <= delta:
+                total += _HALF * size * size
+            else:
+                total += delta * (size - _HALF * delta)
+                error = delta if error > _ZERO else -delta
+        else:
+            positive = output if output > _ZERO else _ZERO
+            total += positive - output * target + np.float32(math.log1p(np.float32(math.exp(-abs(output)))))
+            error = _sigmoid(output) - target
+            if (output > _ZERO) == (target > _HALF):
+                right += _ONE
+        residual[c] = error * factor
+    count = np.float32(len(outputs))
+    return total / count, right / count
+
+
+# --- Products ---------------------------------------------------------------------------------------------------------
+
+
+@_in_any_order
+def _affine(weight: Floats, bias: Floats, inputs: Floats, outputs: Floats) -> None:
+    """outputs [out] ← weight [out, in] · inputs [in] + bias, for one example."""
+    out, into = weight.shape
+    whole = out - out % 4
+    for o in range(0, whole, 4):
+        first = second = third = fourth = _ZERO
+        for i in range(into):
+            value = inputs[i]
+            first += weight[o, i] * value
+            second += weight[o + 1, i] * value
+            third += weight[o + 2, i] * value
+            fourth += weight[o + 3, i] * value
+        outputs[o] = bias[o] + first
+        outputs[o + 1] = bias[o + 1] + second
+        outputs[o + 2] = bias[o + 2] + third
+        outputs[o + 3] = bias[o + 3] + fourth
+    for o in range(whole, out):
+        total = _ZERO
+        for i in range(into):
+            total += weight[o, i] * inputs[i]
+        outputs[o] = bias[o] + total
+
+
+@_exactly
+def _add_bias(bias: Floats, outputs: Floats) -> None:
+    examples, out = outputs.shape
+    for b in range(examples):
+        for o in range(out):
+            outputs[b, o] += bias[o]
+
+
+@_exactly
+def _sum_examples(values: Floats, total: Floats) -> None:
+    """total [out] ← sum of values [B, out] over the examples."""
+    examples, out = values.shape
+    for o in range(out):
+        total[o] = values[0, o]
+    for b in range(1, examples):
+        for o in range(out):
+            total[o] += values[b, o]
+
+
+@_exactly
+def _scaled(inputs: Floats, factor: Number, row: Floats) -> None:
+    for i in range(len(inputs)):
+        row[i] = factor * inputs[i]
+
+
+@_exactly
+def _add_scaled(row: Floats, factor: Number, total: Floats) -> None:
+    for i in range(len(row)):
+        total[i] += factor * row[i]
+
+
+@_in_any_order
+def _sum_of_magnitudes(row: Floats) -> Number:
+    total = _ZERO
+    for i in range(len(row)):
+        total += abs(row[i])
+    return total
+
+
+# --- Updates of one row of weights; `columns` gathers the magnitudes of what comes out --------------------------------
+
+
+@_in_any_order
+def _sgd_row(row: Floats, gradient: Floats, reals: Floats, decays: int, columns: Floats) -> Number:
+    """Returns the sum of the row's magnitudes after the update, as its siblings do."""
+    negative_lr, weight_decay = reals[_NEGATIVE_LR], reals[_WEIGHT_DECAY]
+    if not decays:
+        weight_decay = _ZERO
+    total = _ZERO
+    if decays:
+        for i in range(len(row)):
+            gradient[i] += row[i] * weight_decay
+    for i in range(len(row)):
+        value = row[i] + gradient[i] * negative_lr
+        row[i] = value
+        magnitude = abs(value)
+        columns[i] += magnitude
+        total += magnitude
+    return total
+
+
+@_in_any_order
+def _momentum_row(
+    row: Floats, gradient: Floats, momentum: Floats, reals: Floats, decays: int, columns: Floats
+) -> Number:
+    negative_lr, kept, weight_decay = reals[_NEGATIVE_LR], reals[_MU], reals[_WEIGHT_DECAY]
+    if decays:
+        for i in range(len(row)):
+            gradient[i] += row[i] * weight_decay
+    total = _ZERO
+    for i in range(len(row)):
+        update = momentum[i] * kept + gradient[i]
+        momentum[i] = update
+        value = row[i] + update * negative_lr
+        row[i] = value
+        magnitude = abs(value)
+        columns[i] += magnitude
+        total += magnitude
+    return total
+
+
+@_exactly
+def _lerp(start: Number, end: Number, share: Number) -> Number:
+    """As torch.lerp rounds it."""
+    if share < _HALF:
+        return start + share * (end - start)
+    return end - (end - start) * (_ONE - share)
+
+
+@_in_any_order
+def _adam_row(
+    row: Floats,
+    gradient: Floats,
+    first: Floats,
+    second: Floats,
+    first_factor: Number,
+    second_factor: Number,
+    first_factors: Floats,
+    second_factors: Floats,
+    reals: Floats,
+    kind: int,
+    decays: int,
+    columns: Floats,
+) -> tuple[Number, Number]:
+    """A weight was drawn when the younger of its two units was, and 1/(1 − βᵗ) falls with t: the larger factor holds.
+
+    Also returns the sum of the second moments.
+    """
+    negative_lr, weight_decay, epsilon = reals[_NEGATIVE_LR], reals[_WEIGHT_DECAY], reals[_EPSILON]
+    share, kept, gained = reals[_ONE_MINUS_BETA1], reals[_BETA2], reals[_ONE_MINUS_BETA2]
+    if decays:
+        if kind == ADAMW:
+            shrinkage = reals[_SHRINKAGE]
+            for i in range(len(row)):
+                row[i] *= shrinkage
+        else:
+            for i in range(len(row)):
+                gradient[i] += row[i] * weight_decay
+    if share < _HALF:
+        for i in range(len(row)):
+            first[i] += share * (gradient[i] - first[i])
+    else:
+        for i in range(len(row)):
+            first[i] = gradient[i] - (gradient[i] - first[i]) * (_ONE - share)
+    total = moments = _ZERO
+    for i in range(len(row)):
+        moment = second[i] * kept + gradient[i] * gradient[i] * gained
+        second[i] = moment
+        moments += moment
+        corrected_first = first[i] * max(first_factor, first_factors[i])
+        corrected_second = moment * max(second_factor, second_factors[i])
+        value = row[i] + corrected_first / (np.float32(math.sqrt(corrected_second)) + epsilon) * negative_lr
+        row[i] = value
+        magnitude = abs(value)
+        columns[i] += magnitude
+        total += magnitude
+    return total, moments
+
+
+@_in_any_order
+def _skip_row(row: Floats, inputs: Floats, delta: Number, negative_lr: Number, back: Floats, columns: Floats) -> Number:
+    """SGD by one example: backward and update in one pass."""
+    total = _ZERO
+    for i in range(len(row)):
+        old = row[i]
+        back[i] += delta * old
+        value = old + (delta * inputs[i]) * negative_lr
+        row[i] = value
+        magnitude = abs(value)
+        columns[i] += magnitude
+        total += magnitude
+    return total
+
+
+@_in_any_order
+def _skip_first_row(row: Floats, inputs: Floats, delta: Number, negative_lr: Number) -> Number:
+    """The same where nothing lies before."""
+    total = _ZERO
+    for i in range(len(row)):
+        value = row[i] + (delta * inputs[i]) * negative_lr
+        row[i] = value
+        total += abs(value)
+    return total
+
+
+@_in_any_order
+def _skipped_row(row: Floats, columns: Floats) -> Number:
+    """The same for a row that stays as it is."""
+    total = _ZERO
+    for i in range(len(row)):
+        magnitude = abs(row[i])
+        columns[i] += magnitude
+        total += magnitude
+    return total
+
+
+# --- Units ------------------------------------------------------------------------------------------------------------
+
+
+@_exactly
+def _evaluate(
+    utility_kind: int,
+    activations: Floats,
+    incoming: Floats,
+    outgoing: Floats,
+    fan_in: int,
+    fan_out: int,
+    reals: Floats,
+    ages: Integers,
+    means: Floats,
+    utilities: Floats,
+    random: Floats,
+    activity: Floats,
+    corrections: Floats,
+    known_corrections: Floats,
+) -> None:
+    """`cbp.replacement.evaluate_units` for one layer.
+
+    activations [B, units]; incoming and outgoing: per unit, sums of its weights' magnitudes; random: this step's draws;
+    activity and corrections: room for one value per unit.
+    """
+    examples, units = activations.shape
+    share, log_decay = reals[_ONE_MINUS_DECAY], reals[_LOG_DECAY]
+    known_age, correction = np.int64(-1), _ZERO
+    for u in range(units):
+        age = ages[u] + 1
+        ages[u] = age
+        if age < len(known_corrections):
+            corrections[u] = known_corrections[age]
+        else:
+            if age != known_age:
+                known_age, correction = age, _bias_correction(age, log_decay)
+            corrections[u] = correction
+
+    count = np.float32(examples)
+    if examples == 1:
+        for u in range(units):
+            means[u] = _lerp(means[u], activations[0, u], share)
+    else:
+        _sum_examples(activations, activity)
+        for u in range(units):
+            means[u] = _lerp(means[u], activity[u] / count, share)
+
+    if utility_kind == CONTRIBUTION:
+        activity[:units] = _ZERO
+        for b in range(examples):
+            for u in range(units):
+                activity[u] += abs(activations[b, u])
+    else:
+        activity[:units] = _ZERO
+        for u in range(units):
+            corrections[u] = means[u] / corrections[u]
+        for b in range(examples):
+            for u in range(units):
+                activity[u] += abs(activations[b, u] - corrections[u])
+
+    into, out = np.float32(fan_in), np.float32(fan_out)
+    for u in range(units):
+        mean_activity = activity[u] / count
+        mean_incoming = max(incoming[u] / into, _SMALLEST_INCOMING)
+        mean_outgoing = outgoing[u] / out
+        if utility_kind == ADAPTABLE_CONTRIBUTION:
+            value = mean_activity / mean_incoming * mean_outgoing
+        elif utility_kind in (CONTRIBUTION, ZERO_CONTRIBUTION):
+            value = mean_outgoing * mean_activity
+        elif utility_kind == WEIGHT:
+            value = mean_outgoing
+        elif utility_kind == ADAPTATION:
+            value = _ONE / mean_incoming
+        elif utility_kind == FEATURE_BY_INPUT:
+            value = mean_activity / mean_incoming
+        else:
+            value = random[u]
+        utilities[u] = _lerp(utilities[u], value, share)
+
+
+@_exactly
+def _bias_correction(age: int, log_decay: Number) -> Number:
+    return np.float32(-math.expm1(np.float32(age) * log_decay))
+
+
+@_exactly
+def fill_corrections(log_decay: Number, corrections: Floats) -> None:
+    """corrections[a] ← 1 − ηᵃ."""
+    for age in range(len(corrections)):
+        corrections[age] = _bias_correction(age, log_decay)
+
+
+@_exactly
+def _adam_factors(ages: Integers, total: int, inputs: int, reals: Floats, first: Floats, second: Floats) -> None:
+    """1/(1 − β₁ᵗ) and 1/(1 − β₂ᵗ) of the step about to be taken: of the inputs, the hidden units, the outputs."""
+    log1, log2 = reals[_LOG_BETA1], reals[_LOG_BETA2]
+    first[:] = _ONE / _bias_correction(total, log1)
+    second[:] = _ONE / _bias_correction(total, log2)
+    known_age, factor1, factor2 = np.int64(-1), _ZERO, _ZERO
+    for u in range(len(ages)):
+        if ages[u] != known_age:
+            known_age = ages[u]
+            factor1 = _ONE / _bias_correction(known_age + 1, log1)
+            factor2 = _ONE / _bias_correction(known_age + 1, log2)
+        first[inputs + u] = factor1
+        second[inputs + u] = factor2
+
+
+# --- Backward passes, each with its update ----------------------------------------------------------------------------
+
+
+@_exactly
+def _backward(
+    table: Integers,
+    reals: Floats,
+    features: Floats,
+    pre_at: int,
+    post_at: int,
+    delta_at: int,
+    back_at: int,
+    incoming_at: int,
+    outgoing_at: int,
+    gradient_at: int,
+    first_factors: Floats,
+    second_factors: Floats,
+) -> tuple[Number, Number]:
+    """From the last layer to the first; for any optimizer. Returns the sums of the parameters' magnitudes, and of
+    Adam's second moments."""
+    depth, batch, width = table[_DEPTH], table[_BATCH], table[_WIDTHS]
+    kind, decays = table[_OPTIMIZER], table[_DECAYS_WEIGHTS]
+    widest = 0
+    unit = width  # the first unit of the layer, among inputs, hidden units and outputs
+    place = 0  # its weights, among all parameters
+    for layer in range(depth):
+        before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+        widest = max(widest, before, after)
+        unit += after
+        place += after * (before + 1)
+    bias_gradient_at, unused_at = gradient_at, gradient_at + 4 * widest
+    gradient_at += 8 * widest
+    parameter_sum = moment_sum = _ZERO
+
+    for layer in range(depth - 1, -1, -1):
+        before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+        unit -= after
+        place -= after * (before + 1)
+        weight = _rows(table[_PARAMETERS] + 4 * place, after, before)
+        bias = _row(table[_PARAMETERS] + 4 * (place + after * before), after)
+        delta = _rows(delta_at, batch, after)
+        back = _rows(back_at, batch, before)
+        incoming = _row(incoming_at + 4 * (unit - width), after)
+        columns = _row(outgoing_at + 4 * (unit - before if layer else 0), before)
+        columns[:] = _ZERO
+        layer_input = features if layer == 0 else _rows(post_at + 4 * batch * (unit - width - before), batch, before)
+        gradient = _rows(gradient_at, after if batch > 1 else 1, before)
+        if batch > 1:
+            if layer:
+                np.dot(delta, weight, back)
+            np.dot(delta.T, layer_input, gradient)
+        elif layer:
+            back[0, :] = _ZERO
+        for o in range(after):
+            if batch > 1:
+                row_gradient = gradient[o]
+            else:
+                row_gradient = gradient[0]
+                if layer:
+                    _add_scaled(weight[o], delta[0, o], back[0])
+                _scaled(layer_input[0], delta[0, o], row_gradient)
+            at = 4 * (place + o * before)
+            if kind == SGD:
+                incoming[o] = _sgd_row(weight[o], row_gradient, reals, decays, columns)
+            elif kind == MOMENTUM_SGD:
+                momentum = _row(table[_MOMENTUM] + at, before)
+                incoming[o] = _momentum_row(weight[o], row_gradient, momentum, reals, decays, columns)
+            else:
+                incoming[o], moments = _adam_row(
+                    weight[o],
+                    row_gradient,
+                    _row(table[_MOMENTUM] + at, before),
+                    _row(table[_SECOND_MOMENT] + at, before),
+                    first_factors[unit + o],
+                    second_factors[unit + o],
+                    first_factors[unit - before : unit] if layer else first_factors[:before],
+                    second_factors[unit - before : unit] if layer else second_factors[:before],
+                    reals,
+                    kind,
+                    decays,
+                    columns,
+                )
+                moment_sum += moments
+            parameter_sum += incoming[o]
+
+        bias_gradient = _row(bias_gradient_at, after)
+        unused = _row(unused_at, after)
+        unused[:] = _ZERO
+        _sum_examples(delta, bias_gradient)
+        at = 4 * (place + after * before)
+        if kind == SGD:
+            parameter_sum += _sgd_row(bias, bias_gradient, reals, decays, unused)
+        elif kind == MOMENTUM_SGD:
+            momentum = _row(table[_MOMENTUM] + at, after)
+            parameter_sum += _momentum_row(bias, bias_gradient, momentum, reals, decays, unused)
+        else:
+            magnitudes, moments = _adam_row(
+                bias,
+                bias_gradient,
+                _row(table[_MOMENTUM] + at, after),
+                _row(table[_SECOND_MOMENT] + at, after),
+                _ZERO,
+                _ZERO,
+                first_factors[unit : unit + after],
+                second_factors[unit : unit + after],
+                reals,
+                kind,
+                decays,
+                unused,
+            )
+            parameter_sum += magnitudes
+            moment_sum += moments
+
+        if layer:
+            offset = 4 * batch * (unit - width - before)
+            _differentiate(
+                table[_ACTIVATION],
+                _row(pre_at + offset, batch * before),
+                _row(post_at + offset, batch * before),
+                _row(back_at, batch * before),
+            )
+            delta_at, back_at = back_at, delta_at
+    return parameter_sum, moment_sum
+
+
+@_exactly
+def _skipping_backward(
+    table: Integers,
+    reals: Floats,
+    features: Floats,
+    post_at: int,
+    delta_at: int,
+    back_at: int,
+    incoming_at: int,
+    outgoing_at: int,
+) -> Number:
+    """For ReLU, plain SGD and one example: a unit that was silent has no gradient, and its weights stay as they are.
+
+    Returns the sum of the parameters' magnitudes: of all that changed, or of all.
+    """
+    depth, width = table[_DEPTH], table[_WIDTHS]
+    negative_lr, evaluates = reals[_NEGATIVE_LR], table[_EVALUATES]
+    unit = width
+    place = 0
+    for layer in range(depth):
+        before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+        unit += after
+        place += after * (before + 1)
+    parameter_sum = _ZERO
+
+    for layer in range(depth - 1, -1, -1):
+        before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+        unit -= after
+        place -= after * (before + 1)
+        weight = _rows(table[_PARAMETERS] + 4 * place, after, before)
+        bias = _row(table[_PARAMETERS] + 4 * (place + after * before), after)
+        delta, back = _row(delta_at, after), _row(back_at, before)
+        incoming = _row(incoming_at + 4 * (unit - width), after)
+        columns = _row(outgoing_at + 4 * (unit - before if layer else 0), before)
+        if layer:
+            layer_input = _row(post_at + 4 * (unit - width - before), before)
+            back[:] = _ZERO
+            columns[:] = _ZERO
+        else:
+            layer_input = features
+        for o in range(after):
+            slope = delta[o]
+            if slope != _ZERO:
+                if layer:
+                    incoming[o] = _skip_row(weight[o], layer_input, slope, negative_lr, back, columns)
+                else:
+                    incoming[o] = _skip_first_row(weight[o], layer_input, slope, negative_lr)
+                bias[o] += slope * negative_lr
+            elif not evaluates:
+                incoming[o] = _ZERO
+            elif layer:
+                incoming[o] = _skipped_row(weight[o], columns)
+            else:
+                incoming[o] = _sum_of_magnitudes(weight[o])
+            parameter_sum += incoming[o] + abs(bias[o])
+        if layer:
+            for i in range(before):
+                if layer_input[i] <= _ZERO:
+                    back[i] = _ZERO
+            delta_at, back_at = back_at, delta_at
+    return parameter_sum
+
+
+@_exactly
+def _count_steps(table: Integers, steps: int) -> None:
+    """Adam's count of every parameter."""
+    count = 0
+    for layer in range(table[_DEPTH]):
+        count += table[_WIDTHS + layer + 1] * (table[_WIDTHS + layer] + 1)
+    counts = _row(table[_COUNTS], count)
+    more = np.float32(steps)
+    for p in range(count):
+        counts[p] = min(counts[p] + more, _LAST_COUNT)
+
+
+@_as_written
+def _falls_due(owed: Doubles, rates: Doubles, mature: Doubles) -> int:
+    """`ReplacementSchedule.advance` for a step that replaces nothing; 1, and nothing is done, if this is none.
+
+    Without any freedom in rounding: the sums must be those that Python makes.
+    """
+    for layer in range(len(rates)):
+        if min(math.floor(owed[layer] + rates[layer] * mature[layer]), mature[layer]) >= 1.0:
+            return 1
+    for layer in range(len(rates)):
+        owed[layer] = owed[layer] + rates[layer] * mature[layer]
+    return 0
+
+
+# --- What Python calls ------------------------------------------------------------------------------------------------
+
+
+@_exactly
+def run(
+    table: Integers,
+    reals: Floats,
+    features: Floats,
+    labels: Integers,
+    values: Floats,
+    weights: Floats,
+    outputs: Floats,
+    scores: Doubles,
+    start: int,
+    steps: int,
+) -> int:
+    """Takes up to `steps` steps, and stops early after one at which units are to be replaced; returns how many.
+
+    features [N, I], of which the examples from `start` on are learned from; labels [N] or values [N, C], the other one
+    empty; weights [N]; outputs [N, C] and scores [2, N] (losses and accuracies) are written.
+
+    No unit may ripen within these steps: `table` says how many are mature.
+    """
+    depth, batch, width = table[_DEPTH], table[_BATCH], table[_WIDTHS]
+    hidden = depth - 1
+    units = 0
+    widest = width
+    for layer in range(1, depth + 1):
+        widest = max(widest, table[_WIDTHS + layer])
+        if layer <= hidden:
+            units += table[_WIDTHS + layer]
+    classes = table[_WIDTHS + depth]
+    skips, evaluates, loss_kind = table[_SKIPS], table[_EVALUATES], table[_LOSS]
+    is_adam = table[_OPTIMIZER] >= ADAM
+    saves_pre = table[_ACTIVATION] != RELU and table[_ACTIVATION] != TANH and table[_ACTIVATION] != SIGMOID
+
+    pre_at = table[_FLOATS]
+    post_at = pre_at + 4 * batch * units
+    delta_at = post_at + 4 * batch * units
+    back_at = delta_at + 4 * batch * widest
+    incoming_at = back_at + 4 * batch * widest
+    outgoing_at = incoming_at + 4 * (units + classes)
+    activity_at = outgoing_at + 4 * (units + width)
+    corrections_at = activity_at + 4 * widest
+    first_factors_at = corrections_at + 4 * widest
+    second_factors_at = first_factors_at + 4 * (width + units + classes)
+    gradient_at = second_factors_at + 4 * (width + units + classes)
+    if not saves_pre:
+        pre_at = post_at
+
+    owed = _doubles(table[_SCHEDULE], hidden)
+    rates = _doubles(table[_SCHEDULE] + 8 * hidden, hidden)
+    mature = _doubles(table[_SCHEDULE] + 16 * hidden, hidden)
+
+    table[_DUE] = 0
+    done = 0
+    parameter_sum = moment_sum = _ZERO
+    while done < steps and not table[_DUE]:
+        begin = start + done * batch
+        address = table[_PARAMETERS]
+
+        # Forward
+        layer_input = features[begin : begin + batch]
+        before = width
+        offset = 0
+        for layer in range(depth):
+            after = table[_WIDTHS + layer + 1]
+            weight = _rows(address, after, before)
+            bias = _row(address + 4 * after * before, after)
+            address += 4 * after * (before + 1)
+            if layer < hidden:
+                layer_output = _rows(pre_at + 4 * batch * offset, batch, after)
+            else:
+                layer_output = outputs[begin : begin + batch]
+            if batch == 1 and before < _LONG_ROW:
+                _affine(weight, bias, layer_input[0], layer_output[0])
+            elif batch == 1:
+                np.dot(weight, layer_input[0], layer_output[0])
+                _add_bias(bias, layer_output)
+            else:
+                np.dot(layer_input, weight.T, layer_output)
+                _add_bias(bias, layer_output)
+            if layer < hidden:
+                pre = _row(pre_at + 4 * batch * offset, batch * after)
+                post = _row(post_at + 4 * batch * offset, batch * after)
+                _activate(table[_ACTIVATION], pre, post)
+                layer_input = _rows(post_at + 4 * batch * offset, batch, after)
+                offset += after
+            before = after
+
+        # Loss and its gradient
+        delta = _rows(delta_at, batch, classes)
+        scale = reals[_SCALE]
+        for b in range(batch):
+            factor = weights[begin + b] * scale
+            if loss_kind == CROSS_ENTROPY:
+                loss, right = _cross_entropy(outputs[begin + b], labels[begin + b], factor, delta[b])
+            else:
+                loss, right = _regression(
+                    loss_kind, outputs[begin + b], values[begin + b], factor, reals[_DELTA], delta[b]
+                )
+            scores[0, begin + b] = loss
+            scores[1, begin + b] = right
+
+        # Backward and update, layer by layer from the last
+        parameter_sum = moment_sum = _ZERO
+        if skips:
+            parameter_sum = _skipping_backward(
+                table, reals, features[begin], post_at, delta_at, back_at, incoming_at, outgoing_at
+            )
+        else:
+            first_factors = _row(first_factors_at, width + units + classes)
+            second_factors = _row(second_factors_at, width + units + classes)
+            if is_adam:
+                ages = _integers(table[_AGES], units)
+                _adam_factors(ages, table[_STEPS] + 1, width, reals, first_factors, second_factors)
+            parameter_sum, moment_sum = _backward(
+                table,
+                reals,
+                features[begin : begin + batch],
+                pre_at,
+                post_at,
+                delta_at,
+                back_at,
+                incoming_at,
+                outgoing_at,
+                gradient_at,
+                first_factors,
+                second_factors,
+            )
+
+        # Generate and test
+        table[_STEPS] += 1
+        done += 1
+        if not evaluates:
+            continue
+        offset = 0
+        before = width
+        for layer in range(hidden):
+            after = table[_WIDTHS + layer + 1]
+            _evaluate(
+                table[_UTILITY],
+                _rows(post_at + 4 * batch * offset, batch, after),
+                _row(incoming_at + 4 * offset, after),
+                _row(outgoing_at + 4 * (width + offset), after),
+                before,
+                table[_WIDTHS + layer + 2],
+                reals,
+                _integers(table[_AGES] + 8 * offset, after),
+                _row(table[_MEANS] + 4 * offset, after),
+                _row(table[_UTILITIES] + 4 * offset, after),
+                _row(table[_RANDOM] + 4 * ((done - 1) * units + offset), after),
+                _row(activity_at, after),
+                _row(corrections_at, after),
+                _row(table[_CORRECTIONS], table[_CORRECTION_COUNT]),
+            )
+            offset += after
+            before = after
+        table[_DUE] = _falls_due(owed, rates, mature)
+
+    if is_adam and done:
+        _count_steps(table, done)
+    reals[_PARAMETER_SUM] = parameter_sum
+    reals[_MOMENT_SUM] = moment_sum
+    return done
+
+
+@_exactly
+def replace(table: Integers, reals: Floats, counts: Integers, drawn: Floats, published_order: bool) -> Number:
+    """`cbp.replacement.select_units` and `replace_units`: counts[layer] units of every hidden layer.
+
+    drawn: the incoming weights of all of them, one after another. Returns the sum of the biases' magnitudes: bias
+    compensation may overflow them.
+    """
+    depth = table[_DEPTH]
+    chosen = np.empty((depth - 1, max(counts)), np.int64)
+    place = 0
+    unit = 0
+    start = 0
+    for layer in range(depth - 1):
+        before, after, readers = table[_WIDTHS + layer], table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
+        next_place = place + after * (before + 1)
+        _select(
+            _row(table[_UTILITIES] + 4 * unit, after),
+            _integers(table[_AGES] + 8 * unit, after),
+            table[_MATURITY],
+            reals[_LOG_DECAY],
+            chosen[layer, : counts[layer]],
+        )
+        if counts[layer] and reals[_BIAS_COMPENSATION] != _ZERO:
+            _compensate(
+                chosen[layer, : counts[layer]],
+                _integers(table[_AGES] + 8 * unit, after),
+                _row(table[_MEANS] + 4 * unit, after),
+                _rows(table[_PARAMETERS] + 4 * next_place, readers, after),
+                _row(table[_PARAMETERS] + 4 * (next_place + readers * after), readers),
+                reals[_LOG_DECAY],
+            )
+        for rank in range(counts[layer]):
+            j = chosen[layer, rank]
+            row = _row(table[_PARAMETERS] + 4 * (place + j * before), before)
+            row[:] = drawn[start : start + before]
+            start += before
+            _row(table[_PARAMETERS] + 4 * (place + after * before + j), 1)[0] = _ZERO
+            for slot in (table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
+                if slot:
+                    _row(slot + 4 * (place + j * before), before)[:] = _ZERO
+                    _row(slot + 4 * (place + after * before + j), 1)[0] = _ZERO
+            _row(table[_UTILITIES] + 4 * (unit + j), 1)[0] = _ZERO
+            _row(table[_MEANS] + 4 * (unit + j), 1)[0] = _ZERO
+            _integers(table[_AGES] + 8 * (unit + j), 1)[0] = 0
+        if published_order:
+            _forget_outgoing(table, layer, next_place, chosen[layer, : counts[layer]])
+        place = next_place
+        unit += after
+
+    if not published_order:
+        place = 0
+        for layer in range(depth - 1):
+            before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+            place += after * (before + 1)
+            _forget_outgoing(table, layer, place, chosen[layer, : counts[layer]])
+
+    bias_sum = _ZERO
+    place = 0
+    for layer in range(depth):
+        before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+        bias_sum += _sum_of_magnitudes(_row(table[_PARAMETERS] + 4 * (place + after * before), after))
+        place += after * (before + 1)
+    return bias_sum
+
+
+@_exactly
+def _select(utilities: Floats, ages: Integers, maturity: int, log_decay: Number, chosen: Integers) -> None:
+    """The mature units of lowest bias-corrected utility, lowest first; among equals, the highest index first."""
+    corrected = np.empty(len(utilities), np.float32)
+    free = np.empty(len(utilities), np.bool_)
+    for u in range(len(utilities)):
+        free[u] = ages[u] > maturity
+        corrected[u] = utilities[u] / _bias_correction(ages[u], log_decay) if free[u] else _ZERO
+    for rank in range(len(chosen)):
+        best = -1
+        for u in range(len(utilities)):
+            if free[u] and (best < 0 or not corrected[u] > corrected[best]):
+                best = u
+        chosen[rank] = best
+        free[best] = False
+
+
+@_exactly
+def _compensate(
+    chosen: Integers, ages: Integers, means: Floats, readers: Floats, readers_bias: Floats, log_decay: Number
+) -> None:
+    for o in range(len(readers_bias)):
+        handed_on = _ZERO
+        for rank in range(len(chosen)):
+            j = chosen[rank]
+            handed_on += readers[o, j] * (means[j] / _bias_correction(ages[j], log_decay))
+        readers_bias[o] += handed_on
+
+
+@_exactly
+def _forget_outgoing(table: Integers, layer: int, place: int, chosen: Integers) -> None:
+    """Zeroes what the next layer, its weights at `place`, reads of the chosen units."""
+    after, readers = table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
+    for slot in (table[_PARAMETERS], table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
+        if slot:
+            weight = _rows(slot + 4 * place, readers, after)
+            for o in range(readers):
+                for j in chosen:
+                    weight[o, j] = _ZERO

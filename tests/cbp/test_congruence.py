@@ -1,0 +1,241 @@
+"""The engines agree: the same replacements at the same steps, and the same state to float32 rounding.
+
+And each agrees with itself, bit for bit, however the stream is cut into calls and wherever it is saved and resumed.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from cbp import Batch, CbpError, Learner, LearnerSnapshot, LearnerSpec, compile_ahead
+from cbp.engines import kernels
+from cbp.engines.eager_engine import EngineName
+from cbp.spec import Activation, LossKind, Utility
+
+MakeSpec = Callable[..., LearnerSpec]
+MakeBatch = Callable[..., Batch]
+
+STEPS = 100
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"kind": "sgd", "lr": 0.02},
+    "decay": {"kind": "sgd", "lr": 0.02, "weight_decay": 0.01},
+    "momentum": {"kind": "sgd", "lr": 0.01, "momentum": 0.9},
+    "adam": {"kind": "adam", "lr": 0.003, "weight_decay": 0.01},
+    "adamw": {"kind": "adamw", "lr": 0.003, "beta1": 0.4, "beta2": 0.99},
+}
+RESETS: Sequence[dict[str, Any]] = (
+    {"layers": "all"},
+    {"layers": "first", "bias_compensation": False},
+    {"layers": [1]},
+    {"layers": "all", "layer_replacement_rates": {"hidden_0": 0.1, "hidden_2": 0.0}, "maturity_threshold": 0},
+    {"layers": "none"},
+    {"layers": [0, 2], "decay_rate": 0.3},
+)
+BATCH_SIZES = (1, 3, 16)
+
+
+def spec_of(make_spec: MakeSpec, case: int, **changes: Any) -> LearnerSpec:
+    """A network of three hidden layers of odd widths; the resets go round with the cases."""
+    resets = {"replacement_rate": 0.03, "maturity_threshold": 8, "decay_rate": 0.9} | RESETS[case % len(RESETS)]
+    utility = changes.pop("utility", "adaptable_contribution")
+    return make_spec(
+        network__hidden=[9, 8, 7],
+        resets=resets | {"utility": utility},
+        monitoring__interval=37,
+        seed=case,
+        **changes,
+    )
+
+
+def assert_congruent(spec: LearnerSpec, make_batch: MakeBatch) -> None:
+    learners = [Learner(spec, engine=engine) for engine in get_args(EngineName)]
+    assert [learner.engine for learner in learners] == ["torch", "compiled"]
+    rows = STEPS * spec.batch_size
+    for start in range(2):
+        batch = make_batch(spec, rows // 2, seed=start, task=f"{start}", weighted=bool(start))
+        of_torch, of_compiled = (learner.train(batch, return_outputs=True) for learner in learners)
+        assert (of_torch.steps, of_torch.examples) == (of_compiled.steps, of_compiled.examples)
+        np.testing.assert_allclose(of_compiled.outputs, of_torch.outputs, rtol=1e-3, atol=1e-4)
+        assert of_compiled.loss == pytest.approx(of_torch.loss, rel=1e-4)
+        assert of_compiled.accuracy == pytest.approx(of_torch.accuracy, abs=1e-2)
+        expected, actual = (learner.snapshot() for learner in learners)
+        for name in ("units.age", "generator"):
+            assert torch.equal(actual.tensors[name], expected.tensors[name]), name
+        for name in ("replacements", "accumulated_replacements", "step"):
+            assert actual.metadata[name] == expected.metadata[name], name
+        for name, tensor in expected.tensors.items():
+            if tensor.dtype == torch.float32:
+                tolerance = {
+                    "rtol": 1e-3,
+                    "atol": 1e-4 * float(tensor.abs().max().clamp(min=1)) if tensor.numel() else 0,
+                }
+                torch.testing.assert_close(actual.tensors[name], tensor, **tolerance, msg=name)
+    samples = [learner.take_samples() for learner in learners]
+    assert [s.step for s in samples[0]] == [s.step for s in samples[1]] == [37, 74]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("utility", get_args(Utility))
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_every_activation_and_utility(
+    activation: str, utility: str, batch_size: int, make_spec: MakeSpec, make_batch: MakeBatch
+) -> None:
+    case = get_args(Activation).index(activation) + get_args(Utility).index(utility) + batch_size
+    network = {"network__activation": activation, "utility": utility, "batch_size": batch_size}
+    assert_congruent(spec_of(make_spec, case, optimizer__lr=0.02, **network), make_batch)
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("loss", get_args(LossKind))
+def test_every_loss_and_optimizer(
+    loss: str, optimizer: str, batch_size: int, make_spec: MakeSpec, make_batch: MakeBatch
+) -> None:
+    case = get_args(LossKind).index(loss) + list(OPTIMIZERS).index(optimizer) + batch_size
+    spec = spec_of(
+        make_spec,
+        case,
+        loss={"kind": loss, "delta": 0.3} if loss == "huber" else loss,
+        optimizer=OPTIMIZERS[optimizer],
+        batch_size=batch_size,
+        network__activation="relu" if case % 2 else "tanh",
+    )
+    assert_congruent(spec, make_batch)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("resets", range(len(RESETS)))
+def test_every_choice_of_layers(resets: int, optimizer: str, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    batch_size = 1 + 2 * (resets % 2)
+    assert_congruent(spec_of(make_spec, resets, optimizer=OPTIMIZERS[optimizer], batch_size=batch_size), make_batch)
+
+
+@pytest.mark.parametrize("utility", ["adaptable_contribution", "random"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("batch_size", [0, 1, 3])
+def test_cuts_and_pauses_change_nothing(
+    batch_size: int, optimizer: str, utility: str, make_spec: MakeSpec, make_batch: MakeBatch
+) -> None:
+    """Calls of one step, of many, with somebody looking in between, saved and restored: not one bit differs."""
+    spec = spec_of(make_spec, 0, optimizer=OPTIMIZERS[optimizer], utility=utility, batch_size=batch_size)
+    sizes = [1, 2, 1, 5, 1] * 6 if batch_size == 0 else [7, 1, 1, 40, 2, 60, 13, 100, 1, 75]
+    stream = make_batch(spec, sum(sizes))
+    bounds = list(itertools.accumulate(sizes, initial=0))
+    pieces = [
+        Batch.validate(spec, stream.features[start:end], stream.targets[start:end])
+        for start, end in itertools.pairwise(bounds)
+    ]
+    learner = Learner(spec, engine="compiled")
+    for piece in pieces if batch_size == 0 else [stream]:
+        learner.train(piece)
+    cut, watched, resumed = (Learner(spec, engine="compiled") for _ in range(3))
+    for piece in pieces:
+        cut.train(piece)
+        watched.train(piece, between_steps=lambda: None)
+        resumed.train(piece)
+        resumed = Learner.restore(LearnerSnapshot.from_bytes(resumed.snapshot().to_bytes()), engine="compiled")
+    expected = learner.snapshot()
+    assert sum(expected.metadata["replacements"]) > 0
+    for other in (cut, watched, resumed):
+        actual = other.snapshot()
+        for name, tensor in expected.tensors.items():
+            assert torch.equal(actual.tensors[name], tensor), name
+        for name in ("replacements", "accumulated_replacements", "step"):
+            assert actual.metadata[name] == expected.metadata[name], name
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("engines", [("torch", "compiled"), ("compiled", "torch")])
+def test_a_snapshot_goes_on_in_the_other_engine(
+    engines: tuple[EngineName, EngineName],
+    optimizer: str,
+    batch_size: int,
+    make_spec: MakeSpec,
+    make_batch: MakeBatch,
+) -> None:
+    spec = spec_of(make_spec, 0, optimizer=OPTIMIZERS[optimizer], batch_size=batch_size)
+    first, second = make_batch(spec, 50 * batch_size + 1), make_batch(spec, 50 * batch_size, seed=1)
+    learner = Learner(spec, engine=engines[0])
+    learner.train(first)
+    moved = Learner.restore(learner.snapshot(), engine=engines[1])
+    assert moved.engine == engines[1]
+    for each in (learner, moved):
+        each.train(second)
+    assert learner.progress.replacements == moved.progress.replacements
+    for name, tensor in learner.snapshot().tensors.items():
+        torch.testing.assert_close(moved.snapshot().tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_changes_from_outside_are_noticed(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    """By hand, by an update, behind its back: what the compiled engine assumes of the state may not hold any more."""
+    spec = make_spec(batch_size=1)
+    learners = [Learner(spec, engine=engine) for engine in get_args(EngineName)]
+    for learner in learners:
+        learner.train(make_batch(spec, 60))
+        learner.reset_units([0, 1], 0.4)
+        learner.train(make_batch(spec, 30, seed=1))
+        learner._state.parameters.weights[1].mul_(0.5)
+        learner.train(make_batch(spec, 30, seed=2))
+        learner.update(make_spec(batch_size=1, optimizer={"kind": "sgd", "lr": 0.02, "momentum": 0.5}))
+        learner.train(make_batch(spec, 30, seed=3))
+        learner.update(make_spec(batch_size=1, resets__utility="contribution"))
+        learner.train(make_batch(spec, 30, seed=4))
+    expected, actual = (learner.snapshot() for learner in learners)
+    assert actual.metadata["replacements"] == expected.metadata["replacements"]
+    for name, tensor in expected.tensors.items():
+        torch.testing.assert_close(actual.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_adams_counts_need_not_be_ages(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    """A state that steps alone cannot bring about: the counts of Adam decide, in every engine."""
+    spec = make_spec(optimizer={"kind": "adam", "lr": 0.01}, batch_size=1)
+    learners = [Learner(spec, engine=engine) for engine in get_args(EngineName)]
+    for learner in learners:
+        learner.train(make_batch(spec, 20))
+        for name, slot in learner._state.optimizer.slots().items():
+            slot.flat.fill_(3.0 if name == "steps" else 0.0)
+        learner.train(make_batch(spec, 20, seed=1))
+    expected, actual = (learner.snapshot() for learner in learners)
+    for name, tensor in expected.tensors.items():
+        torch.testing.assert_close(actual.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_somebody_may_look_between_runs_of_steps(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    spec = make_spec(network={"kind": "mlp", "in_features": 30, "hidden": [100], "out_features": 3}, batch_size=16)
+    learner = Learner(spec, engine="compiled")
+    seen: list[int] = []
+    result = learner.train(make_batch(spec, 16 * 200), between_steps=lambda: seen.append(learner.progress.step))
+    at_once = seen[0]
+    assert 1 <= at_once < 100
+    assert seen == list(range(at_once, 200, at_once))
+    assert result.steps == 200
+
+
+def test_arrays_of_any_kind_need_no_other_code(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    compile_ahead(make_spec())
+    compiled = [len(kernel.signatures) for kernel in (kernels.run, kernels.replace)]
+    spec = make_spec(loss="mse")
+    plain = make_batch(spec, 40)
+    features, targets = np.asfortranarray(plain.features), plain.targets.copy()
+    targets.flags.writeable = False
+    awkward = Batch(features[::-1][::-1], targets, None, "")
+    learner, other = (Learner(spec, engine="compiled") for _ in range(2))
+    learner.train(plain)
+    other.train(awkward)
+    assert torch.equal(learner._state.parameters.flat, other._state.parameters.flat)
+    assert [len(kernel.signatures) for kernel in (kernels.run, kernels.replace)] == compiled == [1, 1]
+
+
+def test_an_engine_that_cannot_run_there_is_refused(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    snapshot = Learner(spec).snapshot()
+    for device, engine in (("meta", "compiled"), ("cpu", "numpy")):
+        with pytest.raises(CbpError, match="engine: "):
+            Learner(spec, device=device, engine=engine)  # type: ignore[arg-type]
+        with pytest.raises(CbpError, match="engine: "):
+            Learner.restore(snapshot, device=device, engine=engine)  # type: ignore[arg-type]
