@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -344,3 +346,17 @@ def test_progress_is_plain_json(make_spec: MakeSpec, make_batch: MakeBatch) -> N
     plain = learner.progress.to_plain()
     assert plain["tasks"][0]["task"] == "a"
     assert plain["step"] == 2
+
+
+def test_arrays_that_may_not_be_written_to_are_learnt_without_a_word():
+    script = (
+        "import warnings; warnings.simplefilter('error'); import numpy as np\n"
+        "from cbp import Batch, Learner, LearnerSpec\n"
+        "spec = LearnerSpec.parse({'network': {'kind': 'mlp', 'in_features': 4, 'hidden': [3], 'out_features': 2},"
+        " 'loss': 'mse', 'optimizer': {'kind': 'sgd', 'lr': 0.1}})\n"
+        "rows = [np.frombuffer(np.ones(n, np.float32).tobytes(), np.float32) for n in (8, 4)]\n"
+        "batch = Batch.validate(spec, rows[0].reshape(2, 4), rows[1].reshape(2, 2))\n"
+        "Learner(spec).train(batch)\n"
+    )
+    # In a process of its own: torch says it once in each.
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -6,7 +6,7 @@ Shapes: N examples of a message, I inputs, C outputs.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -98,14 +98,19 @@ class EagerEngine(TorchEngine):
         return 1
 
 
+def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array's own memory if it may be written to: torch warns of tensors over memory that may not."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+
+
 class EagerWork:
     def __init__(self, engine: EagerEngine, examples: Examples, step_size: int) -> None:
         self._engine = engine
         self._loss = engine.spec.loss
         device, outputs = engine.device, engine.spec.network.out_features
-        features = torch.from_numpy(examples.features).to(device).unsqueeze(0)
-        targets = torch.from_numpy(examples.targets).to(device).unsqueeze(0)
-        weights = torch.from_numpy(examples.weights).to(device).reshape(1, -1, 1)
+        features = _tensor(examples.features, device).unsqueeze(0)
+        targets = _tensor(examples.targets, device).unsqueeze(0)
+        weights = _tensor(examples.weights, device).reshape(1, -1, 1)
         scale = weights * (losses.gradient_scale(self._loss, outputs) / step_size)
         self._targets = losses.encode_targets(self._loss, targets, outputs)
         self._outputs = torch.zeros(1, len(examples), outputs, device=device)
