@@ -59,7 +59,7 @@ class Effort:
     replay_seconds: float
 
 
-FULL = Effort(5, 0.8, 4, 3.5, 2, 16.0, 3, 2.0)
+FULL = Effort(5, 0.7, 4, 3.5, 2, 12.0, 3, 1.8)
 QUICK = Effort(2, 0.4, 2, 2.5, 1, 11.0, 1, 1.0)
 
 
