@@ -27,10 +27,9 @@ def test_learners_survive_whatever_happens_at_random(tmp_path):
     assert outcome.batches > 0
 
 
+@pytest.mark.torture
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "group", ["journal", *(pytest.param(group, marks=pytest.mark.torture) for group in _POINTS if group != "journal")]
-)
+@pytest.mark.parametrize("group", _POINTS)
 def test_learners_survive_a_kill_at_every_point(tmp_path, group):
     points = points_of(group)
     # A life's first checkpoint directories, forks and restores are its only ones, or nearly so.
