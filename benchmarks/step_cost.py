@@ -40,11 +40,6 @@ MALLOC = {
 }
 MESSAGE = 256
 """Steps in one call, where it is not one."""
-COMPILED_FIRST = {
-    "network": {"kind": "mlp", "in_features": 1, "hidden": [1], "out_features": 1},
-    "loss": "mse",
-    "optimizer": {"kind": "sgd", "lr": 0.01},
-}
 SGD: dict[str, object] = {"kind": "sgd", "lr": 0.01}
 ADAM: dict[str, object] = {"kind": "adam", "lr": 0.001}
 
@@ -217,7 +212,7 @@ def main() -> None:
         torch_table(arguments.rounds)
     if arguments.engine != "torch":
         start = time.perf_counter()
-        compile_ahead(LearnerSpec.parse(COMPILED_FIRST))
+        compile_ahead()
         print(f"\nthe compiled engine was ready after {time.perf_counter() - start:.1f} s")
         compiled_table(arguments.rounds)
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from server_process import ServerProcess
 
+from cbp import compile_ahead, compiled_before
+
 pytest_plugins = ["postgres", "wire"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles the engine's code, so that learners have it from the start; with several workers before they start."""
+    if not hasattr(config, "workerinput") and not compiled_before():
+        compile_ahead()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cbp
@@ -155,3 +155,16 @@ def _own_modules() -> Iterator[str]:
         yield package.__name__
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             yield module.name
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Until `condition` holds, for what no event tells of."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)
+
+
+def engine_pid(server: ServerProcess) -> int:
+    """Of the engine process that came up last."""
+    return [int(str(event["pid"])) for event in server.log_events() if event["event"] == "engine process ready"][-1]

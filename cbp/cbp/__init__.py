@@ -2,7 +2,8 @@
 
 from cbp.batches import Batch
 from cbp.continual_backprop import ContinualBackprop
-from cbp.engines.choice import compile_ahead
+from cbp.engines.choice import choose_engine, compile_ahead, compiled_before
+from cbp.engines.eager_engine import EngineName
 from cbp.errors import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
 from cbp.learner import Learner, TrainResult
 from cbp.plasticity import LayerPlasticity, PlasticitySample
@@ -27,6 +28,7 @@ __all__ = [
     "CbpError",
     "ContinualBackprop",
     "DivergenceError",
+    "EngineName",
     "FieldViolation",
     "LayerPlasticity",
     "Learner",
@@ -43,5 +45,7 @@ __all__ = [
     "SpecError",
     "TaskRecord",
     "TrainResult",
+    "choose_engine",
     "compile_ahead",
+    "compiled_before",
 ]

@@ -102,6 +102,17 @@ class Learner:
         """What executes the steps."""
         return self._engine.name
 
+    def switch_engine(self, engine: EngineName) -> None:
+        """Goes on with another engine, just as a learner restored from a snapshot of this one with that engine does.
+
+        Raises `CbpError` if it cannot run there.
+        """
+        self._refuse_while_training("switch_engine")
+        name = checked_engine(engine, self._device)
+        if name != self._engine_name:
+            self._engine_name = name
+            self._engine = make_engine(name, self._spec, self._state, self._device)
+
     @property
     def progress(self) -> LearnerProgress:
         """Where the learner stands. Within `between_steps`, loss, accuracy and tasks are those before the call."""

@@ -115,6 +115,7 @@ def learner_info(learner: learner_pb2.Learner) -> LearnerInfo:
         ),
         durability=_DURABILITIES.get(learner.durability, "fsync"),
         journal_position=learner.journal_position,
+        engine=learner.engine,
         quarantine=_quarantine(learner.quarantine) if learner.HasField("quarantine") else None,
         delete_time=_time(learner.delete_time) if learner.HasField("delete_time") else None,
         purge_time=_time(learner.purge_time) if learner.HasField("purge_time") else None,

@@ -144,6 +144,7 @@ class LearnerInfo:
         durability: what an acknowledged batch survives: "fsync" power loss, "os" a crash of the server, "none" nothing
             before the next checkpoint.
         journal_position: of the last entry in the learner's journal.
+        engine: what takes the learner's steps: "compiled", "torch" or "stacked".
         quarantine: why it does not train; None unless the state is "quarantined".
         delete_time: None unless it is deleted.
         purge_time: when a deleted learner is removed for good.
@@ -160,6 +161,7 @@ class LearnerInfo:
     producers: tuple[ProducerPosition, ...]
     durability: Durability
     journal_position: int
+    engine: str
     quarantine: Quarantine | None
     delete_time: datetime | None
     purge_time: datetime | None

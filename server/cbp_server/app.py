@@ -105,6 +105,7 @@ class _Server:
             EngineOptions(
                 checkpoint_url=checkpoint_url,
                 device=settings.device,
+                engine=settings.engine,
                 threads=settings.engine_threads,
                 log_level=settings.log_level,
                 log_format=settings.log_format,
@@ -124,6 +125,7 @@ class _Server:
                 stream_credits=settings.stream_credits,
                 max_queued_bytes=settings.max_queued_bytes,
                 history_samples=settings.history_samples,
+                engine=settings.engine,
                 checkpoints=CheckpointPolicy(
                     seconds=settings.checkpoint_interval,
                     steps=settings.checkpoint_steps,

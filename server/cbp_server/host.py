@@ -20,6 +20,7 @@ from cbp_server.change_log import ChangeLog, NewEntry
 from cbp_server.checkpointing import Checkpointer, CheckpointObserver, CheckpointPolicy
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
+from cbp_server.engine_choice import EngineChoice
 from cbp_server.errors import (
     EngineUnavailable,
     InvalidRequest,
@@ -44,6 +45,7 @@ from cbp_server.recovery import Recovery, ReplayObserver
 from cbp_server.registry import Registry
 from cbp_server.residence import Residence, ResidenceObserver
 from cbp_server.sessions import IncomingBatch, TrainSession
+from cbp_server.settings import EngineSetting
 from cbp_server.storage import Storage
 from cbp_server.store.catalog import StoredCheckpoint, StoredLearner
 from cbp_server.store.journal import EntryKind
@@ -81,6 +83,7 @@ class HostOptions:
     stream_credits: int
     max_queued_bytes: int
     history_samples: int
+    engine: EngineSetting
     checkpoints: CheckpointPolicy
 
 
@@ -110,6 +113,7 @@ class Host:
         self._queued = ByteBudget(options.max_queued_bytes)
         self._registry = Registry()
         self._changes = ChangeLog(engine, storage.commit)
+        self._engines = EngineChoice(options.engine)
         self._checkpointer = Checkpointer(engine, storage, self._registry, options.checkpoints, observer)
         recovery = Recovery(engine, storage, decode_batch, observer)
         self._residence = Residence(
@@ -120,6 +124,7 @@ class Host:
             most=options.max_live_learners,
             idle_seconds=options.evict_after,
             on_change=self._registry.touch,
+            on_ready=self._choose_engine,
             observer=observer,
         )
         self._alterations = Alterations(
@@ -131,6 +136,7 @@ class Host:
             self._registry,
             self._checkpointer,
             self._residence,
+            self._engines,
             max_learners=options.max_learners,
             deleted_seconds=options.deleted_retention,
             history_samples=options.history_samples,
@@ -469,12 +475,44 @@ class Host:
             await self._residence.evict_idle(learners)
             await self._lifecycle.purge_expired()
 
-    async def engine_up(self, _: messages.EngineReady) -> None:
+    async def engine_up(self, ready: messages.EngineReady) -> None:
         """Restores the learners into a new engine process; each one serves as soon as it is ready."""
         self._announce_readiness()
+        self._engines.device, self._engines.compiled = ready.device, ready.compiled
+        if not ready.compiled:
+            self._engine.submit(messages.Prepare()).add_done_callback(self._prepared)
         await self._residence.engine_up(self._registry.present())
         self._serving = self._restored = True
         self._announce_readiness()
+
+    def _prepared(self, prepared: "asyncio.Future[messages.PrepareReport]") -> None:
+        if prepared.cancelled() or prepared.exception() is not None or not prepared.result().compiled:
+            return
+        self._engines.compiled = True
+        for hosted in self._registry.present():
+            if hosted.recovery is None:
+                self._choose_engine(hosted)
+
+    def _choose_engine(self, hosted: Hosted) -> None:
+        """Has the learner go on with the engine that it should have; from which entry on, its journal says."""
+        wanted = self._engines.of(hosted.record.spec)
+        if wanted == hosted.record.engine or not hosted.in_engine or hosted.stored.quarantine is not None:
+            return
+
+        def switched(applied: "asyncio.Future[None]") -> None:
+            if not applied.cancelled() and applied.exception() is None:
+                hosted.record.engine = wanted
+                self._registry.touch(hosted)
+                log.info("learner goes on with another engine", learner=hosted.learner_id, engine=wanted)
+
+        applied = self._changes.record(
+            hosted.log,
+            NewEntry(kind=EntryKind.ENGINE, payload=wanted.encode()),
+            lambda position: messages.SwitchEngine(hosted.uid, position, wanted),
+        )
+        applied.add_done_callback(switched)
+        self._residence.watch(hosted, applied)
+        self._checkpointer.note_change(hosted)
 
     def engine_down(self) -> None:
         """The engine process has died: nothing is served until another one has restored the learners."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from cbp import LearnerProgress, LearnerSpec
+from cbp import EngineName, LearnerProgress, LearnerSpec
 from cbp_server.change_log import LearnerLog
 from cbp_server.engine import messages
 from cbp_server.producers import Producer
@@ -88,7 +88,7 @@ class Hosted:
     def install(self, report: messages.LearnerReport) -> None:
         """Takes over what the engine says the learner is."""
         record = self.record
-        record.spec, record.progress = report.spec, report.progress
+        record.spec, record.engine, record.progress = report.spec, report.engine, report.progress
         record.update_time = _time(report.update_time) or self.stored.create_time
         record.etag = etag(self.uid, record.update_time, report.spec)
         self.producers = {name: Producer(name, position) for name, position in report.positions.items()}
@@ -114,10 +114,10 @@ def hosted_from_catalog(
 ) -> Hosted:
     """A learner as its newest checkpoint leaves it, not in the engine."""
     spec = LearnerSpec.parse(stored.spec)
-    update_time, progress, producers = stored.create_time, newborn_progress(spec), {}
+    engine, update_time, progress, producers = stored.engine, stored.create_time, newborn_progress(spec), {}
     if checkpoint is not None:
         summary = Summary.from_plain(checkpoint.summary)
-        spec, progress = summary.spec, summary.progress
+        spec, engine, progress = summary.spec, summary.engine, summary.progress
         update_time = _time(summary.update_time) or update_time
         producers = {
             name: Producer(name, messages.Position(epoch, sequence))
@@ -127,6 +127,7 @@ def hosted_from_catalog(
         learner_id=stored.learner_id,
         uid=stored.uid,
         spec=spec,
+        engine=engine,
         etag=etag(stored.uid, update_time, spec),
         create_time=stored.create_time,
         update_time=update_time,
@@ -156,6 +157,7 @@ class Summary:
     """What the catalog keeps of a checkpoint, so that a learner can be shown without being loaded."""
 
     spec: LearnerSpec
+    engine: EngineName
     update_time: str
     progress: LearnerProgress
     producers: Mapping[str, tuple[int, int]]  # epoch and applied sequence
@@ -163,11 +165,12 @@ class Summary:
     @classmethod
     def of(cls, report: messages.LearnerReport) -> "Summary":
         producers = {name: (position.epoch, position.sequence) for name, position in report.positions.items()}
-        return cls(report.spec, report.update_time, report.progress, producers)
+        return cls(report.spec, report.engine, report.update_time, report.progress, producers)
 
     def to_plain(self) -> dict[str, Any]:
         return {
             "spec": self.spec.to_plain(),
+            "engine": self.engine,
             "update_time": self.update_time,
             "progress": self.progress.to_plain(),
             "producers": {name: list(position) for name, position in self.producers.items()},
@@ -177,6 +180,7 @@ class Summary:
     def from_plain(cls, plain: Mapping[str, Any]) -> "Summary":
         return cls(
             LearnerSpec.parse(plain["spec"]),
+            plain["engine"],
             plain["update_time"],
             LearnerProgress.from_plain(plain["progress"]),
             {name: (int(epoch), int(sequence)) for name, (epoch, sequence) in plain["producers"].items()},

@@ -17,6 +17,7 @@ from cbp.errors import shown
 from cbp_server.checkpointing import Checkpointer
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
+from cbp_server.engine_choice import EngineChoice
 from cbp_server.errors import (
     CheckpointFailed,
     EngineUnavailable,
@@ -56,6 +57,7 @@ class Lifecycle:
         registry: Registry,
         checkpointer: Checkpointer,
         residence: Residence,
+        engines: EngineChoice,
         *,
         max_learners: int,
         deleted_seconds: float,
@@ -66,6 +68,7 @@ class Lifecycle:
         self._registry = registry
         self._checkpointer = checkpointer
         self._residence = residence
+        self._engines = engines
         self._max_learners = max_learners
         self._deleted_seconds = deleted_seconds
         self._history_samples = history_samples
@@ -80,7 +83,7 @@ class Lifecycle:
         """A new learner; or, repeated with the same request_id, the one that was made the first time."""
         request_digest = digest({"learner_id": learner_id, "spec": spec.to_plain(), "durability": durability.value})
         async with self._creating():
-            stored = _new(learner_id, spec, durability, request_id, request_digest, born=True)
+            stored = self._new(learner_id, spec, durability, request_id, request_digest, born=True)
             if (earlier := self._made_by(stored)) is not None:
                 return earlier.record
             if not self._engine.status.up:
@@ -103,7 +106,7 @@ class Lifecycle:
         durability = durability or source.stored.durability
         request_digest = digest({"learner_id": learner_id, "fork": source.uid, "durability": durability.value})
         async with self._creating():
-            stored = _new(learner_id, source.record.spec, durability, request_id, request_digest, born=False)
+            stored = self._new(learner_id, source.record.spec, durability, request_id, request_digest, born=False)
             if (earlier := self._made_by(stored)) is not None:
                 return earlier.record
             await self._residence.use(source)
@@ -129,11 +132,11 @@ class Lifecycle:
         content = {"learner_id": learner_id, "import": len(data), "durability": durability.value}
         request_digest = digest(content | {"metadata": snapshot.metadata})
         async with self._creating():
-            stored = _new(learner_id, spec, durability, request_id, request_digest, born=False)
+            stored = self._new(learner_id, spec, durability, request_id, request_digest, born=False)
             if (earlier := self._made_by(stored)) is not None:
                 return earlier.record
             try:
-                hosted = await self._take_up(stored, messages.Import(stored.uid, data))
+                hosted = await self._take_up(stored, messages.Import(stored.uid, data, stored.engine))
             except SnapshotError as error:
                 raise InvalidRequest(FieldViolation("data", str(error))) from error
         log.info("learner imported", learner=learner_id)
@@ -156,6 +159,29 @@ class Lifecycle:
         except JournalUnavailable:
             self._in_doubt.add(stored.uid)  # the commit may have happened
             raise
+
+    def _new(
+        self,
+        learner_id: str,
+        spec: LearnerSpec,
+        durability: Durability,
+        request_id: str,
+        request_digest: str,
+        *,
+        born: bool,
+    ) -> StoredLearner:
+        now = datetime.now(UTC)
+        return StoredLearner(
+            uid=uuid.uuid4().hex,
+            learner_id=learner_id,
+            spec=spec.to_plain(),
+            engine=self._engines.of(spec),
+            durability=durability,
+            born=born,
+            create_time=now,
+            request_id=request_id,
+            request_digest=request_digest,
+        )
 
     def _made_by(self, stored: StoredLearner) -> Hosted | None:
         """The learner that an earlier attempt of the same request has made; None if a new one may be made."""
@@ -276,22 +302,6 @@ class Lifecycle:
             self._registry.add([hosted])
             raise CheckpointFailed(f"learner '{hosted.learner_id}' was not removed whole: {error}") from error
         log.info("learner purged", learner=hosted.learner_id, uid=hosted.uid)
-
-
-def _new(
-    learner_id: str, spec: LearnerSpec, durability: Durability, request_id: str, request_digest: str, *, born: bool
-) -> StoredLearner:
-    now = datetime.now(UTC)
-    return StoredLearner(
-        uid=uuid.uuid4().hex,
-        learner_id=learner_id,
-        spec=spec.to_plain(),
-        durability=durability,
-        born=born,
-        create_time=now,
-        request_id=request_id,
-        request_digest=request_digest,
-    )
 
 
 async def _converted(snapshot: bytes, format_name: str) -> bytes:

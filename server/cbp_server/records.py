@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 
-from cbp import LearnerProgress, LearnerSpec, PlasticitySample
+from cbp import EngineName, LearnerProgress, LearnerSpec, PlasticitySample
 
 
 class LearnerState(Enum):
@@ -72,6 +72,7 @@ class LearnerRecord:
     learner_id: str
     uid: str
     spec: LearnerSpec
+    engine: EngineName  # that takes its steps
     etag: str
     create_time: datetime
     update_time: datetime

@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import structlog
 
-from cbp import Batch, CbpError, LearnerSpec, SnapshotError
+from cbp import Batch, CbpError, EngineName, LearnerSpec, SnapshotError
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
 from cbp_server.errors import BatchNotLearnt, EngineUnavailable, JournalDamaged, ServerDraining
@@ -186,7 +186,7 @@ class Recovery:
         if not (stored.born and reaches_back):
             reasons = "; ".join(failures.values()) or "there is none that reaches back so far"
             raise SnapshotError(f"no checkpoint of learner '{stored.learner_id}' is readable: {reasons}")
-        report = await self._engine.call(messages.Create(uid, LearnerSpec.parse(stored.spec)))
+        report = await self._engine.call(messages.Create(uid, LearnerSpec.parse(stored.spec), stored.engine))
         return Loaded(report, (), tuple(failures))
 
     async def replay(
@@ -393,6 +393,8 @@ class _Replaying:
                 plain = json.loads(entry.payload)
                 self._spec = LearnerSpec.parse(plain["spec"])
                 return messages.Update(uid, position, plain["update_time"], self._spec)
+            case EntryKind.ENGINE:
+                return messages.SwitchEngine(uid, position, cast(EngineName, entry.payload.decode()))
             case EntryKind.RESET:
                 plain = json.loads(entry.payload)
                 return messages.ResetUnits(uid, position, tuple(plain["layers"]), plain["fraction"])

@@ -64,6 +64,7 @@ class Residence:
         most: int,
         idle_seconds: float,
         on_change: Callable[[Hosted], None],
+        on_ready: Callable[[Hosted], None],
         observer: ResidenceObserver,
     ) -> None:
         self._engine = engine
@@ -73,6 +74,7 @@ class Residence:
         self._most = most
         self._idle_seconds = idle_seconds
         self._on_change = on_change
+        self._on_ready = on_ready
         self._observer = observer
         self._at_once = asyncio.Semaphore(_RECOVERIES_AT_ONCE)
         self._one_at_once = asyncio.Lock()
@@ -155,6 +157,7 @@ class Residence:
             self.begin_recovery(hosted)
             raise
         hosted.recovery = None
+        self._on_ready(hosted)
         self._on_change(hosted)
 
     def watch(self, hosted: Hosted, change: "asyncio.Future[Any]") -> None:
@@ -203,6 +206,7 @@ class Residence:
                 self.drop(hosted.uid)
                 return
             self._install(hosted, recovered)
+            self._on_ready(hosted)
             if recovered.journal_position:  # not a newborn
                 self._observer.learner_recovered(time.monotonic() - started)
         except (EngineUnavailable, ServerDraining):

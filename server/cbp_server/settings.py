@@ -14,6 +14,7 @@ _PREFIX = "CBP_"
 #: Read by the client, not by the server; both may stand in one environment.
 _CLIENT_VARIABLES = {"CBP_SERVER"}
 
+EngineSetting = Literal["auto", "compiled", "torch"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -40,6 +41,10 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where learners train; auto takes a GPU if there is one"
+    )
+    engine: EngineSetting = Field(
+        "auto",
+        description="what executes the steps; auto: compiled code on the CPU, the stacked torch engine on a GPU",
     )
     engine_threads: int = Field(1, ge=1, le=1024, description="threads torch uses within one operation on the CPU")
     checkpoint_url: str = Field(
@@ -111,6 +116,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.engine == "compiled" and self.device == "cuda":
+            raise ValueError("engine compiled runs on the CPU; use --engine auto, or --device cpu")
         if self.grpc_port == self.http_port != 0:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; give them different ports")
         if self.data_dir.exists() and not self.data_dir.is_dir():

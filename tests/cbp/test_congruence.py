@@ -217,7 +217,7 @@ def test_somebody_may_look_between_runs_of_steps(make_spec: MakeSpec, make_batch
 
 
 def test_arrays_of_any_kind_need_no_other_code(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
-    compile_ahead(make_spec())
+    compile_ahead()
     compiled = [len(kernel.signatures) for kernel in (kernels.run, kernels.replace)]
     spec = make_spec(loss="mse")
     plain = make_batch(spec, 40)

@@ -145,6 +145,7 @@ async def test_showing_a_quarantined_learner_names_the_batch_and_the_way_on(scri
     scripted.learner.state = learner_pb2.Learner.STATE_QUARANTINED
     scripted.learner.durability = learner_pb2.DURABILITY_OS
     scripted.learner.journal_position = 17
+    scripted.learner.engine = "compiled"
     scripted.learner.quarantine.CopyFrom(
         learner_pb2.Quarantine(journal_position=15, producer="web", sequence=3, reason="the loss is inf")
     )
@@ -155,6 +156,7 @@ async def test_showing_a_quarantined_learner_names_the_batch_and_the_way_on(scri
     facts = dict(line.split(maxsplit=1) for line in shown.splitlines() if line.split())
     assert facts["durability"].strip() == "os"
     assert facts["journal"].strip() == "position 17"
+    assert facts["engine"].strip() == "compiled"
     assert json.loads((await cbp("show", "clicks", "--json")).out)["learner"]["quarantine"]["sequence"] == 3
 
 

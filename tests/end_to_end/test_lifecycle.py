@@ -14,21 +14,11 @@ import httpx
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from server_process import engine_pid, wait_until
 
 from cbp import Batch, Learner, LearnerSnapshot, LearnerSpec
 from cbp_proto import decode_tensor
 from cbp_proto.v1 import learner_service_pb2
-
-
-def engine_pid(server) -> int:
-    return [event["pid"] for event in server.log_events() if event["event"] == "engine process ready"][-1]
-
-
-def wait_until(condition, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.01)
 
 
 def is_ready(server) -> bool:
@@ -91,7 +81,7 @@ def test_a_server_told_to_stop_finishes_what_it_accepted_and_saves_it(
 ):
     wire = connect(own_server.grpc_target)
     wire.create("clicks")
-    local = Learner(LearnerSpec.parse(small_spec))
+    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
     stream = wire.stream("clicks")
     for sequence in range(1, 11):
         learn(stream, local, sequence, examples(500, seed=sequence))
@@ -142,7 +132,7 @@ def test_a_drain_has_its_time_and_what_it_gives_up_is_in_the_journal(start_serve
     server = start_server("--drain-timeout", "0.5")
     wire = connect(server.grpc_target)
     wire.create("clicks")
-    local = Learner(LearnerSpec.parse(small_spec))
+    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
     stream = wire.stream("clicks")
     learn(stream, local, 1, examples(20))
     stream.results(1)
@@ -200,7 +190,7 @@ def test_the_engine_process_is_restarted_and_its_learners_restored(
     wire.create("clicks")
     wire.create("other")
     stream = wire.stream("clicks")
-    local = Learner(LearnerSpec.parse(small_spec))
+    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
     learn(stream, local, 1, examples(50))
     stream.results(1)
     pid = engine_pid(server)
@@ -299,7 +289,7 @@ def test_learning_goes_on_while_a_checkpoint_is_written(start_server, connect, s
     server = start_server("--checkpoint-interval", "0.05")
     wire = connect(server.grpc_target)
     wire.create("clicks")
-    local = Learner(LearnerSpec.parse(small_spec))
+    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
     stream = wire.stream("clicks")
     for sequence in range(1, 41):
         learn(stream, local, sequence, examples(100, seed=sequence))
@@ -506,7 +496,7 @@ def test_while_the_journal_cannot_be_written_nothing_is_accepted_and_nothing_los
 ):
     wire = connect(own_server.grpc_target)
     wire.create("clicks")
-    local = Learner(LearnerSpec.parse(small_spec))
+    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
     stream = wire.stream("clicks")
     learn(stream, local, 1, examples(30))
     stream.results(1)

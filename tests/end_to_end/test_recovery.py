@@ -10,6 +10,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+from server_process import engine_pid, wait_until
 
 from cbp import Batch, Learner, LearnerSpec
 from cbp_proto import decode_tensor, from_plain
@@ -18,19 +19,8 @@ from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2
 PROBE = np.random.default_rng(99).normal(size=(5, 4)).astype(np.float32)
 
 
-def wait_until(condition, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.01)
-
-
 def view(server, learner="clicks"):
     return httpx.get(f"{server.http_url}/v1/learners/{learner}").json()
-
-
-def engine_pid(server):
-    return [event["pid"] for event in server.log_events() if event["event"] == "engine process ready"][-1]
 
 
 def create(wire, learner_id, small_spec, durability=learner_pb2.DURABILITY_FSYNC):
@@ -58,7 +48,7 @@ class Taught:
 
     def __init__(self, small_spec, learner_id="clicks"):
         self.id = learner_id
-        self.local = Learner(LearnerSpec.parse(small_spec))
+        self.local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
         self.sequence = 0
 
     def teach(self, stream, batch, **fields):
@@ -165,7 +155,7 @@ def test_without_a_journal_a_crash_goes_back_to_the_checkpoint_and_says_so(own_s
     checkpoint(wire, "clicks")
     told = stream.receive().acknowledgement  # news without a batch
     assert (told.durable_sequence, list(told.results)) == (1, [])
-    saved = Learner.restore(learner.local.snapshot())
+    saved = Learner.restore(learner.local.snapshot(), engine="compiled")
     learner.teach(stream, examples(10, seed=2))
     assert stream.receive().acknowledgement.durable_sequence == 1
     with contextlib.closing(sqlite3.connect(own_server.data_dir / "journal.db")) as database:
@@ -244,7 +234,7 @@ def test_checkpoints_in_an_object_store(start_server, connect, small_spec, examp
             learner.teach(stream, examples(30, seed=seed))
             stream.results(1)
         made = checkpoint(wire, "clicks")
-        then = Learner.restore(learner.local.snapshot())
+        then = Learner.restore(learner.local.snapshot(), engine="compiled")
         learner.teach(stream, examples(30, seed=99))
         stream.results(1)
         server.kill()
@@ -288,7 +278,7 @@ def test_a_restore_whose_own_checkpoint_is_damaged_is_made_again(own_server, con
     learner.teach(stream, examples(20, seed=1))
     stream.results(1)
     made = checkpoint(wire, "clicks")
-    then = Learner.restore(learner.local.snapshot())
+    then = Learner.restore(learner.local.snapshot(), engine="compiled")
     for seed in (2, 3):
         learner.teach(stream, examples(20, seed=seed))
     stream.results(2)
@@ -652,7 +642,7 @@ def test_an_operation_whose_commit_is_in_doubt_can_be_repeated(
     learner.teach(stream, examples(10, seed=1))
     stream.results(1)
     made = twice(refused, in_doubt, lambda: checkpoint(wire, "clicks"))
-    then = Learner.restore(learner.local.snapshot())
+    then = Learner.restore(learner.local.snapshot(), engine="compiled")
     learner.teach(stream, examples(10, seed=2))
     stream.results(1)
 
@@ -724,7 +714,7 @@ def test_a_restore_counts_once_the_catalog_has_it_whatever_becomes_of_the_engine
     stream = wire.stream("clicks")
     learner.teach(stream, examples(10, seed=1))
     stream.results(1)
-    then = Learner.restore(learner.local.snapshot())
+    then = Learner.restore(learner.local.snapshot(), engine="compiled")
     learner.teach(stream, examples(10, seed=2))
     stream.results(1)
     (tmp_path / "flag").touch()

@@ -28,7 +28,7 @@ def server(tmp_path, watched_sqlite):  # noqa: ARG001 - tells whether these test
 @pytest.fixture
 def local(small_spec):
     """What the learner on the server must be."""
-    return Learner(LearnerSpec.parse(small_spec))
+    return Learner(LearnerSpec.parse(small_spec), engine="compiled")
 
 
 def learn(stream, local, sequence, batch):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cbp import EngineName
+
 _ENTRY = ("learner_uid", "position", "kind", "producer", "epoch", "sequence", "payload")
 _CHECKPOINT = ("learner_uid", "number", "position", "summary")
 _TABLES = {"journal": _ENTRY, "checkpoints": _CHECKPOINT}
@@ -61,6 +63,11 @@ class History:
         """By name, of the learners that are not deleted."""
         with closing(_connect(self._data_dir)) as database:
             return dict(database.execute("SELECT learner_id, uid FROM learners WHERE delete_time IS NULL"))
+
+    def engine(self, uid: str) -> EngineName:
+        """That the learner was born with."""
+        with closing(_connect(self._data_dir)) as database:
+            return database.execute("SELECT engine FROM learners WHERE uid = ?", (uid,)).fetchone()[0]
 
     def log(self, uid: str) -> list[LogEntry]:
         """All entries that the learner ever had, in order.

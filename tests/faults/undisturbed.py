@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cbp import Batch, Learner, LearnerSnapshot, LearnerSpec
+from cbp import Batch, EngineName, Learner, LearnerSnapshot, LearnerSpec
 from cbp_proto import decode_tensor
 from cbp_proto.v1 import training_service_pb2
 from faults.audit import CheckpointRow, History, LogEntry
@@ -44,7 +44,7 @@ def check_learner(
     sequences = {producer: position["sequence"] for producer, position in service["positions"].items()}
     applied, logged = +Counter(sequences), Counter({producer: len(found) for producer, found in batches.items()})
     assert applied == +logged, f"{fed.name}: the last checkpoint has {applied}, the log {logged}"
-    undisturbed = Undisturbed(fed, log, history.checkpoints(uid))
+    undisturbed = Undisturbed(fed, history.engine(uid), log, history.checkpoints(uid))
     assert_same(fed.name, stored, undisturbed.at_end())
     return sum(map(len, batches.values()))
 
@@ -59,7 +59,7 @@ def check_fork(history: History, name: str, source: FedLearner) -> None:
     checkpoints = history.checkpoints(uids[name])
     assert not history.log(uids[name]), f"{name} has learnt something"
     origin = uids[source.name]
-    undisturbed = Undisturbed(source, history.log(origin), history.checkpoints(origin))
+    undisturbed = Undisturbed(source, history.engine(origin), history.log(origin), history.checkpoints(origin))
     stored = LearnerSnapshot.from_bytes(history.newest_file(uids[name]).read_bytes())
     assert_same(name, stored, undisturbed.described_by(checkpoints[0].summary, len(undisturbed.log)))
 
@@ -86,12 +86,16 @@ class Undisturbed:
     """A learner's states along its log.
 
     Args:
+        engine: that the learner was born with.
         checkpoints: all that the learner ever had; they say to which earlier state it was restored.
     """
 
-    def __init__(self, fed: FedLearner, log: Sequence[LogEntry], checkpoints: Sequence[CheckpointRow]) -> None:
+    def __init__(
+        self, fed: FedLearner, engine: EngineName, log: Sequence[LogEntry], checkpoints: Sequence[CheckpointRow]
+    ) -> None:
         self.log = log
         self._fed = fed
+        self._engine = engine
         self._summaries = {checkpoint.number: checkpoint.summary for checkpoint in checkpoints}
         self._restores = {entry.position: self._summary(entry) for entry in log if entry.kind == "restore"}
         self._kept: dict[str, LearnerSnapshot] = {}  # states that the learner was restored to, by what describes them
@@ -106,15 +110,15 @@ class Undisturbed:
 
         The summary has running means of loss and accuracy, to the last bit, so it fits one state only.
         """
-        wanted = _description(summary["spec"], summary["progress"])
+        wanted = _description(summary)
         for learner in self._states(last):
-            if _description(learner.spec.to_plain(), learner.progress.to_plain()) == wanted:
+            if _description_of(learner) == wanted:
                 return learner
         raise AssertionError(f"{self._fed.name} was restored or forked to a state that it never had: {summary}")
 
     def _states(self, last: int) -> Iterator[Learner]:
         """The learner before the first entry and behind each one up to position `last`; changed by each next state."""
-        learner = Learner(LearnerSpec.parse(self._fed.spec))
+        learner = Learner(LearnerSpec.parse(self._fed.spec), engine=self._engine)
         self._keep(learner)
         yield learner
         for entry in self.log[:last]:
@@ -127,25 +131,29 @@ class Undisturbed:
 
     def _keep(self, learner: Learner) -> None:
         """Keeps the state if the learner is restored to it further on."""
-        progress = learner.progress
-        if any(summary["progress"]["step"] == progress.step for summary in self._restores.values()):
-            description = _description(learner.spec.to_plain(), progress.to_plain())
+        if any(summary["progress"]["step"] == learner.progress.step for summary in self._restores.values()):
+            description = _description_of(learner)
             if description not in self._kept:
                 self._kept[description] = learner.snapshot()
 
     def _restored_by(self, entry: LogEntry) -> Learner:
         summary = self._restores[entry.position]
-        description = _description(summary["spec"], summary["progress"])
+        description = _description(summary)
         assert description in self._kept, f"{self._fed.name} was restored to a state that it never had: {summary}"
-        return Learner.restore(self._kept[description])
+        return Learner.restore(self._kept[description], engine=summary["engine"])
 
     def _summary(self, entry: LogEntry) -> Mapping[str, Any]:
         return self._summaries[json.loads(entry.payload)["checkpoint"]]
 
 
-def _description(spec: Mapping[str, Any], progress: Mapping[str, Any]) -> str:
+def _description(summary: Mapping[str, Any]) -> str:
     """Of one state only: the running means of loss and accuracy are in it, to the last bit."""
-    return json.dumps([spec, progress], sort_keys=True)
+    return json.dumps([summary[key] for key in ("spec", "engine", "progress")], sort_keys=True)
+
+
+def _description_of(learner: Learner) -> str:
+    plain = {"spec": learner.spec.to_plain(), "engine": learner.engine, "progress": learner.progress.to_plain()}
+    return _description(plain)
 
 
 def assert_same(name: str, stored: LearnerSnapshot, undisturbed: Learner) -> None:
@@ -175,6 +183,8 @@ def _apply(learner: Learner, entry: LogEntry) -> None:
         case "reset":
             plain = json.loads(entry.payload)
             learner.reset_units(plain["layers"], plain["fraction"])
+        case "engine":
+            learner.switch_engine(entry.payload.decode())
         case "open":
             pass  # concerns the producer only
         case kind:

@@ -20,6 +20,12 @@ def checked_engine(name: EngineName, device: torch.device) -> EngineName:
     return name
 
 
+def choose_engine(spec: LearnerSpec, device: torch.device | str) -> EngineName:
+    """The fastest engine on the device for learners of this specification."""
+    del spec  # the compiled engine takes all of them
+    return "compiled" if torch.device(device).type == "cpu" else "torch"
+
+
 def make_engine(
     name: EngineName,
     spec: LearnerSpec,
@@ -38,13 +44,19 @@ def make_engine(
     return CompiledEngine(spec, state, draws, published_order=published_order)
 
 
-def compile_ahead(spec: LearnerSpec) -> None:
-    """Readies the compiled engine for learners of this specification; from then on none of them waits for a compiler.
+def compile_ahead() -> None:
+    """Readies the compiled engine for learners of any specification; from then on none of them waits for a compiler.
 
     Takes about half a minute the first time. The code is kept on disk, beside the package or where `NUMBA_CACHE_DIR`
     says; with it there, the next process takes about a second. Other threads run meanwhile, but not on the same core.
     """
-    del spec  # today one compilation serves all of them
     from cbp.engines.compiled_engine import compile_kernels
 
     compile_kernels()
+
+
+def compiled_before() -> bool:
+    """Whether `compile_ahead` finds the code on disk, for this processor, and so takes about a second."""
+    from cbp.engines.compiled_engine import kernels_on_disk
+
+    return kernels_on_disk()

@@ -351,3 +351,16 @@ def compile_kernels() -> None:
     engine = CompiledEngine(spec, initial_stack([spec], torch.device("cpu")))
     rows = np.ones((2, 1), np.float32)
     engine.begin(Examples(rows, rows, np.ones(2, np.float32), (("", 2),)), 1).run(2)
+
+
+def kernels_on_disk() -> bool:
+    """Whether numba finds the compiled steps on disk, made from this source for this processor.
+
+    It has no public way to ask.
+    """
+    run: Any = kernels.run
+    file = getattr(run._cache, "_cache_file", None)  # none if there is no place on disk
+    if file is None:
+        return False
+    processor = run.targetctx.codegen().magic_tuple()
+    return any(key[1] == processor for key in file._load_index())

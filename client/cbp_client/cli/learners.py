@@ -299,6 +299,7 @@ def _facts(info: LearnerInfo) -> Table:
     table.add_row("step", f"{progress.step}, after {progress.examples} examples, {progress.pending_examples} pending")
     table.add_row("online", f"loss {number(progress.loss)}, accuracy {percent(progress.accuracy)}")
     table.add_row("journal", f"position {info.journal_position}")
+    table.add_row("engine", info.engine)
     if info.quarantine is not None:
         table.add_row("quarantine", _reason(info.id, info.quarantine))
     for producer in info.producers:

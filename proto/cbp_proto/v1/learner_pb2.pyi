@@ -100,6 +100,7 @@ class Learner(_message.Message):
     DELETE_TIME_FIELD_NUMBER: _builtins.int
     PURGE_TIME_FIELD_NUMBER: _builtins.int
     JOURNAL_POSITION_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """learners/{learner_id}"""
     uid: _builtins.str
@@ -111,6 +112,8 @@ class Learner(_message.Message):
     """What an acknowledged batch survives. Set at creation; may be changed between FSYNC and OS."""
     journal_position: _builtins.int
     """Of the last entry in the learner's journal."""
+    engine: _builtins.str
+    """What takes the learner's steps: compiled, torch or stacked. The server chooses."""
     @_builtins.property
     def spec(self) -> _spec_pb2.LearnerSpec: ...
     @_builtins.property
@@ -150,10 +153,11 @@ class Learner(_message.Message):
         delete_time: _timestamp_pb2.Timestamp | None = ...,
         purge_time: _timestamp_pb2.Timestamp | None = ...,
         journal_position: _builtins.int = ...,
+        engine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "progress", b"progress", "purge_time", b"purge_time", "quarantine", b"quarantine", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "durability", b"durability", "etag", b"etag", "journal_position", b"journal_position", "name", b"name", "producers", b"producers", "progress", b"progress", "purge_time", b"purge_time", "quarantine", b"quarantine", "spec", b"spec", "state", b"state", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "durability", b"durability", "engine", b"engine", "etag", b"etag", "journal_position", b"journal_position", "name", b"name", "producers", b"producers", "progress", b"progress", "purge_time", b"purge_time", "quarantine", b"quarantine", "spec", b"spec", "state", b"state", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cbp import Batch, LearnerProgress, LearnerSpec, TrainResult
+from cbp import Batch, EngineName, LearnerProgress, LearnerSpec, TrainResult
 from cbp_server.records import SampleRecord
 
 AnswerT_co = TypeVar("AnswerT_co", covariant=True)
@@ -27,6 +27,7 @@ class EngineOptions:
 
     checkpoint_url: str
     device: str
+    engine: str  # see the setting
     threads: int
     log_level: str
     log_format: str
@@ -64,6 +65,14 @@ class EngineReady:
     """The engine process is up."""
 
     device: str
+    compiled: bool  # compiled code is at hand; if not, `Prepare` says when it is
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What has come of the preparations."""
+
+    compiled: bool  # compiled code is at hand
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class LearnerReport:
     """A learner as the engine held it between two requests."""
 
     spec: LearnerSpec
+    engine: EngineName
     update_time: str  # of the spec; ISO 8601, UTC, empty if it is the one it was made with
     progress: LearnerProgress
     positions: dict[str, Position]
@@ -135,6 +145,7 @@ class Create(Request[LearnerReport]):
     """Make the newborn that the spec describes."""
 
     spec: LearnerSpec
+    engine: EngineName
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,7 @@ class Import(Request[LearnerReport]):
     """Make a learner of a snapshot's bytes, with no producers."""
 
     data: bytes
+    engine: EngineName
 
 
 @dataclass(frozen=True)
@@ -254,6 +266,13 @@ class ResetUnits(Change[ResetReport]):
 
 
 @dataclass(frozen=True)
+class SwitchEngine(Change[None]):
+    """Take the learner's further steps with another engine."""
+
+    engine: EngineName
+
+
+@dataclass(frozen=True)
 class Pass(Change[None]):
     """Note an entry that does nothing by itself."""
 
@@ -264,6 +283,13 @@ class AbortTraining(Request[None]):
 
     A batch that has begun counts as applied: the examples it has left wait in its learner, as a remainder does.
     """
+
+    learner: str = ""
+
+
+@dataclass(frozen=True)
+class Prepare(Request[PrepareReport]):
+    """Answered when compiled code is at hand, or cannot be had. Concerns no learner."""
 
     learner: str = ""
 

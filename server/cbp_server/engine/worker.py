@@ -26,6 +26,7 @@ import torch
 from cbp import (
     CbpError,
     DivergenceError,
+    EngineName,
     Learner,
     LearnerProgress,
     LearnerSnapshot,
@@ -34,6 +35,7 @@ from cbp import (
 )
 from cbp_server.engine import messages
 from cbp_server.engine.inbox import Inbox
+from cbp_server.engine.preparation import Preparation
 from cbp_server.engine.spares import SpareSnapshots
 from cbp_server.engine.training import StopTrainingError, TrainingJob
 from cbp_server.errors import (
@@ -87,6 +89,7 @@ class HostedLearner:
     def report(self) -> messages.LearnerReport:
         return messages.LearnerReport(
             self.learner.spec,
+            self.learner.engine,
             self.update_time,
             self.learner.progress,
             dict(self.positions),
@@ -105,6 +108,7 @@ class EngineWorker:
         self, options: messages.EngineOptions, inbox: Inbox, answer: Callable[[messages.Answer], None]
     ) -> None:
         self._device = _resolve_device(options.device)
+        self._preparation = _preparation(options.engine, self._device)
         self._files = CheckpointFiles(options.checkpoint_url)
         self._spares = SpareSnapshots()
         self._inbox = inbox
@@ -116,7 +120,7 @@ class EngineWorker:
 
     @property
     def ready(self) -> messages.EngineReady:
-        return messages.EngineReady(self._device)
+        return messages.EngineReady(self._device, self._preparation.compiled)
 
     def run(self) -> None:
         """Carries out requests until the inbox closes, then finishes the checkpoints under way."""
@@ -140,6 +144,8 @@ class EngineWorker:
                 self._checkpoint(call, request)
             case messages.Export() as request:
                 self._export(call, request)
+            case messages.Prepare():
+                self._preparation.when_finished(partial(self._prepared, call))
             case messages.Request() as request:
                 self._reply(call, partial(self._administer, request))
 
@@ -248,6 +254,8 @@ class EngineWorker:
             case messages.Skip():
                 _check_sequence(hosted, request)
                 self._advance(hosted, request)
+            case messages.SwitchEngine():
+                hosted.learner.switch_engine(self._engine_at_hand(request.engine))
             case messages.Pass():
                 pass
             case _:
@@ -294,12 +302,17 @@ class EngineWorker:
     def _administer(self, request: messages.Request[Any]) -> object:
         match request:
             case messages.Create():
-                return self._take_up(request.learner, Learner(request.spec, device=self._device))
+                return self._take_up(
+                    request.learner,
+                    Learner(request.spec, device=self._device, engine=self._engine_at_hand(request.engine)),
+                )
             case messages.Import():
-                return self._take_up(request.learner, self._restored(LearnerSnapshot.from_bytes(request.data)))
+                return self._take_up(
+                    request.learner, self._restored(LearnerSnapshot.from_bytes(request.data), request.engine)
+                )
             case messages.Copy():
                 source = self._get(request.learner)
-                report = self._take_up(request.to, self._restored(source.learner.snapshot()))
+                report = self._take_up(request.to, self._restored(source.learner.snapshot(), source.learner.engine))
                 self._hosted[request.to].update_time = source.update_time
                 return report
             case messages.Load():
@@ -326,15 +339,27 @@ class EngineWorker:
         hosted = self._hosted[uid] = HostedLearner(learner)
         return hosted.report
 
-    def _restored(self, snapshot: LearnerSnapshot) -> Learner:
-        return Learner.restore(snapshot, device=self._device)
+    def _restored(self, snapshot: LearnerSnapshot, engine: EngineName) -> Learner:
+        return Learner.restore(snapshot, device=self._device, engine=self._engine_at_hand(engine))
+
+    def _engine_at_hand(self, name: EngineName) -> EngineName:
+        """The engine of this name, once it can take steps; another one where the device has none of the kind."""
+        if name != "compiled":
+            return name
+        if self._device != "cpu":
+            return "torch"
+        self._preparation.require()
+        return name
+
+    def _prepared(self, call: messages.Call, compiled: bool) -> None:
+        self._answer(messages.Answer(call.number, value=messages.PrepareReport(compiled)))
 
     def _load(self, request: messages.Load) -> messages.LoadReport:
         try:
             snapshot = LearnerSnapshot.from_bytes(self._read(request))
             service = json.loads(snapshot.extra[_SERVICE_KEY])
             hosted = HostedLearner(
-                self._restored(snapshot),
+                self._restored(snapshot, service["engine"]),
                 str(service["update_time"]),
                 {name: _position_from_plain(plain) for name, plain in service["positions"].items()},
                 int(service["journal_position"]),
@@ -379,6 +404,7 @@ class EngineWorker:
         report = copy.report
         service = {
             "learner": request.stored_as,
+            "engine": report.engine,
             "update_time": report.update_time,
             "positions": {name: asdict(position) for name, position in report.positions.items()},
             "journal_position": report.journal_position,
@@ -465,6 +491,17 @@ def _resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("cbp-server: --device cuda, but torch sees no CUDA device; use --device auto or cpu")
     return device
+
+
+def _preparation(engine: str, device: str) -> Preparation:
+    preparation = Preparation()
+    if engine == "compiled" and device != "cpu":
+        raise SystemExit(f"cbp-server: --engine compiled runs on the CPU, not on {device}; use --engine auto")
+    if device == "cpu" and engine in ("auto", "compiled"):
+        preparation.begin(at_once=engine == "compiled")
+    else:
+        preparation.skip()
+    return preparation
 
 
 def _read_calls(connection: socket.socket, inbox: Inbox) -> None:

@@ -340,6 +340,7 @@ def learner_to_message(record: LearnerRecord) -> learner_pb2.Learner:
         delete_time=None if record.delete_time is None else _timestamp(record.delete_time),
         purge_time=None if record.purge_time is None else _timestamp(record.purge_time),
         journal_position=record.journal_position,
+        engine=record.engine,
     )
 
 

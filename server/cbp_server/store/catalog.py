@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from cbp import EngineName
 from cbp_server.errors import LearnerExists
 from cbp_server.records import Durability, Quarantine
 from cbp_server.store.database import transaction
@@ -23,6 +24,7 @@ class StoredLearner:
     uid: str
     learner_id: str
     spec: dict[str, Any]  # the newborn's; JSON
+    engine: EngineName  # the newborn's
     durability: Durability
     born: bool  # it began as that newborn; otherwise its first checkpoint, at position 0, is its beginning
     create_time: datetime  # times are aware, UTC

@@ -35,6 +35,7 @@ class EntryKind(StrEnum):
     UPDATE = "update"  # payload: JSON of update_time and spec
     RESET = "reset"  # units reset by hand; payload: JSON of layers and fraction
     RESTORE = "restore"  # the state of an earlier position, which the checkpoint at this position holds
+    ENGINE = "engine"  # another engine takes the steps from here on; payload: its name
     RESUME = "resume"  # how a quarantined learner goes on; payload: JSON of at, lr, skip and update_time
 
 

@@ -68,6 +68,7 @@ LEARNERS = Table(
     Column("uid", String(32), nullable=False),
     Column("learner_id", String(128), nullable=False),
     Column("spec", Json, nullable=False),  # the newborn's
+    Column("engine", String(16), nullable=False),  # the newborn's
     Column("durability", String(8), nullable=False),
     Column("born", Boolean, nullable=False),  # as that newborn; else it begins with its first checkpoint
     Column("create_time", UtcTime, nullable=False),

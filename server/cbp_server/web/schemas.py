@@ -191,6 +191,7 @@ class Learner(BaseModel):
     durability: str = Field(description="What an acknowledged batch survives: `fsync`, `os` or `none`.")
     quarantine: Quarantine | None = Field(description="The batch that it could not learn; null if there is none.")
     journal_position: int = Field(description="Of the last entry in its journal.")
+    engine: str = Field(description="What takes its steps: `compiled`, `torch` or `stacked`. The server chooses.")
     spec: dict[str, Any] = Field(description="What the learner is, every field filled in.")
     create_time: datetime
     update_time: datetime
@@ -213,6 +214,7 @@ class Learner(BaseModel):
             durability=record.durability.value,
             quarantine=None if record.quarantine is None else Quarantine.of(record.quarantine),
             journal_position=record.journal_position,
+            engine=record.engine,
             spec=record.spec.to_plain(),
             create_time=record.create_time,
             update_time=record.update_time,

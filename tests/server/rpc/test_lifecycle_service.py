@@ -16,7 +16,7 @@ REGRESSION = {"loss": "mse", "optimizer": {"kind": "sgd", "lr": 0.05, "momentum"
 
 
 def local(small_spec, **changes):
-    return Learner(LearnerSpec.parse(small_spec | changes))
+    return Learner(LearnerSpec.parse(small_spec | changes), engine="compiled")
 
 
 def same(wire, learner_id, expected):
@@ -33,7 +33,7 @@ def teach(stream, learners, sequence, batch):
 
 
 def copy_of(learner):
-    return Learner.restore(learner.snapshot())
+    return Learner.restore(learner.snapshot(), engine="compiled")
 
 
 def request(kind, **fields):

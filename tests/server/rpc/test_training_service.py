@@ -14,7 +14,7 @@ from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2
 
 def test_learning_over_the_wire_is_learning_in_process(wire, learner_id, small_spec, examples):
     wire.create(learner_id)
-    local = Learner(LearnerSpec.parse(small_spec))
+    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
     stream = wire.stream(learner_id)
 
     for sequence in range(1, 6):
@@ -38,7 +38,7 @@ def test_learning_over_the_wire_is_learning_in_process(wire, learner_id, small_s
 
 def test_weights_reach_the_learner(wire, learner_id, small_spec, examples):
     wire.create(learner_id)
-    local = Learner(LearnerSpec.parse(small_spec))
+    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
     features, targets = examples(20)
     weights = np.linspace(0, 2, 20)
 
@@ -169,7 +169,7 @@ def test_credits_come_back_with_every_answer(wire, learner_id, examples):
 def test_a_live_update_takes_effect_between_the_batches_around_it(wire, learner_id, small_spec, examples):
     """The order of batches and updates is the order in which they were accepted, so the outcome is exact."""
     wire.create(learner_id)
-    local = Learner(LearnerSpec.parse(small_spec))
+    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
     stream = wire.stream(learner_id)
     change = from_plain({"resets": {"layers": "none"}, "optimizer": {"lr": 0.2}}, spec_pb2.LearnerSpec)
     for sequence in (1, 2):

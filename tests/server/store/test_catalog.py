@@ -19,7 +19,7 @@ POISON = Quarantine(position=7, producer="web", sequence=5, reason="the loss is 
 
 def learner(uid: str = "a", name: str = "clicks", **fields: object) -> StoredLearner:
     spec = {"layers": [{"inputs": 3, "units": 4}], "optimizer": {"lr": 0.1 + 0.2}, "note": "é"}
-    plain = {"spec": spec, "durability": Durability.FSYNC, "create_time": NOW, "born": True}
+    plain = {"spec": spec, "engine": "torch", "durability": Durability.FSYNC, "create_time": NOW, "born": True}
     return StoredLearner(**plain | {"uid": uid, "learner_id": name} | fields)
 
 

@@ -20,6 +20,7 @@ LEARNER = StoredLearner(
     uid="a",
     learner_id="clicks",
     spec={},
+    engine="torch",
     durability=Durability.FSYNC,
     create_time=datetime(2026, 1, 1, tzinfo=UTC),
     born=True,

@@ -173,6 +173,7 @@ def _learner_record(learner_id: str = "clicks", *, samples: int = 3, **changes: 
                 "resets": {"layers": "first"},
             }
         ),
+        engine="compiled",
         etag="0123456789abcdef",
         create_time=START,
         update_time=START,

@@ -444,6 +444,7 @@ class LearnerView {
         ? `step ${format.count(checkpoint.step)}, ${format.duration(age)} ago, ${format.bytes(checkpoint.size_bytes)}`
         : "none yet",
       Durability: DURABILITY[learner.durability],
+      Engine: learner.engine,
       Journal: `${format.count(learner.journal_position)}${behind > 0 ? `, ${format.count(behind)} behind the checkpoint` : ""}`,
     };
     for (const [label, text] of Object.entries(facts)) {

@@ -17,6 +17,7 @@ def upgrade() -> None:
         sa.Column("uid", sa.String(32), nullable=False),
         sa.Column("learner_id", sa.String(128), nullable=False),
         sa.Column("spec", sa.Text, nullable=False),
+        sa.Column("engine", sa.String(16), nullable=False),
         sa.Column("durability", sa.String(8), nullable=False),
         sa.Column("born", sa.Boolean, nullable=False),
         sa.Column("create_time", time, nullable=False),

@@ -1,0 +1,95 @@
+"""What takes a learner's steps is chosen by the server, and changes only where the learner's journal says so."""
+
+import sqlite3
+from contextlib import closing
+
+import httpx
+import numpy as np
+import pytest
+from server_process import wait_until
+
+from cbp import Batch, Learner, LearnerSpec
+from cbp_proto import decode_tensor
+
+PROBE = np.linspace(-1.0, 1.0, 20, dtype=np.float32).reshape(5, 4)
+
+
+def teach(wire, local, batches):
+    """Teaches the learner on the server and its twin beside it the same."""
+    stream = wire.stream("clicks")
+    for sequence, batch in enumerate(batches, stream.opened.next_sequence):
+        stream.send_batch(sequence, *batch)
+        stream.results(1)
+        local.train(Batch.validate(local.spec, *batch))
+    stream.close()
+
+
+def check(wire, local):
+    outputs = decode_tensor(wire.predict("clicks", PROBE).outputs)
+    np.testing.assert_array_equal(outputs, local.predict(PROBE))
+
+
+def wait_for_engine(wire, engine):
+    wait_until(lambda: wire.get("clicks").engine == engine)
+
+
+def test_compiled_code_takes_the_steps_unless_told_otherwise(start_server, connect):
+    server = start_server()
+    wire = connect(server.grpc_target)
+    assert wire.create("clicks").engine == "compiled"
+    assert httpx.get(f"{server.http_url}/v1/learners/clicks").json()["engine"] == "compiled"
+
+    other = start_server("--engine", "torch")
+    assert connect(other.grpc_target).create("clicks").engine == "torch"
+
+
+def test_another_engine_takes_over_at_an_entry_of_the_journal(start_server, connect, small_spec, examples):
+    server = start_server("--checkpoint-interval", "1000000")
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
+    for seed, engine in enumerate(["torch", "compiled", "torch"]):
+        teach(wire, local, [examples(37, seed=seed)])
+        server.kill()
+        server.start("--engine", engine)
+        wire = connect(server.grpc_target)
+        wait_for_engine(wire, engine)
+        check(wire, local)  # all that was learnt before has been learnt again with the engines of then
+        local.switch_engine(engine)
+    teach(wire, local, [examples(37, seed=9)])
+    check(wire, local)
+    assert server.stop() == 0
+    server.start("--engine", "torch")
+    wire = connect(server.grpc_target)
+    check(wire, local)
+    assert wire.get("clicks").engine == "torch"
+
+
+@pytest.mark.timeout(180)
+def test_a_stream_does_not_wait_for_the_compiler(start_server, connect, small_spec, examples, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "code"))
+    server = start_server("--checkpoint-interval", "1000000")
+    wire = connect(server.grpc_target)
+    assert wire.create("clicks").engine == "torch"
+    spec = LearnerSpec.parse(small_spec)
+    unused = Learner(spec)
+    teach(wire, unused, [examples(20, seed=seed) for seed in range(3)])
+    assert wire.get("clicks").engine == "torch"
+    wait_for_engine(wire, "compiled")
+    teach(wire, unused, [examples(20, seed=seed) for seed in range(3, 6)])
+
+    server.kill()
+    local = Learner(spec, engine="torch")
+    batches = iter([examples(20, seed=seed) for seed in range(6)])
+    with closing(sqlite3.connect(server.data_dir / "journal.db")) as database:
+        kinds = [kind for (kind,) in database.execute("SELECT kind FROM journal ORDER BY position")]
+    for kind in kinds:
+        if kind == "engine":
+            local.switch_engine("compiled")
+        elif kind == "batch":
+            local.train(Batch.validate(spec, *next(batches)))
+    assert kinds.count("engine") == 1
+    server.start()
+    wire = connect(server.grpc_target)
+    assert wire.get("clicks").engine == "compiled"
+    check(wire, local)
