@@ -10,8 +10,7 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 from faults.processes import children
 from playwright.sync_api import sync_playwright
+from server_process import wait_until
 
 from cbp_client import Client, LearnerQuarantined
 
@@ -181,13 +181,6 @@ def prometheus_answers(prometheus: Prometheus) -> bool:
         return bool(prometheus.values("up"))
     except (httpx.TransportError, ValueError):  # while it starts it answers in plain text
         return False
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.1)
 
 
 # --- the status page -----------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@ gone the service goes on by itself."""
 
 import contextlib
 import os
-import time
 
 import grpc
 import httpx
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from faults.server import FaultyServer
 from faults.storage import Failures
+from server_process import wait_until
 
 from cbp import Batch, Learner, LearnerSpec
 from cbp_client import Client, Unavailable
@@ -39,13 +39,6 @@ def learn(stream, local, sequence, batch):
 def assert_same(wire, local, examples):
     probe, _ = examples(5, seed=99)
     np.testing.assert_array_equal(decode_tensor(wire.predict("clicks", probe).outputs), local.predict(probe))
-
-
-def wait_until(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
 
 
 def saved_step(server):
