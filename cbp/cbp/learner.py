@@ -54,6 +54,27 @@ class TrainResult:
     """[examples, C] network outputs, if asked for."""
 
 
+@dataclass(kw_only=True)
+class Training:
+    """One call of `train` on its way."""
+
+    due: Examples
+    """Whole steps of examples."""
+    later: Examples
+    """The remainder, which waits for the next call."""
+    work: Work
+    step_size: int
+    first_step: int
+    examples_before: int
+    """Examples that the learner had learned from."""
+    shown: int = 0
+    """How many of the due examples the probe has taken up."""
+
+    @property
+    def total_steps(self) -> int:
+        return len(self.due) // self.step_size
+
+
 class Learner:
     """One continual learner.
 
@@ -135,28 +156,83 @@ class Learner:
         steps are taken (also where `between_steps` raised; its exception is then the context). The learner is in no
         defined state after that: go on with one restored from a snapshot.
         """
+        training = self._begin(batch)
+        self._start(training)
+        try:
+            while steps := self._steps_to_take(training, watched=between_steps is not None):
+                training.work.run(steps)
+                self._after_steps(training)
+                if between_steps is not None and self._remaining_steps(training):
+                    between_steps()
+        finally:
+            result = self._finish(training, return_outputs)
+        return result
+
+    def _begin(self, batch: Batch) -> Training:
+        """Takes up the examples that wait and these; changes nothing, for it may run out of memory."""
         self._refuse_while_training("train")
         self._check_fits(batch)
         waiting = Examples.of(batch)
         if len(self._pending):
             waiting = self._pending.followed_by(waiting)
         step_size = self._spec.batch_size or len(waiting)
-        first_step = self._state.steps[0] + 1
         count = len(waiting) // step_size * step_size
         due, later = (waiting, self._none) if count == len(waiting) else waiting.split_at(count)
-        work = self._engine.begin(due, step_size)  # may run out of memory: before anything changes
-        self._pending = later
+        return Training(
+            due=due,
+            later=later,
+            work=self._engine.begin(due, step_size),
+            step_size=step_size,
+            first_step=self._state.steps[0] + 1,
+            examples_before=self._examples,
+        )
+
+    def _start(self, training: Training) -> None:
+        self._pending = training.later
         self._training = True
-        try:
-            self._take_steps(due, work, step_size, between_steps)
-        finally:
-            self._training = False
-            steps = self._state.steps[0] + 1 - first_step
-            applied = due
-            if steps * step_size < len(due):
-                applied, rest = due.split_at(steps * step_size)
-                self._pending = rest.followed_by(self._pending)
-            loss, accuracy = self._account(applied, work, first_step, step_size)
+
+    def _remaining_steps(self, training: Training) -> int:
+        return training.total_steps - self._steps_taken(training)
+
+    def _steps_taken(self, training: Training) -> int:
+        return self._state.steps[0] + 1 - training.first_step
+
+    def _steps_to_take(self, training: Training, *, watched: bool) -> int:
+        """Steps up to the next plasticity sample, to the next call of `between_steps` if somebody watches, or to the
+        end; 0 there."""
+        remaining, interval = self._remaining_steps(training), self._spec.monitoring.interval
+        if interval:
+            remaining = min(remaining, interval - self._state.steps[0] % interval)
+        return min(remaining, self._engine.steps_between_calls(training.step_size)) if watched else remaining
+
+    def _after_steps(self, training: Training) -> None:
+        """Counts the examples of the steps taken, and takes the plasticity sample that is due."""
+        self._count_examples(training)
+        interval = self._spec.monitoring.interval
+        if interval and self._state.steps[0] % interval == 0:
+            self._show_probe(training)
+            self._samples.append(self.sample_plasticity())
+
+    def _count_examples(self, training: Training) -> None:
+        self._examples = training.examples_before + self._steps_taken(training) * training.step_size
+
+    def _show_probe(self, training: Training) -> None:
+        shown, taken = training.shown, self._examples - training.examples_before
+        self._probe.extend(training.due.features[shown:taken], training.due.targets[shown:taken])
+        training.shown = taken
+
+    def _finish(self, training: Training, return_outputs: bool) -> TrainResult:
+        """Accounts for the steps taken; the examples of the others wait. Raises `DivergenceError`."""
+        self._count_examples(training)
+        self._show_probe(training)
+        self._training = False
+        due, step_size, first_step = training.due, training.step_size, training.first_step
+        steps = self._steps_taken(training)
+        applied = due
+        if steps < training.total_steps:
+            applied, rest = due.split_at(steps * step_size)
+            self._pending = rest.followed_by(self._pending)
+        loss, accuracy = self._account(applied, training.work, first_step, step_size)
         return TrainResult(
             steps=steps,
             first_step=first_step,
@@ -164,7 +240,7 @@ class Learner:
             pending=len(self._pending),
             loss=loss,
             accuracy=accuracy,
-            outputs=work.outputs() if return_outputs else None,
+            outputs=training.work.outputs() if return_outputs else None,
         )
 
     def _refuse_while_training(self, action: str) -> None:
@@ -186,39 +262,6 @@ class Learner:
                 violations.append(FieldViolation(name, description))
         if violations:
             raise BatchError(violations)
-
-    def _take_steps(
-        self,
-        examples: Examples,
-        work: Work,
-        step_size: int,
-        between_steps: Callable[[], None] | None,
-    ) -> None:
-        interval = self._spec.monitoring.interval
-        total = len(examples) // step_size
-        at_once = total if between_steps is None else self._engine.steps_between_calls(step_size)
-        first, examples_before, shown = self._state.steps[0], self._examples, 0
-
-        def show_probe() -> None:
-            nonlocal shown
-            taken = (self._state.steps[0] - first) * step_size
-            self._examples = examples_before + taken
-            self._probe.extend(examples.features[shown:taken], examples.targets[shown:taken])
-            shown = taken
-
-        try:
-            while (steps := self._state.steps[0]) - first < total:
-                until_sample = interval - steps % interval if interval else total
-                work.run(min(at_once, until_sample, total - (steps - first)))
-                steps = self._state.steps[0]
-                self._examples = examples_before + (steps - first) * step_size
-                if interval and steps % interval == 0:
-                    show_probe()
-                    self._samples.append(self.sample_plasticity())
-                if between_steps is not None and steps - first < total:
-                    between_steps()
-        finally:
-            show_probe()
 
     def _account(
         self, applied: Examples, work: Work, first_step: int, step_size: int
