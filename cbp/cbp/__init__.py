@@ -18,6 +18,7 @@ from cbp.spec import (
     ResetSpec,
     SgdSpec,
 )
+from cbp.stack import train_together
 
 __all__ = [
     "AdamSpec",
@@ -44,4 +45,5 @@ __all__ = [
     "TaskRecord",
     "TrainResult",
     "compile_ahead",
+    "train_together",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cbp import losses, optimizers
 from cbp.batches import Batch, validate_features
-from cbp.engines.choice import checked_engine, make_engine
+from cbp.engines.choice import EngineChoice, check_engine, make_engine, resolve_engine
 from cbp.engines.eager_engine import EngineName, Work
 from cbp.engines.torch_engine import StackState, initial_stack, schedules, unit_layout
 from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError, SpecError, shown
@@ -81,14 +81,17 @@ class Learner:
     Not thread-safe: calls come one after another, except `predict` from within `train`'s `between_steps`.
     """
 
-    def __init__(self, spec: LearnerSpec, *, device: torch.device | str = "cpu", engine: EngineName = "torch") -> None:
+    def __init__(
+        self, spec: LearnerSpec, *, device: torch.device | str = "cpu", engine: EngineChoice = "torch"
+    ) -> None:
         """A newborn, its weights drawn from the specification's seed.
 
-        `engine` executes its steps: "torch" on any device, or "compiled" on the CPU, which is much faster for small
-        networks. They agree to float32 rounding. Raises `CbpError` if it cannot run there.
+        `engine` executes its steps: "torch" on any device; "compiled" on the CPU, much faster for small networks;
+        "stacked" on any device, for many learners on a GPU (see `train_together`); or "auto", the fastest of them. They
+        agree to float32 rounding. Raises `CbpError` if it cannot run there.
         """
         self._device = torch.device(device)
-        self._engine_name = checked_engine(engine, self._device)
+        self._engine_name = resolve_engine(engine, spec, self._device)
         self._spec = spec
         self._progress = ProgressTracker()
         self._examples = 0
@@ -147,10 +150,10 @@ class Learner:
     ) -> TrainResult:
         """Learns from the examples, in steps of `batch_size`; a remainder waits for the next call.
 
-        `between_steps` runs after every step but the last; with the compiled engine after every few steps, which take
-        about a millisecond at most. The learner is whole at that moment and may predict; it refuses to change. An
-        exception from it stops training there: the steps taken are accounted for, and the examples not yet applied
-        wait.
+        `between_steps` runs after every step but the last; with the compiled engine, and the stacked one on a GPU,
+        after every few steps, which take about a millisecond at most. The learner is whole at that moment and may
+        predict; it refuses to change. An exception from it stops training there: the steps taken are accounted for,
+        and the examples not yet applied wait.
 
         Raises `DivergenceError` if outputs, losses, parameters or the optimizer's state are no longer finite when the
         steps are taken (also where `between_steps` raised; its exception is then the context). The learner is in no
@@ -327,6 +330,13 @@ class Learner:
         self._engine.configure([spec])
         self._probe = self._probe.resized(spec.monitoring.probe_size)
 
+    def switch_engine(self, engine: EngineChoice) -> None:
+        """Goes on with another engine, as if restored from a snapshot; nothing is copied. Raises `CbpError` if it
+        cannot run on the learner's device."""
+        self._refuse_while_training("switch_engine")
+        self._engine_name = resolve_engine(engine, self._spec, self._device)
+        self._engine = make_engine(self._engine_name, self._spec, self._state, self._device)
+
     def reset_units(self, layers: Sequence[int], fraction: float) -> dict[str, int]:
         """Resets the units of least utility in these hidden layers now, whatever rates are set there.
 
@@ -459,13 +469,13 @@ class Learner:
 
     @classmethod
     def restore(
-        cls, snapshot: LearnerSnapshot, *, device: torch.device | str = "cpu", engine: EngineName = "torch"
+        cls, snapshot: LearnerSnapshot, *, device: torch.device | str = "cpu", engine: EngineChoice = "torch"
     ) -> "Learner":
         """The learner that the snapshot was taken of. Raises `SnapshotError` if anything is missing or does not fit.
 
         The engine may be another one than that of the snapshot's learner.
         """
-        checked_engine(engine, torch.device(device))
+        check_engine(engine, torch.device(device))
         try:
             learner = cls(snapshot.read_spec(), device=device, engine=engine)
             learner._load_counters(snapshot.metadata)

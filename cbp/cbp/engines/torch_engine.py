@@ -139,6 +139,16 @@ class TorchEngine:
         """Takes over the learners' settings; the state is left as it is."""
         self._optimizer_settings = optimizers.settings([spec.optimizer for spec in specs], self.device)
         self._reset_settings = ResetSettings.of([spec.resets for spec in specs], self.device)
+        self._settings = (self._optimizer_settings, self._reset_settings)
+
+    @property
+    def settings(self) -> tuple[optimizers.Settings, ResetSettings]:
+        """What every step reads of the specifications; other objects once they were configured anew."""
+        return self._settings
+
+    def setting_tensors(self) -> list[Tensor]:
+        """Those of the settings, in one order, that each learner has of its own: [L, 1]."""
+        return [value for record in self._settings for value in vars(record).values() if isinstance(value, Tensor)]
 
     @torch.inference_mode()
     def predict(self, inputs: Tensor) -> Tensor:
