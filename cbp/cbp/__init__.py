@@ -19,6 +19,7 @@ from cbp.spec import (
     ResetSpec,
     SgdSpec,
 )
+from cbp.stack import train_together
 
 __all__ = [
     "AdamSpec",
@@ -48,4 +49,5 @@ __all__ = [
     "choose_engine",
     "compile_ahead",
     "compiled_before",
+    "train_together",
 ]

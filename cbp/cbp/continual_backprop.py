@@ -213,7 +213,7 @@ class ContinualBackprop:
             device,
         )
         self._settings = ResetSettings.of([self._resets], device)
-        self._draws = self._given_draws or GeneratorDraws([self._generator], self._layout, self._bounds, device)
+        self._draws = self._given_draws or GeneratorDraws([self._generator], self._layout, self._bounds)
 
     def _schedule_from_ages(self, accumulated: Sequence[float]) -> ReplacementSchedule:
         ages = self._units.age[0].cpu().numpy()

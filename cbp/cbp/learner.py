@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cbp import losses, optimizers
 from cbp.batches import Batch, validate_features
-from cbp.engines.choice import checked_engine, make_engine
+from cbp.engines.choice import EngineChoice, check_engine, make_engine, resolve_engine
 from cbp.engines.eager_engine import EngineName, Work
 from cbp.engines.torch_engine import StackState, initial_stack, schedules, unit_layout
 from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError, SpecError, shown
@@ -54,20 +54,44 @@ class TrainResult:
     """[examples, C] network outputs, if asked for."""
 
 
+@dataclass(kw_only=True)
+class Training:
+    """One call of `train` on its way."""
+
+    due: Examples
+    """Whole steps of examples."""
+    later: Examples
+    """The remainder, which waits for the next call."""
+    work: Work
+    step_size: int
+    first_step: int
+    examples_before: int
+    """Examples that the learner had learned from."""
+    shown: int = 0
+    """How many of the due examples the probe has taken up."""
+
+    @property
+    def total_steps(self) -> int:
+        return len(self.due) // self.step_size
+
+
 class Learner:
     """One continual learner.
 
     Not thread-safe: calls come one after another, except `predict` from within `train`'s `between_steps`.
     """
 
-    def __init__(self, spec: LearnerSpec, *, device: torch.device | str = "cpu", engine: EngineName = "torch") -> None:
+    def __init__(
+        self, spec: LearnerSpec, *, device: torch.device | str = "cpu", engine: EngineChoice = "torch"
+    ) -> None:
         """A newborn, its weights drawn from the specification's seed.
 
-        `engine` executes its steps: "torch" on any device, or "compiled" on the CPU, which is much faster for small
-        networks. They agree to float32 rounding. Raises `CbpError` if it cannot run there.
+        `engine` executes its steps: "torch" on any device; "compiled" on the CPU, much faster for small networks;
+        "stacked" on any device, for many learners on a GPU (see `train_together`); or "auto", the fastest of them. They
+        agree to float32 rounding. Raises `CbpError` if it cannot run there.
         """
         self._device = torch.device(device)
-        self._engine_name = checked_engine(engine, self._device)
+        self._engine_name = resolve_engine(engine, spec, self._device)
         self._spec = spec
         self._progress = ProgressTracker()
         self._examples = 0
@@ -102,17 +126,6 @@ class Learner:
         """What executes the steps."""
         return self._engine.name
 
-    def switch_engine(self, engine: EngineName) -> None:
-        """Goes on with another engine, just as a learner restored from a snapshot of this one with that engine does.
-
-        Raises `CbpError` if it cannot run there.
-        """
-        self._refuse_while_training("switch_engine")
-        name = checked_engine(engine, self._device)
-        if name != self._engine_name:
-            self._engine_name = name
-            self._engine = make_engine(name, self._spec, self._state, self._device)
-
     @property
     def progress(self) -> LearnerProgress:
         """Where the learner stands. Within `between_steps`, loss, accuracy and tasks are those before the call."""
@@ -137,37 +150,92 @@ class Learner:
     ) -> TrainResult:
         """Learns from the examples, in steps of `batch_size`; a remainder waits for the next call.
 
-        `between_steps` runs after every step but the last; with the compiled engine after every few steps, which take
-        about a millisecond at most. The learner is whole at that moment and may predict; it refuses to change. An
-        exception from it stops training there: the steps taken are accounted for, and the examples not yet applied
-        wait.
+        `between_steps` runs after every step but the last; with the compiled engine, and the stacked one on a GPU,
+        after every few steps, which take about a millisecond at most. The learner is whole at that moment and may
+        predict; it refuses to change. An exception from it stops training there: the steps taken are accounted for,
+        and the examples not yet applied wait.
 
         Raises `DivergenceError` if outputs, losses, parameters or the optimizer's state are no longer finite when the
         steps are taken (also where `between_steps` raised; its exception is then the context). The learner is in no
         defined state after that: go on with one restored from a snapshot.
         """
+        training = self._begin(batch)
+        self._start(training)
+        try:
+            while steps := self._steps_to_take(training, watched=between_steps is not None):
+                training.work.run(steps)
+                self._after_steps(training)
+                if between_steps is not None and self._remaining_steps(training):
+                    between_steps()
+        finally:
+            result = self._finish(training, return_outputs)
+        return result
+
+    def _begin(self, batch: Batch) -> Training:
+        """Takes up the examples that wait and these; changes nothing, for it may run out of memory."""
         self._refuse_while_training("train")
         self._check_fits(batch)
         waiting = Examples.of(batch)
         if len(self._pending):
             waiting = self._pending.followed_by(waiting)
         step_size = self._spec.batch_size or len(waiting)
-        first_step = self._state.steps[0] + 1
         count = len(waiting) // step_size * step_size
         due, later = (waiting, self._none) if count == len(waiting) else waiting.split_at(count)
-        work = self._engine.begin(due, step_size)  # may run out of memory: before anything changes
-        self._pending = later
+        return Training(
+            due=due,
+            later=later,
+            work=self._engine.begin(due, step_size),
+            step_size=step_size,
+            first_step=self._state.steps[0] + 1,
+            examples_before=self._examples,
+        )
+
+    def _start(self, training: Training) -> None:
+        self._pending = training.later
         self._training = True
-        try:
-            self._take_steps(due, work, step_size, between_steps)
-        finally:
-            self._training = False
-            steps = self._state.steps[0] + 1 - first_step
-            applied = due
-            if steps * step_size < len(due):
-                applied, rest = due.split_at(steps * step_size)
-                self._pending = rest.followed_by(self._pending)
-            loss, accuracy = self._account(applied, work, first_step, step_size)
+
+    def _remaining_steps(self, training: Training) -> int:
+        return training.total_steps - self._steps_taken(training)
+
+    def _steps_taken(self, training: Training) -> int:
+        return self._state.steps[0] + 1 - training.first_step
+
+    def _steps_to_take(self, training: Training, *, watched: bool) -> int:
+        """Steps up to the next plasticity sample, to the next call of `between_steps` if somebody watches, or to the
+        end; 0 there."""
+        remaining, interval = self._remaining_steps(training), self._spec.monitoring.interval
+        if interval:
+            remaining = min(remaining, interval - self._state.steps[0] % interval)
+        return min(remaining, self._engine.steps_between_calls(training.step_size)) if watched else remaining
+
+    def _after_steps(self, training: Training) -> None:
+        """Counts the examples of the steps taken, and takes the plasticity sample that is due."""
+        self._count_examples(training)
+        interval = self._spec.monitoring.interval
+        if interval and self._state.steps[0] % interval == 0:
+            self._show_probe(training)
+            self._samples.append(self.sample_plasticity())
+
+    def _count_examples(self, training: Training) -> None:
+        self._examples = training.examples_before + self._steps_taken(training) * training.step_size
+
+    def _show_probe(self, training: Training) -> None:
+        shown, taken = training.shown, self._examples - training.examples_before
+        self._probe.extend(training.due.features[shown:taken], training.due.targets[shown:taken])
+        training.shown = taken
+
+    def _finish(self, training: Training, return_outputs: bool) -> TrainResult:
+        """Accounts for the steps taken; the examples of the others wait. Raises `DivergenceError`."""
+        self._count_examples(training)
+        self._show_probe(training)
+        self._training = False
+        due, step_size, first_step = training.due, training.step_size, training.first_step
+        steps = self._steps_taken(training)
+        applied = due
+        if steps < training.total_steps:
+            applied, rest = due.split_at(steps * step_size)
+            self._pending = rest.followed_by(self._pending)
+        loss, accuracy = self._account(applied, training.work, first_step, step_size)
         return TrainResult(
             steps=steps,
             first_step=first_step,
@@ -175,7 +243,7 @@ class Learner:
             pending=len(self._pending),
             loss=loss,
             accuracy=accuracy,
-            outputs=work.outputs() if return_outputs else None,
+            outputs=training.work.outputs() if return_outputs else None,
         )
 
     def _refuse_while_training(self, action: str) -> None:
@@ -197,39 +265,6 @@ class Learner:
                 violations.append(FieldViolation(name, description))
         if violations:
             raise BatchError(violations)
-
-    def _take_steps(
-        self,
-        examples: Examples,
-        work: Work,
-        step_size: int,
-        between_steps: Callable[[], None] | None,
-    ) -> None:
-        interval = self._spec.monitoring.interval
-        total = len(examples) // step_size
-        at_once = total if between_steps is None else self._engine.steps_between_calls(step_size)
-        first, examples_before, shown = self._state.steps[0], self._examples, 0
-
-        def show_probe() -> None:
-            nonlocal shown
-            taken = (self._state.steps[0] - first) * step_size
-            self._examples = examples_before + taken
-            self._probe.extend(examples.features[shown:taken], examples.targets[shown:taken])
-            shown = taken
-
-        try:
-            while (steps := self._state.steps[0]) - first < total:
-                until_sample = interval - steps % interval if interval else total
-                work.run(min(at_once, until_sample, total - (steps - first)))
-                steps = self._state.steps[0]
-                self._examples = examples_before + (steps - first) * step_size
-                if interval and steps % interval == 0:
-                    show_probe()
-                    self._samples.append(self.sample_plasticity())
-                if between_steps is not None and steps - first < total:
-                    between_steps()
-        finally:
-            show_probe()
 
     def _account(
         self, applied: Examples, work: Work, first_step: int, step_size: int
@@ -294,6 +329,13 @@ class Learner:
         )
         self._engine.configure([spec])
         self._probe = self._probe.resized(spec.monitoring.probe_size)
+
+    def switch_engine(self, engine: EngineChoice) -> None:
+        """Goes on with another engine, as if restored from a snapshot; nothing is copied. Raises `CbpError` if it
+        cannot run on the learner's device."""
+        self._refuse_while_training("switch_engine")
+        self._engine_name = resolve_engine(engine, self._spec, self._device)
+        self._engine = make_engine(self._engine_name, self._spec, self._state, self._device)
 
     def reset_units(self, layers: Sequence[int], fraction: float) -> dict[str, int]:
         """Resets the units of least utility in these hidden layers now, whatever rates are set there.
@@ -427,13 +469,13 @@ class Learner:
 
     @classmethod
     def restore(
-        cls, snapshot: LearnerSnapshot, *, device: torch.device | str = "cpu", engine: EngineName = "torch"
+        cls, snapshot: LearnerSnapshot, *, device: torch.device | str = "cpu", engine: EngineChoice = "torch"
     ) -> "Learner":
         """The learner that the snapshot was taken of. Raises `SnapshotError` if anything is missing or does not fit.
 
         The engine may be another one than that of the snapshot's learner.
         """
-        checked_engine(engine, torch.device(device))
+        check_engine(engine, torch.device(device))
         try:
             learner = cls(snapshot.read_spec(), device=device, engine=engine)
             learner._load_counters(snapshot.metadata)

@@ -36,10 +36,17 @@ class FlatLayers(LinearLayers):
     """Per layer [L, out]; every layer has one."""
 
 
+_ROW_ALIGNMENT = 32
+"""Floats. Where a row begins in memory decides how products and vector instructions take it apart, and so how they
+round; all learners of a stack begin alike."""
+
+
 def flat_layers(network: MlpSpec, learners: int, device: torch.device) -> FlatLayers:
     """Zeros for every parameter."""
     shapes = layer_shapes(network)
-    flat = torch.zeros(learners, sum(out * (into + 1) for out, into in shapes), device=device)
+    count = sum(out * (into + 1) for out, into in shapes)
+    room = -(-count // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    flat = torch.zeros(learners, room, device=device)[:, :count]
     weights, biases = [], []
     start = 0
     for out, into in shapes:
@@ -82,6 +89,13 @@ def initial_bounds(network: MlpSpec) -> tuple[float, ...]:
 def draw_uniform(bound: float, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """U(−bound, bound) on the CPU, where a generator gives the same numbers whatever device they go to."""
     return torch.rand(tuple(shape), generator=generator).mul_(2.0 * bound).sub_(bound)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; neither host nor device waits for the other."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(frozen=True)

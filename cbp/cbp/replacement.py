@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cbp.networks import LinearLayers, draw_uniform
+from cbp.networks import LinearLayers, draw_uniform, to_device
 from cbp.optimizers import log_decay
 from cbp.spec import ResetSpec, Utility
 
@@ -103,7 +103,7 @@ class ResetSettings:
 
 
 class DrawSource(Protocol):
-    """Where the algorithm's random numbers come from."""
+    """Where the algorithm's random numbers come from: tensors on the CPU, or on the device where they are needed."""
 
     def incoming_weights(self, learner: int, layer: int, count: int) -> Tensor:
         """[count, in] new incoming weights for `count` units of a hidden layer."""
@@ -124,20 +124,18 @@ class GeneratorDraws:
         generators: Sequence[torch.Generator],
         layout: UnitLayout,
         bounds: Sequence[float],
-        device: torch.device,
     ) -> None:
         self._generators = generators
         self._layout = layout
         self._bounds = bounds
-        self._device = device
 
     def incoming_weights(self, learner: int, layer: int, count: int) -> Tensor:
         shape = (count, self._layout.fan_in[layer])
-        return draw_uniform(self._bounds[layer], shape, self._generators[learner]).to(self._device)
+        return draw_uniform(self._bounds[layer], shape, self._generators[learner])
 
     def utilities(self) -> Tensor:
         rows = [torch.rand(self._layout.total, generator=generator) for generator in self._generators]
-        return torch.stack(rows).to(self._device)
+        return torch.stack(rows)
 
 
 def bias_correction(age: Tensor, log_decay: Tensor) -> Tensor:
@@ -181,7 +179,7 @@ def _instantaneous_utility(
     """[L, U]: y in Dohare et al. 2024, methods, "Continual backpropagation"; the variants are those of their code."""
     match settings.utility:
         case "random":
-            return draws.utilities()
+            return to_device(draws.utilities(), activation.device)
         case "weight":
             return _outgoing_magnitude(_magnitudes(layers), layout)
         case "adaptation":
@@ -234,10 +232,8 @@ class SelectedUnits:
     """[R] int64, within the layer."""
     counts: tuple[tuple[int, int], ...]
     """(learner, units of it), for the G learners that lose any; the R rows are in this order."""
-    group_learners: Tensor
+    losers: Tensor
     """[G] int64, these learners."""
-    groups: Tensor
-    """[R] int64, each row's place among the G."""
 
 
 def select_units(
@@ -254,20 +250,21 @@ def select_units(
     wanted = tuple((learner, count) for learner, count in enumerate(counts) if count)
     if not wanted:
         return None
+    indices = [(learner, rank) for learner, count in wanted for rank in range(count)]
     device = units.age.device
-    group_learners = torch.tensor([learner for learner, _ in wanted], device=device)
-    groups = torch.tensor([group for group, (_, count) in enumerate(wanted) for _ in range(count)], device=device)
-    ranks = torch.tensor([rank for _, count in wanted for rank in range(count)], device=device)
+    learners, ranks = to_device(torch.tensor(indices), device).unbind(1)
+    losers = to_device(torch.tensor([learner for learner, _ in wanted]), device)
 
+    # All learners are ranked, not only those that lose units: operations of one shape, however many do, round alike.
     columns = layout.slices[layer]
-    age = units.age[group_learners, columns]
-    utility = units.utility[group_learners, columns] / bias_correction(age, settings.log_decay[group_learners])
-    utility.masked_fill_(age <= settings.maturity_threshold[group_learners], torch.inf)
+    age = units.age[:, columns]
+    utility = units.utility[:, columns] / bias_correction(age, settings.log_decay)
+    utility.masked_fill_(age <= settings.maturity_threshold, torch.inf)
     # Dead units tie at zero, and the recorded trajectories of the published code take the last of them. Its topk leaves
     # the order open; a stable sort of the flipped row does not, on any device.
     order = torch.sort(utility.flip(1), dim=1, stable=True).indices
-    chosen = (utility.shape[1] - 1) - order[groups, ranks]
-    return SelectedUnits(group_learners[groups], chosen, wanted, group_learners, groups)
+    chosen = (utility.shape[1] - 1) - order[learners, ranks]
+    return SelectedUnits(learners, chosen, wanted, losers)
 
 
 def replace_units(
@@ -296,7 +293,8 @@ def replace_units(
         at = (chosen.learners, chosen.units)
         _compensate(chosen, units, settings, layout, layer, layers)
         drawn = [draws.incoming_weights(learner, layer, count) for learner, count in chosen.counts]
-        layers.weights[layer][at] = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        incoming = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        layers.weights[layer][at] = to_device(incoming, chosen.units.device)
         bias = layers.biases[layer]
         if bias is not None:
             bias[at] = 0.0
@@ -341,14 +339,14 @@ def _compensate(
     if readers_bias is None:
         return
     columns = layout.slices[layer]
-    at = (chosen.group_learners, columns)
-    mean = units.mean_activation[at] / bias_correction(units.age[at], settings.log_decay[chosen.group_learners])
+    at = (chosen.learners, chosen.units)
+    mean = units.mean_activation[:, columns] / bias_correction(units.age[:, columns], settings.log_decay)
     removed = torch.zeros_like(mean)
-    removed[chosen.groups, chosen.units] = mean[chosen.groups, chosen.units]
-    removed *= settings.bias_compensation[chosen.group_learners]
+    removed[at] = mean[at]
+    removed *= settings.bias_compensation
     # A product, not an accumulating index_put: that one adds in whatever order threads come, and replays would differ.
-    handed_on = torch.bmm(layers.weights[layer + 1][chosen.group_learners], removed.unsqueeze(2)).squeeze(2)
-    readers_bias[chosen.group_learners] += handed_on
+    handed_on = torch.bmm(layers.weights[layer + 1], removed.unsqueeze(2)).squeeze(2)
+    readers_bias[chosen.losers] += handed_on[chosen.losers]
 
 
 class ReplacementSchedule:

@@ -14,7 +14,7 @@ _PREFIX = "CBP_"
 #: Read by the client, not by the server; both may stand in one environment.
 _CLIENT_VARIABLES = {"CBP_SERVER"}
 
-EngineSetting = Literal["auto", "compiled", "torch"]
+EngineSetting = Literal["auto", "compiled", "torch", "stacked"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 

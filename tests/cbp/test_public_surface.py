@@ -4,6 +4,7 @@ EXPECTED = """
 AdamSpec AdamWSpec Batch BatchError CbpError ContinualBackprop DivergenceError FieldViolation LayerPlasticity Learner
 LearnerProgress LearnerSnapshot LearnerSpec LossSpec MlpSpec MonitoringSpec PlasticitySample ResetSpec SgdSpec
 SnapshotError SpecError TaskRecord TrainResult compile_ahead
+train_together
 """
 
 

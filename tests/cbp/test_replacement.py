@@ -388,7 +388,7 @@ def test_redraws_come_from_the_initial_distribution(
     spec = make_spec(network__initializer=initializer, network__activation=activation, network__hidden=[400, 300])
     first = initial_stack([spec], CPU).parameters
     layout = UnitLayout((6, 400), (400, 300), (300, 3), CPU)
-    draws = GeneratorDraws([torch.Generator().manual_seed(5)], layout, initial_bounds(spec.network), CPU)
+    draws = GeneratorDraws([torch.Generator().manual_seed(5)], layout, initial_bounds(spec.network))
     gain = {"relu": 2**0.5, "leaky_relu": (2 / 1.0001) ** 0.5, "tanh": 5 / 3, "gelu": 2**0.5}.get(activation, 1.0)
     kaiming = "lecun" if activation == "selu" else "kaiming"
     for layer, (into, out) in enumerate(((6, 400), (400, 300))):

@@ -1,29 +1,46 @@
-"""What executes a learner's steps."""
+"""What executes learners' steps."""
 
-from typing import get_args
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 
-from cbp.engines.eager_engine import EagerEngine, EngineName, LearnerEngine
+from cbp.engines.eager_engine import EagerEngine, EngineName, LearnerEngine, Work
+from cbp.engines.stacked_engine import StackedEngine, StackedWork, run_stacked
 from cbp.engines.torch_engine import StackState
 from cbp.errors import CbpError, shown
 from cbp.replacement import DrawSource
 from cbp.spec import LearnerSpec
 
-
-def checked_engine(name: EngineName, device: torch.device) -> EngineName:
-    """The name, if there is such an engine for the device. Raises `CbpError`."""
-    if name not in get_args(EngineName):
-        raise CbpError(f"engine: Expected one of {', '.join(get_args(EngineName))}; got {shown(name)}")
-    if name == "compiled" and device.type != "cpu":
-        raise CbpError(f"engine: 'compiled' runs on the CPU only; use 'torch' on {device}")
-    return name
+EngineChoice = EngineName | Literal["auto"]
+"""An engine, or whichever suits the specification and the device."""
 
 
-def choose_engine(spec: LearnerSpec, device: torch.device | str) -> EngineName:
-    """The fastest engine on the device for learners of this specification."""
-    del spec  # the compiled engine takes all of them
-    return "compiled" if torch.device(device).type == "cpu" else "torch"
+def choose_engine(spec: LearnerSpec, device: torch.device) -> EngineName:
+    """The fastest engine for the learner: "compiled" on the CPU, "stacked" on a GPU, else "torch"."""
+    del spec  # today every engine runs them all
+    match device.type:
+        case "cpu":
+            return "compiled"
+        case "cuda":
+            return "stacked"
+        case _:
+            return "torch"
+
+
+def check_engine(choice: EngineChoice, device: torch.device) -> None:
+    """Raises `CbpError` if there is no such engine for the device."""
+    choices = (*get_args(EngineName), "auto")
+    if choice not in choices:
+        raise CbpError(f"engine: Expected one of {', '.join(choices)}; got {shown(choice)}")
+    if choice == "compiled" and device.type != "cpu":
+        raise CbpError(f"engine: 'compiled' runs on the CPU only; use 'auto' on {device}")
+
+
+def resolve_engine(choice: EngineChoice, spec: LearnerSpec, device: torch.device) -> EngineName:
+    """The engine that is meant. Raises `CbpError` if there is no such engine for the device."""
+    check_engine(choice, device)
+    return choose_engine(spec, device) if choice == "auto" else choice
 
 
 def make_engine(
@@ -36,12 +53,25 @@ def make_engine(
     published_order: bool = False,
 ) -> LearnerEngine:
     """The engine of one learner; for `draws` and `published_order` see `TorchEngine`."""
-    if name == "torch":
-        return EagerEngine(spec, state, device, draws, published_order=published_order)
-    # Imported when it is needed: numba takes half a second.
-    from cbp.engines.compiled_engine import CompiledEngine
+    match name:
+        case "torch":
+            return EagerEngine(spec, state, device, draws, published_order=published_order)
+        case "stacked":
+            return StackedEngine(spec, state, device, draws, published_order=published_order)
+        case "compiled":
+            # Imported when it is needed: numba takes half a second.
+            from cbp.engines.compiled_engine import CompiledEngine
 
-    return CompiledEngine(spec, state, draws, published_order=published_order)
+            return CompiledEngine(spec, state, draws, published_order=published_order)
+
+
+def run_together(turns: Sequence[tuple[Work, int]]) -> None:
+    """Takes the next steps, so many, of works of distinct learners: in as few engine calls as possible."""
+    stacked = [(work, steps) for work, steps in turns if isinstance(work, StackedWork)]
+    run_stacked(stacked)
+    for work, steps in turns:
+        if not isinstance(work, StackedWork):
+            work.run(steps)
 
 
 def compile_ahead() -> None:

@@ -19,7 +19,7 @@ from cbp.pending import Examples
 from cbp.replacement import DrawSource
 from cbp.spec import LearnerSpec
 
-EngineName = Literal["torch", "compiled"]
+EngineName = Literal["torch", "compiled", "stacked"]
 
 
 @dataclass(frozen=True)

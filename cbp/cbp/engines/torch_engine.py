@@ -6,6 +6,7 @@ no autograd graph and reads nothing back from the device.
 Shapes: L learners, B examples in a step, I inputs, C outputs.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,20 +121,34 @@ class TorchEngine:
         """To follow a recorded trajectory, `draws` takes the place of the learners' own generators, and
         `published_order` is handed to `replace_units`."""
         network = specs[0].network
+        self._network_spec = network
         self.state = state
         self.device = device
         self._loss = specs[0].loss
         self._network = Mlp(network.activation)
         self._layout = unit_layout(network, device)
-        self._draws = draws or GeneratorDraws(state.generators, self._layout, initial_bounds(network), device)
+        self._draws = draws or GeneratorDraws(state.generators, self._layout, initial_bounds(network))
         self._published_order = published_order
-        self._gradient = flat_layers(network, len(specs), device)
         self.configure(specs)
+
+    @functools.cached_property
+    def _gradient(self) -> FlatLayers:
+        return flat_layers(self._network_spec, len(self.state.parameters.flat), self.device)
 
     def configure(self, specs: Sequence[LearnerSpec]) -> None:
         """Takes over the learners' settings; the state is left as it is."""
         self._optimizer_settings = optimizers.settings([spec.optimizer for spec in specs], self.device)
         self._reset_settings = ResetSettings.of([spec.resets for spec in specs], self.device)
+        self._settings = (self._optimizer_settings, self._reset_settings)
+
+    @property
+    def settings(self) -> tuple[optimizers.Settings, ResetSettings]:
+        """What every step reads of the specifications; other objects once they were configured anew."""
+        return self._settings
+
+    def setting_tensors(self) -> list[Tensor]:
+        """Those of the settings, in one order, that each learner has of its own: [L, 1]."""
+        return [value for record in self._settings for value in vars(record).values() if isinstance(value, Tensor)]
 
     @torch.inference_mode()
     def predict(self, inputs: Tensor) -> Tensor:
@@ -147,6 +162,12 @@ class TorchEngine:
         inputs [L, B, I]; targets [L, B, C] as encoded by the loss; scale [L, B, 1], each example's share in the
         gradient.
         """
+        self.learn(inputs, targets, scale, outputs)
+        self._replace_due_units()
+
+    @torch.inference_mode()
+    def learn(self, inputs: Tensor, targets: Tensor, scale: Tensor, outputs: Tensor) -> None:
+        """A step but for the units to be replaced: always the same operations on the same memory."""
         state = self.state
         passed = self._network.forward(state.parameters, inputs, outputs)
         residual = output_gradient(self._loss, outputs, targets, scale)
@@ -155,7 +176,6 @@ class TorchEngine:
         evaluate_units(
             state.units, self._reset_settings, self._layout, state.parameters, passed.activations, self._draws
         )
-        self._replace_due_units()
 
     @torch.inference_mode()
     def reset_units(self, wanted: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

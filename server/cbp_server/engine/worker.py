@@ -347,7 +347,7 @@ class EngineWorker:
         if name != "compiled":
             return name
         if self._device != "cpu":
-            return "torch"
+            return "stacked"
         self._preparation.require()
         return name
 
