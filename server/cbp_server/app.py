@@ -107,6 +107,7 @@ class _Server:
                 device=settings.device,
                 engine=settings.engine,
                 threads=settings.engine_threads,
+                group_wait=settings.group_wait,
                 log_level=settings.log_level,
                 log_format=settings.log_format,
             ),

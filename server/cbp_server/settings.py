@@ -47,6 +47,12 @@ class Settings(BaseSettings):
         description="what executes the steps; auto: compiled code on the CPU, the stacked torch engine on a GPU",
     )
     engine_threads: int = Field(1, ge=1, le=1024, description="threads torch uses within one operation on the CPU")
+    group_wait: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="seconds that a batch waits for others to share a call of the stacked engine with, when it is idle",
+    )
     checkpoint_url: str = Field(
         "", description="where checkpoints are kept, any fsspec URL such as s3://bucket/cbp; empty: the data directory"
     )

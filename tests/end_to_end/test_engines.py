@@ -93,3 +93,46 @@ def test_a_stream_does_not_wait_for_the_compiler(start_server, connect, small_sp
     wire = connect(server.grpc_target)
     assert wire.get("clicks").engine == "compiled"
     check(wire, local)
+
+
+def test_company_changes_nothing_that_a_learner_learns(start_server, connect, small_spec, examples):
+    """Learners of several streams share engine calls; each is the one that has learnt alone, also after a kill."""
+    server = start_server("--engine", "stacked", "--group-wait", "0.01", "--checkpoint-interval", "1000000")
+    wire = connect(server.grpc_target)
+    names = [f"learner-{number}" for number in range(5)]
+    streams = {name: (wire.create(name), wire.stream(name))[1] for name in names}
+    locals_ = {name: Learner(LearnerSpec.parse(small_spec), engine="stacked") for name in names}
+    for sequence in range(1, 13):
+        for number, name in enumerate(names):
+            batch = examples(5 * number + sequence, seed=100 * number + sequence)
+            streams[name].send_batch(sequence, *batch)
+            locals_[name].train(Batch.validate(locals_[name].spec, *batch))
+    for stream in streams.values():
+        stream.results(12)
+
+    def check_all():
+        for name, local in locals_.items():
+            outputs = decode_tensor(wire.predict(name, PROBE).outputs)
+            np.testing.assert_array_equal(outputs, local.predict(PROBE), err_msg=name)
+
+    check_all()
+    server.kill()
+    server.start()
+    wire = connect(server.grpc_target)
+    check_all()
+
+
+def test_in_company_one_that_diverges_is_the_only_one_that_stops(start_server, connect, small_spec, examples):
+    server = start_server("--engine", "stacked", "--group-wait", "0.05")
+    wire = connect(server.grpc_target)
+    names = ["wild", "clicks"]
+    streams = {name: (wire.create(name), wire.stream(name))[1] for name in names}
+    local = Learner(LearnerSpec.parse(small_spec), engine="stacked")
+    features, targets = examples(40)
+    streams["wild"].send_batch(1, np.full_like(features, 1e30), targets)
+    streams["clicks"].send_batch(1, features, targets)
+    local.train(Batch.validate(local.spec, features, targets))
+    streams["clicks"].results(1)
+    check(wire, local)
+    wait_until(lambda: wire.get("wild").HasField("quarantine"))
+    assert wire.get("wild").quarantine.sequence == 1

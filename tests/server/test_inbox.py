@@ -106,3 +106,48 @@ def test_it_knows_whether_a_learner_has_more_to_learn():
     inbox.take()
     assert not inbox.has_training("a")  # a sample brings no news of what was learnt
     assert not inbox.has_training("b")
+
+
+def test_company_is_the_first_batch_of_each_other_learner_that_is_wanted():
+    inbox = Inbox()
+    for number, request in enumerate(
+        [train("a", 1), train("a", 2), train("b", 1), Sample("c"), train("c", 1), train("d", 1), train("e", 1)]
+    ):
+        inbox.put(Call(number, request))
+    first = inbox.take()
+    company = inbox.take_company(first, lambda learner: learner != "d", 2)
+    assert (first.number, [call.number for call in company]) == (0, [2, 6])  # c has something else to do first
+    assert inbox.take_company(first, lambda _: True, 0) == []
+    assert numbers(inbox, 4) == [3, 5, 1, 4]  # c and d have kept their places
+
+
+def test_half_a_batch_goes_on_in_company():
+    inbox = Inbox()
+    inbox.put(Call(0, train("a", 1)))
+    begun = inbox.take()
+    inbox.put(Call(1, train("b", 1)))
+    inbox.put_back(begun)
+    first = inbox.take()
+    assert (first.number, inbox.take_company(first, lambda _: True, 9)) == (1, [begun])
+    inbox.put(Call(2, Checkpoint("a", 1, "a")))
+    inbox.put_back(begun)
+    assert numbers(inbox, 2) == [0, 2]  # the checkpoint was there first, but a batch is not torn apart
+
+
+def test_whoever_comes_first_waits_for_others():
+    waiting = Inbox(group_wait=30.0)
+    waiting.put(Call(0, train("a", 1)))
+    waiting.put(Call(1, Predict("a", np.zeros((1, 1)))))
+    waiting.put(Call(2, Predict("a", np.zeros((1, 1)))))
+    assert numbers(waiting, 2) == [1, 2]  # predictions do not
+    taken = []
+    taker = threading.Thread(target=lambda: taken.append(waiting.take()))
+    taker.start()
+    waiting.put(Call(3, AbortTraining()))
+    taker.join(20.0)
+    assert [call.number for call in taken] == [3]
+
+    brief = Inbox(group_wait=0.05)
+    brief.put(Call(0, train("a", 1)))
+    brief.put(Call(1, train("b", 1)))
+    assert numbers(brief, 2) == [0, 1]

@@ -1,6 +1,8 @@
 """The order in which an engine process takes up its requests."""
 
+import time
 from collections import deque
+from collections.abc import Callable
 from threading import Condition
 
 from cbp_server.engine.messages import AbortTraining, Call, Checkpoint, Predict, Train
@@ -11,9 +13,14 @@ class Inbox:
 
     Filled by one thread and emptied by another. Requests of one learner keep their order, but for checkpoints, which go
     before batches that have not begun: what is durable must not wait for a long queue.
+
+    Args:
+        group_wait: seconds that a request waits for others, if nobody has waited for a turn when it came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group_wait: float = 0.0) -> None:
+        self._group_wait = group_wait
+        self._take_from = 0.0  # monotonic; nobody has a turn before
         self._condition = Condition()
         self._urgent: deque[Call] = deque()
         self._predictions: deque[Call] = deque()
@@ -58,17 +65,32 @@ class Inbox:
     def take(self) -> Call | None:
         """The next request, waiting for one; None once closed."""
         with self._condition:
-            while not (self._closed or self._urgent or self._predictions or self._turns):
-                self._condition.wait()
+            while not (self._closed or self._urgent or self._predictions or self._has_turn_now()):
+                self._condition.wait(self._early() if self._turns else None)
             if self._closed:
                 return None
             if self._urgent:
                 return self._urgent.popleft()
-            if self._predictions and not (self._predicted_last and self._turns):
+            if self._predictions and not (self._predicted_last and self._has_turn_now()):
                 self._predicted_last = True
                 return self._predictions.popleft()
             self._predicted_last = False
             return self._take_turn()
+
+    def take_company(self, first: Call, wanted: Callable[[str], bool], most: int) -> list[Call]:
+        """What goes together with `first`: the first requests of other learners, as far as they are batches of
+        learners that are `wanted`; whoever is passed over keeps its place."""
+        company: list[Call] = []
+        with self._condition:
+            for learner in list(self._turns):
+                if len(company) == most:
+                    break
+                if learner == first.request.learner or not wanted(learner):
+                    continue
+                if isinstance(self._waiting[learner][0].request, Train):
+                    self._turns.remove(learner)
+                    company.append(self._take_first(learner))
+        return company
 
     def take_prediction(self) -> Call | None:
         """A waiting prediction, if there is one; cheap enough to ask between any two steps."""
@@ -96,11 +118,23 @@ class Inbox:
         queue = self._waiting.get(learner)
         if queue is None:
             queue = self._waiting[learner] = deque()
+            if self._group_wait and not self._turns:
+                self._take_from = time.monotonic() + self._group_wait
             self._turns.append(learner)
         return queue
 
+    def _has_turn_now(self) -> bool:
+        return bool(self._turns) and not self._early()
+
+    def _early(self) -> float:
+        """Seconds before anybody has a turn."""
+        return max(self._take_from - time.monotonic(), 0.0) if self._group_wait else 0.0
+
     def _take_turn(self) -> Call:
-        learner = self._turns.popleft()
+        return self._take_first(self._turns.popleft())
+
+    def _take_first(self, learner: str) -> Call:
+        """The first request of a learner that has been taken out of the turns; it takes turns again if it has more."""
         queue = self._waiting[learner]
         call = queue.popleft()
         self._begun.discard(learner)

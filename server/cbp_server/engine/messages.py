@@ -29,6 +29,7 @@ class EngineOptions:
     device: str
     engine: str  # see the setting
     threads: int
+    group_wait: float  # seconds
     log_level: str
     log_format: str
 

@@ -1,15 +1,16 @@
-"""One batch being learnt, in slices short enough for others to have their turns in between.
+"""Batches being learnt, in slices short enough for others to have their turns in between.
 
 Slices are cut by the learner's spec alone, so a batch is learnt in the same way whatever else the engine has to do.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
-from cbp import Batch, Learner, LearnerSpec, TrainResult
+from cbp import Batch, DivergenceError, Learner, LearnerSpec, TrainResult, train_together
 
 #: Multiplications of one slice, about; some 30 ms on one core.
 _SLICE_WORK = 2e8
@@ -23,45 +24,46 @@ class StopTrainingError(Exception):
 class TrainingJob:
     """Learns one batch slice by slice.
 
-    Args:
-        between_steps: called between any two steps of a slice; may raise `StopTrainingError`.
+    Attributes:
+        failure: why the batch cannot be learnt; the learner is in no defined state then.
+        seconds: spent on it so far.
     """
 
-    def __init__(
-        self, learner: Learner, batch: Batch, *, return_outputs: bool, between_steps: Callable[[], None]
-    ) -> None:
-        self._learner = learner
+    def __init__(self, learner: Learner, batch: Batch, *, return_outputs: bool) -> None:
+        self.learner = learner
+        self.return_outputs = return_outputs
+        self.failure: DivergenceError | None = None
+        self.seconds = 0.0
         self._batch = batch
-        self._return_outputs = return_outputs
-        self._between_steps = between_steps
         self._slice = _slice_examples(learner.spec) or len(batch)
-        self._taken = 0
+        self._taken = 0  # examples, up to the end of the slice that was handed out last
+        self._learnt = 0
         self._results: list[TrainResult] = []
-        self.seconds = 0.0  # spent on it so far
 
     @property
     def finished(self) -> bool:
-        return self._taken == len(self._batch)
-
-    def run_slice(self) -> None:
-        """Learns the next examples.
-
-        Raises:
-            StopTrainingError: from between_steps; the examples of this slice that are left wait in the learner.
-        """
-        part = self._take(self._taken + self._slice)
-        result = self._learner.train(part, return_outputs=self._return_outputs, between_steps=self._between_steps)
-        self._results.append(result)
+        return self._learnt == len(self._batch)
 
     def give_up(self) -> None:
         """Leaves the examples that have not been learnt waiting in the learner."""
-        if not self.finished:
+        if self._taken < len(self._batch):
             with suppress(StopTrainingError):  # after one step; the others wait
-                self._learner.train(self._take(len(self._batch)), between_steps=_stop)
+                self.learner.train(self._take(len(self._batch)), between_steps=_stop)
 
     def result(self) -> TrainResult:
         """Of the whole batch, as if it had been learnt in one go."""
-        return _joined(self._results)
+        return _joined(self._results, return_outputs=self.return_outputs)
+
+    def next_slice(self) -> Batch:
+        """The examples to learn next; `learnt` takes what came of it."""
+        return self._take(self._taken + self._slice)
+
+    def learnt(self, result: TrainResult | DivergenceError) -> None:
+        if isinstance(result, DivergenceError):
+            self.failure = result
+        else:
+            self._results.append(result)
+            self._learnt = self._taken
 
     def _take(self, end: int) -> Batch:
         rows = slice(self._taken, end)
@@ -69,6 +71,24 @@ class TrainingJob:
         batch = self._batch
         weights = None if batch.weights is None else batch.weights[rows]
         return Batch(features=batch.features[rows], targets=batch.targets[rows], weights=weights, task=batch.task)
+
+
+def run_slices(jobs: Sequence[TrainingJob], between_steps: Callable[[], None]) -> None:
+    """Learns the next slice of each batch, in as few engine calls as possible.
+
+    Args:
+        between_steps: called every few steps; may raise `StopTrainingError`.
+
+    Raises:
+        StopTrainingError: from between_steps; the examples of these slices that are left wait in their learners.
+    """
+    results = train_together(
+        [(job.learner, job.next_slice()) for job in jobs],
+        return_outputs=any(job.return_outputs for job in jobs),
+        between_steps=between_steps,
+    )
+    for job, result in zip(jobs, results, strict=True):
+        job.learnt(result)
 
 
 def _stop() -> None:
@@ -85,10 +105,10 @@ def _slice_examples(spec: LearnerSpec) -> int:
     return int(min(max(steps, 1), _MOST_STEPS)) * spec.batch_size
 
 
-def _joined(results: Sequence[TrainResult]) -> TrainResult:
+def _joined(results: Sequence[TrainResult], *, return_outputs: bool) -> TrainResult:
+    outputs = [result.outputs for result in results if result.outputs is not None] if return_outputs else []
     if len(results) == 1:
-        return results[0]
-    outputs = [result.outputs for result in results if result.outputs is not None]
+        return replace(results[0], outputs=outputs[0] if outputs else None)
     return TrainResult(
         steps=sum(result.steps for result in results),
         first_step=results[0].first_step,

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -37,7 +37,7 @@ from cbp_server.engine import messages
 from cbp_server.engine.inbox import Inbox
 from cbp_server.engine.preparation import Preparation
 from cbp_server.engine.spares import SpareSnapshots
-from cbp_server.engine.training import StopTrainingError, TrainingJob
+from cbp_server.engine.training import StopTrainingError, TrainingJob, run_slices
 from cbp_server.errors import (
     BatchNotLearnt,
     CheckpointFailed,
@@ -55,6 +55,8 @@ from cbp_server.store.checkpoints import CheckpointFiles
 _PROGRESS_INTERVAL = 0.25
 #: Newest plasticity samples saved with each checkpoint, so that a restart does not blind its watchers.
 _SAMPLES_SAVED = 100
+#: Learners that share an engine call at most.
+_LARGEST_GROUP = 1024
 _SERVICE_KEY = "cbp_server"
 
 log = structlog.get_logger("cbp_server.engine")
@@ -115,6 +117,7 @@ class EngineWorker:
         self._answer = answer
         self._hosted: dict[str, HostedLearner] = {}
         self._begun: dict[str, TrainingJob] = {}  # by learner: batches between two slices
+        self._loners: set[str] = set()  # learners that a call failed with which they shared
         self._learn_until = 0.0  # monotonic; predictions have had their share up to then
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
 
@@ -132,8 +135,8 @@ class EngineWorker:
         match call.request:
             case messages.Predict() as request:
                 self._reply(call, partial(self._predict, request))
-            case messages.Train() as request:
-                self._train(call, request)
+            case messages.Train():
+                self._train(call)
             case messages.AbortTraining():
                 self._reply(call, self._abort_training)
             case messages.Sample() as request:
@@ -157,25 +160,63 @@ class EngineWorker:
 
     # -- learning and predicting --
 
-    def _train(self, call: messages.Call, request: messages.Train) -> None:
-        """Learns a batch, or the next part of one that has begun, and answers when it is finished."""
-        job = self._begun.pop(request.learner, None)
-        try:
-            if job is None:
-                job = self._begin(request)
-        except CbpError as error:  # nothing has changed
-            self._answer(messages.Answer(call.number, error=error))
+    def _train(self, first: messages.Call) -> None:
+        """Learns a batch, or the next part of one that has begun, together with batches of other learners that wait
+        and can share an engine call with it; answers those that are finished."""
+        calls = [first]
+        if self._gains_from_company(first.request.learner):
+            calls += self._inbox.take_company(first, self._gains_from_company, _LARGEST_GROUP - 1)
+        under_way: list[tuple[messages.Call, TrainingJob]] = []
+        for call in calls:
+            try:
+                under_way.append((call, self._job(cast(messages.Train, call.request))))
+            except CbpError as error:  # nothing has changed
+                self._answer(messages.Answer(call.number, error=error))
+        if not under_way:
             return
+        jobs = [job for _, job in under_way]
         started = time.perf_counter()
         try:
-            stopped = self._run_or_give_up(job)
+            stopped = self._run_or_give_up(jobs)
         except Exception as error:
-            # Some of the batch's steps may have been made. The only whole state left is the checkpoint.
-            del self._hosted[request.learner]
-            self._answer(messages.Answer(call.number, error=_not_learnt(error, request)))
+            self._lose([call for call, _ in under_way], error)
             return
-        job.seconds += time.perf_counter() - started
-        if stopped:  # it counts as applied: what is left of it waits in the learner, and is in its last checkpoint
+        seconds = (time.perf_counter() - started) / len(jobs)
+        for call, job in under_way:
+            job.seconds += seconds
+            self._settle(call, job, stopped=stopped)
+
+    def _gains_from_company(self, uid: str) -> bool:
+        hosted = self._hosted.get(uid)
+        return hosted is not None and uid not in self._loners and hosted.learner.engine == "stacked"
+
+    def _job(self, request: messages.Train) -> TrainingJob:
+        job = self._begun.pop(request.learner, None)
+        if job is None:
+            hosted = self._get(request.learner)
+            _check_order(hosted, request.journal_position - request.journaled)
+            _check_sequence(hosted, request)
+            job = TrainingJob(hosted.learner, request.batch, return_outputs=request.return_outputs)
+        return job
+
+    def _lose(self, calls: Sequence[messages.Call], error: Exception) -> None:
+        """Some of the batches' steps may have been made. The only whole states left are in the checkpoints."""
+        for call in calls:
+            request = cast(messages.Train, call.request)
+            del self._hosted[request.learner]
+            if len(calls) == 1:
+                self._answer(messages.Answer(call.number, error=_not_learnt(error, request)))
+            else:  # whose batch it was shows when each is learnt again, alone
+                self._loners.add(request.learner)
+                self._answer(messages.Answer(call.number, error=NotInEngine()))
+        if len(calls) > 1:
+            log.exception("training failed half-way", learners=len(calls), exc_info=error)
+
+    def _settle(self, call: messages.Call, job: TrainingJob, *, stopped: bool) -> None:
+        request = cast(messages.Train, call.request)
+        if job.failure is not None:
+            self._lose([call], job.failure)
+        elif stopped:  # it counts as applied: what is left of it waits in the learner, and is in its last checkpoint
             self._advance(self._get(request.learner), request)
             self._answer(messages.Answer(call.number, error=ServerDraining()))
         elif job.finished:
@@ -184,35 +225,25 @@ class EngineWorker:
             self._begun[request.learner] = job
             self._inbox.put_back(call)
 
-    def _begin(self, request: messages.Train) -> TrainingJob:
-        hosted = self._get(request.learner)
-        _check_order(hosted, request.journal_position - request.journaled)
-        _check_sequence(hosted, request)
-        return TrainingJob(
-            hosted.learner,
-            request.batch,
-            return_outputs=request.return_outputs,
-            between_steps=self._between_steps,
-        )
-
-    def _run_or_give_up(self, job: TrainingJob) -> bool:
-        """Whether the batch was given up."""
+    def _run_or_give_up(self, jobs: Sequence[TrainingJob]) -> bool:
+        """Whether the batches were given up."""
         try:
-            self._run(job)
+            self._run(jobs)
         except StopTrainingError:
-            job.give_up()
+            for job in jobs:
+                job.give_up()
             return True
         return False
 
-    def _run(self, job: TrainingJob) -> None:
-        """Goes on with the batch until it is finished or somebody else wants a turn."""
-        while not job.finished:
-            job.run_slice()
-            if self._inbox.aborting and not job.finished:
-                raise StopTrainingError
-            if self._inbox.has_turns():
-                return
+    def _run(self, jobs: Sequence[TrainingJob]) -> None:
+        """Goes on with the batches until one of them is finished or somebody else wants a turn."""
+        while True:
+            run_slices(jobs, self._between_steps)
+            if any(job.finished or job.failure for job in jobs) or self._inbox.has_turns():
+                break
             self._answer_predictions()
+        if self._inbox.aborting and not all(job.finished for job in jobs):
+            raise StopTrainingError
 
     def _finish(self, request: messages.Train, job: TrainingJob) -> messages.TrainReport:
         hosted = self._get(request.learner)
@@ -537,7 +568,7 @@ def _serve(connection: socket.socket) -> None:
     options = cast(messages.EngineOptions, _receive(connection))
     configure_logging(options.log_level, options.log_format)
     torch.set_num_threads(options.threads)
-    inbox = Inbox()
+    inbox = Inbox(options.group_wait)
     worker = EngineWorker(options, inbox, send)
     send(worker.ready)
     threading.Thread(target=_read_calls, args=(connection, inbox), name="reader", daemon=True).start()
