@@ -1,0 +1,101 @@
+"""The engine's work on shared calls that fail in a way nobody foresaw."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from cbp import Batch, LearnerSpec, train_together
+from cbp_server.engine import messages, training
+from cbp_server.engine.inbox import Inbox
+from cbp_server.engine.worker import EngineWorker
+from cbp_server.errors import BatchNotLearnt, NotInEngine
+
+SPEC = LearnerSpec.parse(
+    {
+        "network": {"kind": "mlp", "in_features": 3, "hidden": [4], "out_features": 2},
+        "loss": "mse",
+        "optimizer": {"kind": "sgd", "lr": 0.01},
+    }
+)
+
+
+class Front:
+    """Asks the worker and waits for its answers."""
+
+    def __init__(self, tmp_path):
+        self._inbox = Inbox(group_wait=0.3)  # so that what is asked at once goes together
+        self._answers = {}
+        self._answered = threading.Condition()
+        options = messages.EngineOptions(str(tmp_path), "cpu", "stacked", 1, 0.0, "info", "json")
+        self._worker = EngineWorker(options, self._inbox, self._take)
+        self._thread = threading.Thread(target=self._worker.run)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._inbox.close()
+        self._thread.join(30.0)
+
+    def _take(self, answer):
+        with self._answered:
+            self._answers[answer.number] = answer
+            self._answered.notify()
+
+    def ask(self, *requests):
+        """All at once; their answers."""
+        numbers = [id(request) for request in requests]
+        for number, request in zip(numbers, requests, strict=True):
+            self._inbox.put(messages.Call(number, request))
+        if not self._thread.is_alive():
+            self._thread.start()
+        with self._answered:
+            assert self._answered.wait_for(lambda: all(number in self._answers for number in numbers), 30.0)
+            return [self._answers.pop(number) for number in numbers]
+
+
+def train(uid, value):
+    features = np.full((5, 3), value, np.float32)
+    batch = Batch.validate(SPEC, features, np.zeros((5, 2), np.float32))
+    return messages.Train(uid, 1, "web", 1, 1, "hash", batch, return_outputs=False)
+
+
+def test_after_a_failure_in_company_each_learns_alone(tmp_path, monkeypatch):
+    companies = []
+
+    def fails_for_the_unlucky(pairs, **options):
+        companies.append(len(pairs))
+        if any(batch.features[0, 0] == 13.0 for _, batch in pairs):
+            raise RuntimeError("unforeseen")
+        return train_together(pairs, **options)
+
+    monkeypatch.setattr(training, "train_together", fails_for_the_unlucky)
+    with Front(tmp_path) as front:
+        created = front.ask(messages.Create("a", SPEC, "stacked"), messages.Create("b", SPEC, "stacked"))
+        assert [answer.error for answer in created] == [None, None]
+        failed = front.ask(train("a", 1.0), train("b", 13.0))
+        assert [type(answer.error) for answer in failed] == [NotInEngine, NotInEngine]
+
+        front.ask(messages.Create("a", SPEC, "stacked"), messages.Create("b", SPEC, "stacked"))
+        lucky, unlucky = front.ask(train("a", 1.0), train("b", 13.0))
+    assert lucky.value.result.steps == 5
+    assert isinstance(unlucky.error, BatchNotLearnt)
+    assert not unlucky.error.diverged
+    assert companies == [2, 1, 1]
+
+
+def test_results_carry_outputs_only_where_they_are_wanted(tmp_path):
+    with Front(tmp_path) as front:
+        front.ask(messages.Create("a", SPEC, "stacked"), messages.Create("b", SPEC, "stacked"))
+        wanting = messages.Train(**vars(train("a", 1.0)) | {"return_outputs": True})
+        with_outputs, without = front.ask(wanting, train("b", 1.0))
+    assert with_outputs.value.result.outputs.shape == (5, 2)
+    assert without.value.result.outputs is None
+
+
+def test_an_engine_that_the_device_lacks_is_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("cbp_server.engine.worker._resolve_device", lambda _: "cuda")
+    options = messages.EngineOptions(str(tmp_path), "auto", "compiled", 1, 0.0, "info", "json")
+    with pytest.raises(SystemExit, match="--engine compiled runs on the CPU, not on cuda"):
+        EngineWorker(options, Inbox(), lambda _: None)
