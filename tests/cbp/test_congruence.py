@@ -13,6 +13,7 @@ import torch
 
 from cbp import Batch, CbpError, Learner, LearnerSnapshot, LearnerSpec, compile_ahead
 from cbp.engines import kernels
+from cbp.engines.choice import choose_engine
 from cbp.engines.eager_engine import EngineName
 from cbp.spec import Activation, LossKind, Utility
 
@@ -52,30 +53,37 @@ def spec_of(make_spec: MakeSpec, case: int, **changes: Any) -> LearnerSpec:
 
 
 def assert_congruent(spec: LearnerSpec, make_batch: MakeBatch) -> None:
-    learners = [Learner(spec, engine=engine) for engine in get_args(EngineName)]
-    assert [learner.engine for learner in learners] == ["torch", "compiled"]
+    reference, *others = (Learner(spec, engine=engine) for engine in get_args(EngineName))
+    assert [learner.engine for learner in (reference, *others)] == ["torch", "compiled", "stacked"]
     rows = STEPS * spec.batch_size
     for start in range(2):
         batch = make_batch(spec, rows // 2, seed=start, task=f"{start}", weighted=bool(start))
-        of_torch, of_compiled = (learner.train(batch, return_outputs=True) for learner in learners)
-        assert (of_torch.steps, of_torch.examples) == (of_compiled.steps, of_compiled.examples)
-        np.testing.assert_allclose(of_compiled.outputs, of_torch.outputs, rtol=1e-3, atol=1e-4)
-        assert of_compiled.loss == pytest.approx(of_torch.loss, rel=1e-4)
-        assert of_compiled.accuracy == pytest.approx(of_torch.accuracy, abs=1e-2)
-        expected, actual = (learner.snapshot() for learner in learners)
-        for name in ("units.age", "generator"):
-            assert torch.equal(actual.tensors[name], expected.tensors[name]), name
-        for name in ("replacements", "accumulated_replacements", "step"):
-            assert actual.metadata[name] == expected.metadata[name], name
-        for name, tensor in expected.tensors.items():
-            if tensor.dtype == torch.float32:
-                tolerance = {
-                    "rtol": 1e-3,
-                    "atol": 1e-4 * float(tensor.abs().max().clamp(min=1)) if tensor.numel() else 0,
-                }
-                torch.testing.assert_close(actual.tensors[name], tensor, **tolerance, msg=name)
-    samples = [learner.take_samples() for learner in learners]
-    assert [s.step for s in samples[0]] == [s.step for s in samples[1]] == [37, 74]
+        of_torch = reference.train(batch, return_outputs=True)
+        expected = reference.snapshot()
+        for learner in others:
+            result = learner.train(batch, return_outputs=True)
+            assert (of_torch.steps, of_torch.examples) == (result.steps, result.examples)
+            np.testing.assert_allclose(result.outputs, of_torch.outputs, rtol=1e-3, atol=1e-4)
+            assert result.loss == pytest.approx(of_torch.loss, rel=1e-4)
+            assert result.accuracy == pytest.approx(of_torch.accuracy, abs=1e-2)
+            assert_same_state(learner.snapshot(), expected)
+    for learner in (reference, *others):
+        assert [sample.step for sample in learner.take_samples()] == [37, 74]
+
+
+def assert_same_state(actual: LearnerSnapshot, expected: LearnerSnapshot) -> None:
+    """To float32 rounding."""
+    for name in ("units.age", "generator"):
+        assert torch.equal(actual.tensors[name], expected.tensors[name]), name
+    for name in ("replacements", "accumulated_replacements", "step"):
+        assert actual.metadata[name] == expected.metadata[name], name
+    for name, tensor in expected.tensors.items():
+        if tensor.dtype == torch.float32:
+            tolerance = {
+                "rtol": 1e-3,
+                "atol": 1e-4 * float(tensor.abs().max().clamp(min=1)) if tensor.numel() else 0,
+            }
+            torch.testing.assert_close(actual.tensors[name], tensor, **tolerance, msg=name)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -114,11 +122,12 @@ def test_every_choice_of_layers(resets: int, optimizer: str, make_spec: MakeSpec
     assert_congruent(spec_of(make_spec, resets, optimizer=OPTIMIZERS[optimizer], batch_size=batch_size), make_batch)
 
 
+@pytest.mark.parametrize("engine", ["compiled", "stacked"])
 @pytest.mark.parametrize("utility", ["adaptable_contribution", "random"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("batch_size", [0, 1, 3])
 def test_cuts_and_pauses_change_nothing(
-    batch_size: int, optimizer: str, utility: str, make_spec: MakeSpec, make_batch: MakeBatch
+    batch_size: int, optimizer: str, utility: str, engine: EngineName, make_spec: MakeSpec, make_batch: MakeBatch
 ) -> None:
     """Calls of one step, of many, with somebody looking in between, saved and restored: not one bit differs."""
     spec = spec_of(make_spec, 0, optimizer=OPTIMIZERS[optimizer], utility=utility, batch_size=batch_size)
@@ -129,15 +138,15 @@ def test_cuts_and_pauses_change_nothing(
         Batch.validate(spec, stream.features[start:end], stream.targets[start:end])
         for start, end in itertools.pairwise(bounds)
     ]
-    learner = Learner(spec, engine="compiled")
+    learner = Learner(spec, engine=engine)
     for piece in pieces if batch_size == 0 else [stream]:
         learner.train(piece)
-    cut, watched, resumed = (Learner(spec, engine="compiled") for _ in range(3))
+    cut, watched, resumed = (Learner(spec, engine=engine) for _ in range(3))
     for piece in pieces:
         cut.train(piece)
         watched.train(piece, between_steps=lambda: None)
         resumed.train(piece)
-        resumed = Learner.restore(LearnerSnapshot.from_bytes(resumed.snapshot().to_bytes()), engine="compiled")
+        resumed = Learner.restore(LearnerSnapshot.from_bytes(resumed.snapshot().to_bytes()), engine=engine)
     expected = learner.snapshot()
     assert sum(expected.metadata["replacements"]) > 0
     for other in (cut, watched, resumed):
@@ -150,7 +159,7 @@ def test_cuts_and_pauses_change_nothing(
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("engines", [("torch", "compiled"), ("compiled", "torch")])
+@pytest.mark.parametrize("engines", list(itertools.permutations(get_args(EngineName), 2)))
 def test_a_snapshot_goes_on_in_the_other_engine(
     engines: tuple[EngineName, EngineName],
     optimizer: str,
@@ -172,7 +181,7 @@ def test_a_snapshot_goes_on_in_the_other_engine(
 
 
 def test_changes_from_outside_are_noticed(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
-    """By hand, by an update, behind its back: what the compiled engine assumes of the state may not hold any more."""
+    """By hand, by an update, behind its back: what an engine assumes of the state may not hold any more."""
     spec = make_spec(batch_size=1)
     learners = [Learner(spec, engine=engine) for engine in get_args(EngineName)]
     for learner in learners:
@@ -185,10 +194,11 @@ def test_changes_from_outside_are_noticed(make_spec: MakeSpec, make_batch: MakeB
         learner.train(make_batch(spec, 30, seed=3))
         learner.update(make_spec(batch_size=1, resets__utility="contribution"))
         learner.train(make_batch(spec, 30, seed=4))
-    expected, actual = (learner.snapshot() for learner in learners)
-    assert actual.metadata["replacements"] == expected.metadata["replacements"]
-    for name, tensor in expected.tensors.items():
-        torch.testing.assert_close(actual.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    expected, *others = (learner.snapshot() for learner in learners)
+    for actual in others:
+        assert actual.metadata["replacements"] == expected.metadata["replacements"]
+        for name, tensor in expected.tensors.items():
+            torch.testing.assert_close(actual.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_adams_counts_need_not_be_ages(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
@@ -200,9 +210,10 @@ def test_adams_counts_need_not_be_ages(make_spec: MakeSpec, make_batch: MakeBatc
         for name, slot in learner._state.optimizer.slots().items():
             slot.flat.fill_(3.0 if name == "steps" else 0.0)
         learner.train(make_batch(spec, 20, seed=1))
-    expected, actual = (learner.snapshot() for learner in learners)
-    for name, tensor in expected.tensors.items():
-        torch.testing.assert_close(actual.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    expected, *others = (learner.snapshot() for learner in learners)
+    for actual in others:
+        for name, tensor in expected.tensors.items():
+            torch.testing.assert_close(actual.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_somebody_may_look_between_runs_of_steps(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
@@ -239,3 +250,42 @@ def test_an_engine_that_cannot_run_there_is_refused(make_spec: MakeSpec) -> None
             Learner(spec, device=device, engine=engine)  # type: ignore[arg-type]
         with pytest.raises(CbpError, match="engine: "):
             Learner.restore(snapshot, device=device, engine=engine)  # type: ignore[arg-type]
+
+
+def test_the_automatic_choice(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    assert Learner(spec).engine == "torch"
+    assert Learner(spec, engine="auto").engine == "compiled"
+    assert Learner.restore(Learner(spec).snapshot(), engine="auto").engine == "compiled"
+    devices = ("cpu", "cuda", "meta")
+    assert [choose_engine(spec, torch.device(device)) for device in devices] == ["compiled", "stacked", "torch"]
+
+
+@pytest.mark.parametrize("utility", ["adaptable_contribution", "random"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_engine_is_changed_as_if_restored(
+    optimizer: str, utility: str, make_spec: MakeSpec, make_batch: MakeBatch
+) -> None:
+    spec = spec_of(make_spec, 0, optimizer=OPTIMIZERS[optimizer], utility=utility, batch_size=3)
+    switched, restored = Learner(spec), Learner(spec)
+    for seed, engine in enumerate(("compiled", "stacked", "torch", "stacked", "compiled", "auto")):
+        switched.switch_engine(engine)
+        restored = Learner.restore(restored.snapshot(), engine=engine)
+        assert switched.engine == restored.engine == ("compiled" if engine == "auto" else engine)
+        for learner in (switched, restored):
+            learner.train(make_batch(spec, 41, seed=seed))
+        expected, actual = restored.snapshot(), switched.snapshot()
+        assert actual.metadata == expected.metadata
+        for name, tensor in expected.tensors.items():
+            assert torch.equal(actual.tensors[name], tensor), name
+    assert sum(switched.progress.replacements.values()) > 0
+
+
+def test_an_engine_is_not_changed_amid_a_call(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    spec = make_spec()
+    learner = Learner(spec)
+    with pytest.raises(CbpError, match="switch_engine cannot be called from between_steps"):
+        learner.train(make_batch(spec, 4), between_steps=lambda: learner.switch_engine("stacked"))
+    with pytest.raises(CbpError, match="engine: Expected one of torch, compiled, stacked, auto; got 'numpy'"):
+        learner.switch_engine("numpy")  # type: ignore[arg-type]
+    assert learner.engine == "torch"

@@ -111,10 +111,16 @@ def test_the_recorded_trajectories_are_all_here() -> None:
     assert len(NAMES) == 7
 
 
-@pytest.mark.parametrize("engine", get_args(EngineName))
-def test_learner_follows_the_published_algorithm(engine: EngineName, trajectory: Trajectory) -> None:
+@pytest.mark.parametrize(
+    ("engine", "device"),
+    [
+        *((engine, "cpu") for engine in get_args(EngineName)),
+        *(pytest.param(engine, "cuda", marks=pytest.mark.gpu) for engine in ("torch", "stacked")),
+    ],
+)
+def test_learner_follows_the_published_algorithm(engine: EngineName, device: str, trajectory: Trajectory) -> None:
     spec = trajectory.spec
-    learner = Learner(spec, engine=engine)
+    learner = Learner(spec, device=device, engine=engine)
     state = learner._state
     for layer, (weight, bias) in enumerate(zip(state.parameters.weights, state.parameters.biases, strict=True)):
         weight[0] = torch.from_numpy(trajectory.arrays[f"init_weight_{layer}"])
@@ -126,20 +132,22 @@ def test_learner_follows_the_published_algorithm(engine: EngineName, trajectory:
     for step in range(trajectory.config["steps"]):
         batch = Batch.validate(spec, trajectory.arrays["inputs"][step], trajectory.arrays["targets"][step])
         step_losses.append(learner.train(batch).loss)
-        replaced += [(step, *unit) for unit in newborn(state.units.age[0], trajectory.config["hidden"])]
+        replaced += [(step, *unit) for unit in newborn(state.units.age[0].cpu(), trajectory.config["hidden"])]
         if (step + 1) % 100 == 0:
             expected = trajectory.side_by_side(f"utility_after_{step + 1}")
-            assert_near(state.units.utility[0].numpy(), expected, f"utility after {step + 1} steps")
+            assert_near(state.units.utility[0].cpu().numpy(), expected, f"utility after {step + 1} steps")
 
     assert replaced == trajectory.replaced
     assert draws.drawn == [len(replaced)]
     assert_near(np.asarray(step_losses), trajectory.arrays["losses"], "losses")
     for layer, (weight, bias) in enumerate(zip(state.parameters.weights, state.parameters.biases, strict=True)):
-        assert_near(weight[0].numpy(), trajectory.arrays[f"final_weight_{layer}"], f"weight {layer}")
-        assert_near(bias[0].numpy(), trajectory.arrays[f"final_bias_{layer}"], f"bias {layer}")
-    assert_near(state.units.utility[0].numpy(), trajectory.side_by_side("final_utility"), "utility")
+        assert_near(weight[0].cpu().numpy(), trajectory.arrays[f"final_weight_{layer}"], f"weight {layer}")
+        assert_near(bias[0].cpu().numpy(), trajectory.arrays[f"final_bias_{layer}"], f"bias {layer}")
+    assert_near(state.units.utility[0].cpu().numpy(), trajectory.side_by_side("final_utility"), "utility")
     assert_near(
-        state.units.mean_activation[0].numpy(), trajectory.side_by_side("final_mean_activation"), "mean activation"
+        state.units.mean_activation[0].cpu().numpy(),
+        trajectory.side_by_side("final_mean_activation"),
+        "mean activation",
     )
     assert state.units.age[0].tolist() == trajectory.side_by_side("final_age").tolist()
 

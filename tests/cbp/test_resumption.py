@@ -80,6 +80,10 @@ class CompiledLearnerRun(LearnerRun):
     engine: EngineName = "compiled"
 
 
+class StackedLearnerRun(LearnerRun):
+    engine: EngineName = "stacked"
+
+
 class ModuleRun:
     """`ContinualBackprop` beside an optimizer of torch."""
 
@@ -152,7 +156,7 @@ def furthest_weight(one: Run, other: Run) -> float:
 @pytest.mark.parametrize("utility", get_args(Utility))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", [LearnerRun, CompiledLearnerRun, ModuleRun])
+@pytest.mark.parametrize("kind", [LearnerRun, CompiledLearnerRun, StackedLearnerRun, ModuleRun])
 def test_resumed_is_uninterrupted_and_weights_alone_are_not(
     kind: Callable[[LearnerSpec, str], Run], device: str, optimizer: str, utility: str, make_spec: MakeSpec
 ) -> None:
