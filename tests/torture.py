@@ -39,6 +39,9 @@ _TRAFFIC_SECONDS = 10.0
 #: Points that only some lives come to, so that torture at random leaves them to tests of their own.
 _RARE = ("catalog.add", "catalog.restore")
 
+#: Compiled code takes all steps of so small a batch at once.
+ENGINE_OF_POINT: dict[str, Literal["torch"]] = {"training/step": "torch"}
+
 NetworkFault = Literal["cut", "cut within", "refuse", "delay", "throttle"]
 _NETWORK_FAULTS: tuple[NetworkFault, ...] = ("cut", "cut within", "refuse", "delay", "throttle")
 _STORAGE_FAULTS = (
@@ -58,6 +61,7 @@ class Life:
     Attributes:
         point: where it is killed the `nth` time that it comes there, if it does so within `seconds`.
         quiet: whether its seconds begin at once, rather than when the clients are back and the first batch is applied.
+        engine: takes the steps, once what has been journaled is learnt again.
         network: faults, each with the seconds before it.
         storage: failures of the disk, each with the seconds before it; the last one stays to the end of the life.
         engine_killed_after: seconds after which the engine alone is killed.
@@ -70,6 +74,7 @@ class Life:
     victims: Victims = "all"
     seconds: float
     quiet: bool = False
+    engine: Literal["auto", "torch", "stacked"] = "auto"
     network: tuple[tuple[float, NetworkFault], ...] = ()
     storage: tuple[tuple[float, Failures], ...] = ()
     engine_killed_after: float | None = None
@@ -123,12 +128,14 @@ def _random_life(chance: random.Random, points: Sequence[str], *, power: bool) -
         ["power", "power, torn", "all"] if power else ["front", "all"]
     )
     at_point = chance.random() < 0.5
+    point = chance.choice(points) if at_point else None
     return Life(
-        point=chance.choice(points) if at_point else None,
+        point=point,
         nth=1 + int(chance.expovariate(0.1)),
         victims=chance.choice(("all", "engine")),
         seconds=seconds + 2.0 if at_point else seconds,
         quiet=chance.random() < 0.1,
+        engine=ENGINE_OF_POINT.get(point or "") or chance.choice(("auto", "auto", "torch", "stacked")),
         network=network,
         storage=_random_storage(chance, seconds) if chance.random() < 0.2 else (),
         engine_killed_after=chance.uniform(0.0, seconds) if chance.random() < 0.2 else None,
@@ -227,7 +234,7 @@ class Torture:
         self._outcome.lives += 1
         kill = self.server.plan_kill(life.point, life.nth, life.victims) if life.point is not None else None
         self._traffic.clear()
-        self.server.launch()
+        self.server.launch("--engine", life.engine)
         if self.server.wait_until_ready_or_ended():
             self._disturb(life, proxy)
         self._end(life)

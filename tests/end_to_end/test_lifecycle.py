@@ -129,10 +129,10 @@ def test_a_draining_server_says_so_everywhere(own_server, connect, examples, ref
 
 def test_a_drain_has_its_time_and_what_it_gives_up_is_in_the_journal(start_server, connect, small_spec, examples):
     """What has begun when the time is up stops between two steps; the next start goes on exactly there."""
-    server = start_server("--drain-timeout", "0.5")
+    server = start_server("--drain-timeout", "0.5", "--engine", "torch")
     wire = connect(server.grpc_target)
     wire.create("clicks")
-    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
+    local = Learner(LearnerSpec.parse(small_spec))
     stream = wire.stream("clicks")
     learn(stream, local, 1, examples(20))
     stream.results(1)
@@ -159,7 +159,7 @@ def test_a_drain_has_its_time_and_what_it_gives_up_is_in_the_journal(start_serve
 
 def test_a_batch_that_finishes_late_in_the_drain_is_saved(start_server, connect, examples):
     """Acknowledged at the last moment, while other learners are being saved already."""
-    server = start_server("--drain-timeout", "0.3")
+    server = start_server("--drain-timeout", "0.3", "--engine", "torch")
     wire = connect(server.grpc_target)
     streams = {}
     for name in ("a", "b", "c", "d"):

@@ -377,12 +377,12 @@ def test_learners_serve_as_each_is_ready_and_the_server_is_ready_when_all_are(
 POISON = """
 import os
 from cbp_server.engine import training
-run_slice = training.TrainingJob.run_slice
-def run_or_die(job):
+next_slice = training.TrainingJob.next_slice
+def next_or_die(job):
     if job._batch.task == "poison":
         os.kill(os.getpid(), 9)
-    run_slice(job)
-training.TrainingJob.run_slice = run_or_die
+    return next_slice(job)
+training.TrainingJob.next_slice = next_or_die
 """
 
 
@@ -733,12 +733,12 @@ def test_a_restore_counts_once_the_catalog_has_it_whatever_becomes_of_the_engine
 SLOW_BATCHES = """
 import os, time
 from cbp_server.engine import training
-run_slice = training.TrainingJob.run_slice
+next_slice = training.TrainingJob.next_slice
 def slow(job):
     if os.path.exists(os.environ["FLAG"]):
         time.sleep(0.2)
-    run_slice(job)
-training.TrainingJob.run_slice = slow
+    return next_slice(job)
+training.TrainingJob.next_slice = slow
 """
 
 

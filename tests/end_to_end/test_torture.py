@@ -2,7 +2,7 @@
 
 import pytest
 from faults.points import METHODS, SQLITE_POINTS
-from torture import Life, Torture, random_lives
+from torture import ENGINE_OF_POINT, Life, Torture, random_lives
 
 #: By group, so that each test takes a minute or two.
 _POINTS = {
@@ -34,7 +34,13 @@ def test_learners_survive_a_kill_at_every_point(tmp_path, group):
     points = points_of(group)
     # A life's first checkpoint directories, forks and restores are its only ones, or nearly so.
     lives = [
-        Life(point=point, nth=1 if "mkdir" in point or "catalog" in point else 3, seconds=60.0) for point in points
+        Life(
+            point=point,
+            engine=ENGINE_OF_POINT.get(point, "auto"),
+            nth=1 if "mkdir" in point or "catalog" in point else 3,
+            seconds=60.0,
+        )
+        for point in points
     ]
     outcome = Torture(tmp_path, seed=1).run(lives)
     assert outcome.fired.keys() == set(points)
@@ -52,6 +58,9 @@ def test_learners_survive_a_kill_within_sqlite(tmp_path):
 @pytest.mark.timeout(600)
 def test_learners_survive_their_engine_being_killed_at_every_point(tmp_path):
     points = [point for point in points_of("engine") if "mkdir" not in point]
-    lives = [Life(point=point, nth=4, victims="engine", seconds=8.0) for point in points]
+    lives = [
+        Life(point=point, engine=ENGINE_OF_POINT.get(point, "auto"), nth=4, victims="engine", seconds=8.0)
+        for point in points
+    ]
     outcome = Torture(tmp_path, seed=2).run(lives)
     assert outcome.fired.keys() == set(points)

@@ -159,7 +159,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _patch(call: str, method: Method, reach: Callable[[str], None] | None, module: ModuleType) -> None:
-    owner = getattr(module, method.owner, None)
+    owner = getattr(module, method.owner, None) if method.owner else module
     if owner is None or method.name not in vars(owner):
         break_off(f"{method.module} has no {method.owner}.{method.name}; correct faults/points.py")
     if reach is not None:

@@ -13,7 +13,7 @@ Role = Literal["front", "engine"]
 
 @dataclass(frozen=True)
 class Method:
-    """A method whose calls have points, in the process of that role."""
+    """A method whose calls have points, in the process of that role; a function of the module if it has no owner."""
 
     role: Role
     module: str
@@ -37,7 +37,7 @@ METHODS = {
     "checkpoint.write": Method(
         "engine", "cbp_server.store.checkpoints", "CheckpointFiles", "write", ("begin", "mkdir", "rename", "done")
     ),
-    "training": Method("engine", "cbp.learner", "Learner", "train", ("step", "done")),
+    "training": Method("engine", "cbp_server.engine.training", "", "run_slices", ("step", "done")),
 }
 
 #: Within SQLite: before a write and a sync of its files, and after a sync.

@@ -238,7 +238,7 @@ class EngineWorker:
     def _run(self, jobs: Sequence[TrainingJob]) -> None:
         """Goes on with the batches until one of them is finished or somebody else wants a turn."""
         while True:
-            run_slices(jobs, self._between_steps)
+            run_slices(jobs, between_steps=self._between_steps)
             if any(job.finished or job.failure for job in jobs) or self._inbox.has_turns():
                 break
             self._answer_predictions()
