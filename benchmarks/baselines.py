@@ -139,9 +139,7 @@ class LiteralContinualBackprop:
         self.linears[layer + 1].weight[:, unit] = 0.0
 
 
-def stepping(
-    loop: PlainBackprop | LiteralContinualBackprop, net: Net, steps: int, device: str = "cpu"
-) -> Contender:
+def stepping(loop: PlainBackprop | LiteralContinualBackprop, net: Net, steps: int, device: str = "cpu") -> Contender:
     """The loop over so many batches, whose tensors are made before."""
     ((features, targets),) = net.make_messages(1, steps * net.batch_size)
     inputs = torch.from_numpy(features).to(device).split(net.batch_size)

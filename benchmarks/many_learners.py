@@ -20,7 +20,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from workloads import A, MALLOC, in_process, machine, one_thread, over_the_wire, print_table, server_pid, server_with, verdict
+from workloads import (
+    MALLOC,
+    A,
+    in_process,
+    machine,
+    one_thread,
+    over_the_wire,
+    print_table,
+    server_pid,
+    server_with,
+    verdict,
+)
 
 from cbp import Learner, LearnerSpec, compile_ahead
 from cbp.engines.eager_engine import EngineName
@@ -72,7 +83,7 @@ async def on_a_server(count: int, directory: Path) -> list[list[str]]:
 
 def server_bytes(directory: Path, http_url: str) -> dict[str, int]:
     """Resident bytes of the server's processes."""
-    with urllib.request.urlopen(f"{http_url}/v1/server") as response:  # noqa: S310  the server's own URL
+    with urllib.request.urlopen(f"{http_url}/v1/server") as response:
         engine = json.load(response)["engine"]["resident_bytes"]
     return {"front": resident_bytes(server_pid(directory)), "engine": engine}
 

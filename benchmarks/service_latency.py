@@ -27,9 +27,11 @@ from workloads import (
     Streamed,
     machine,
     messages_in,
+    milliseconds,
     over_the_wire,
     print_table,
     server_with,
+    streaming,
     verdict,
     with_malloc_set,
 )
@@ -85,7 +87,9 @@ async def predictions(effort: Effort, directory: Path) -> None:
         p50, p99, most = (np.quantile(seconds, quantile) for quantile in (0.5, 0.99, 1.0))
         stream = f"{statistics.median(spells.rates):,.0f}" if name == "busy" else "–"
         reached = {f"p99 ≤ {1e3 * PREDICTION_TARGET:.0f} ms": bool(p99 <= PREDICTION_TARGET)} if name == "busy" else {}
-        rows.append([name, stream, str(len(seconds)), *(milliseconds(each) for each in (p50, p99, most)), verdict(reached)])
+        rows.append(
+            [name, stream, str(len(seconds)), *(milliseconds(each) for each in (p50, p99, most)), verdict(reached)]
+        )
     print_table(
         f"Prediction of one example, {C.shape}",
         ["learner", "examples/s it is taught", "predictions", "p50", "p99", "longest", "target"],
@@ -121,9 +125,10 @@ async def latencies(learner: AsyncLearner, probe: np.ndarray, count: int) -> lis
 
 async def until_it_learns(learner: AsyncLearner) -> None:
     """And the stream has had time to fill the queues."""
-    before = (await learner.refresh()).progress.examples
-    while (await learner.refresh()).progress.examples < before + 2 * MESSAGE_SIZE:
+    enough = (await learner.refresh()).progress.examples + 2 * MESSAGE_SIZE
+    while learner.info.progress.examples < enough:
         await asyncio.sleep(0.05)
+        await learner.refresh()
     await asyncio.sleep(0.2)
 
 
@@ -186,10 +191,7 @@ async def measure_scraped(
 ) -> tuple[list[float], list[tuple[Streamed, Streamed]]]:
     """Seconds of each scrape beside a stream; streams with scrapes, each with one without."""
 
-    async def stream(count: int) -> float:
-        return (await over_the_wire(learner, messages, count)).seconds
-
-    count = await messages_in(effort.seconds, stream)
+    count = await messages_in(effort.seconds, streaming(learner, messages))
     taken: list[float] = []
     pairs = []
     for round_number in range(effort.rounds):
@@ -210,10 +212,10 @@ async def scrape_again_and_again(url: str, taken: list[float]) -> None:
 
 async def scrape(url: str) -> tuple[int, float]:
     """Bytes and seconds of a request such as Prometheus makes."""
-    request = urllib.request.Request(url, headers={"Accept": "application/openmetrics-text; version=1.0.0"})  # noqa: S310
+    request = urllib.request.Request(url, headers={"Accept": "application/openmetrics-text; version=1.0.0"})
 
     def read() -> int:
-        with urllib.request.urlopen(request) as response:  # noqa: S310  the server's own URL
+        with urllib.request.urlopen(request) as response:
             return len(response.read())
 
     started = time.perf_counter()
@@ -221,16 +223,12 @@ async def scrape(url: str) -> tuple[int, float]:
     return size, time.perf_counter() - started
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.1f} ms"
-
-
 PARTS = {"predictions": predictions, "scrapes": scrapes}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs; the figures are noise")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs, not figures")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else FULL

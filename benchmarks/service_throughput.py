@@ -31,22 +31,20 @@ from workloads import (
     interleaved_messages,
     machine,
     one_thread,
-    over_the_wire,
     print_table,
     server_with,
+    streaming,
     verdict,
     with_malloc_set,
 )
 
 from cbp import Learner, LearnerSpec
-from cbp_client import AsyncClient, AsyncLearner
+from cbp_client import AsyncClient
 from cbp_client.convert import train_request
 
 NONE, FSYNC, HERE, ECHO = "service, none", "service, fsync", "in process", "bare echo"
 TARGET = 0.8
 
-#: Nets, and examples in a message.
-CASES = ((A, 256), (D, 256), (C, 256), (B, 16))
 POOL_BYTES = 2**24
 """Different messages, at most twenty, sent over and over."""
 
@@ -56,30 +54,31 @@ class Effort:
     rounds: int
     seconds: float
     """Of one turn."""
+    cases: tuple[tuple[Net, int], ...]
+    """Nets, and examples in a message."""
 
 
-FULL = Effort(5, 0.8)
-QUICK = Effort(1, 0.01)
+FULL = Effort(5, 0.8, ((A, 256), (D, 256), (C, 256), (B, 16)))
+QUICK = Effort(1, 0.01, ((A, 2), (C, 16)))
 
 
 async def measure(net: Net, size: int, effort: Effort, client: AsyncClient, echo: Echo) -> tuple[Rounds, str]:
     """By the message; and the engine of the Learner here."""
     bytes_each = 4 * size * net.widths[0]
     messages = net.make_messages(min(20, 1 + POOL_BYTES // bytes_each), size)
-    serialized = [train_request(*message, None, task="", return_outputs=False).SerializeToString() for message in messages]
+    serialized = [
+        train_request(*message, None, task="", return_outputs=False).SerializeToString() for message in messages
+    ]
     unsaved = await client.create_learner(f"{net.name.lower()}-none", durability="none", **net.spec)
     saved = await client.create_learner(f"{net.name.lower()}-fsync", durability="fsync", **net.spec)
     here = Learner(LearnerSpec.parse(net.spec))
-
-    async def stream(learner: AsyncLearner, count: int) -> float:
-        return (await over_the_wire(learner, messages, count)).seconds
 
     async def learn_here(count: int) -> float:
         return in_process(here, messages, count)
 
     deals: dict[str, Deal] = {
-        NONE: partial(stream, unsaved),
-        FSYNC: partial(stream, saved),
+        NONE: streaming(unsaved, messages),
+        FSYNC: streaming(saved, messages),
         HERE: learn_here,
         ECHO: partial(echo.exchange, serialized),
     }
@@ -108,14 +107,14 @@ async def measure_all(target: str, echo_target: str, effort: Effort) -> list[lis
     echo = Echo(echo_target)
     try:
         async with AsyncClient(target) as client:
-            return [row(net, size, *await measure(net, size, effort, client, echo)) for net, size in CASES]
+            return [row(net, size, *await measure(net, size, effort, client, echo)) for net, size in effort.cases]
     finally:
         await echo.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs; the figures are noise")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs, not figures")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else FULL
     with_malloc_set()
@@ -124,7 +123,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, server_with(Path(directory)) as server, echo_server() as echo:
         rows = asyncio.run(measure_all(server.grpc_target, echo, effort))
     columns = ["net", "a message", NONE, FSYNC, HERE, ECHO, "none of the ceiling", "fsync of it", "target"]
-    print_table("Examples per second end to end, and as a share of the lower of in process and bare echo", columns, rows)
+    print_table(
+        "Examples per second end to end, and as a share of the lower of in process and bare echo", columns, rows
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from cbp_client import AsyncLearner
 from cbp_client.demo.local_server import LocalServer, local_server
 
 Message = tuple[np.ndarray, np.ndarray]
+#: Deals with so many messages; the seconds that it took.
+Deal = Callable[[int], Awaitable[float]]
 
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
@@ -127,6 +129,15 @@ async def over_the_wire(learner: AsyncLearner, messages: Sequence[Message], coun
     return Streamed(seconds, max(gaps, default=0.0))
 
 
+def streaming(learner: AsyncLearner, messages: Sequence[Message]) -> Deal:
+    """`over_the_wire` in turns."""
+
+    async def stream(count: int) -> float:
+        return (await over_the_wire(learner, messages, count)).seconds
+
+    return stream
+
+
 def in_process(learner: Learner, messages: Sequence[Message], count: int = 0) -> float:
     """Seconds to check and learn the messages, or `count` of them over and over."""
     started = time.perf_counter()
@@ -209,10 +220,6 @@ def _seconds_of(contender: Contender, repeats: int) -> float:
     return time.perf_counter() - started
 
 
-#: Deals with so many messages; the seconds that it took.
-Deal = Callable[[int], Awaitable[float]]
-
-
 async def interleaved_messages(contenders: Mapping[str, Deal], rounds: int, seconds: float) -> Rounds:
     """Measures the contenders in turns that last about `seconds` each; the units of work are messages."""
     counts = {name: await messages_in(seconds, deal) for name, deal in contenders.items()}
@@ -253,6 +260,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def verdict(reached: Mapping[str, bool]) -> str:
     """Which of the targets are met."""
     return ", ".join(f"{target}: {'met' if met else '**missed**'}" for target, met in reached.items()) or "–"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms"
 
 
 def machine() -> str:
