@@ -37,6 +37,7 @@ from workloads import (
 )
 
 from cbp_client import AsyncClient, AsyncLearner
+from cbp_client.demo.local_server import LocalServer
 
 MESSAGE_SIZE = 256
 PREDICTION_TARGET = 0.005  # s, 99th percentile
@@ -76,12 +77,11 @@ class Spells:
     """Examples that the stream taught in a second of each busy spell."""
 
 
-async def predictions(effort: Effort, directory: Path) -> None:
-    with server_with(directory) as server:
-        async with AsyncClient(server.grpc_target) as client:
-            learner = await client.create_learner("net-c", durability="none", **C.spec)
-            with feeder(server.grpc_target, learner.id, C, MESSAGE_SIZE) as other:
-                spells = await measure_spells(learner, other, effort)
+async def predictions(effort: Effort, server: LocalServer) -> None:
+    async with AsyncClient(server.grpc_target) as client:
+        learner = await client.create_learner("predicted", durability="none", **C.spec)
+        with feeder(server.grpc_target, learner.id, C, MESSAGE_SIZE) as other:
+            spells = await measure_spells(learner, other, effort)
     rows = []
     for name, seconds in (("idle", spells.idle), ("busy", spells.busy)):
         p50, p99, most = (np.quantile(seconds, quantile) for quantile in (0.5, 0.99, 1.0))
@@ -142,17 +142,15 @@ async def until_it_rests(learner: AsyncLearner) -> None:
 # -- scrapes --
 
 
-async def scrapes(effort: Effort, directory: Path) -> None:
-    settings = {"metrics_max_learners": effort.learners + 1, "max_live_learners": 0}
-    with server_with(directory, **settings) as server:
-        url = f"{server.http_url}/metrics"
-        async with AsyncClient(server.grpc_target) as client:
-            await make_scraped(client, effort.learners)
-            learner = await client.create_learner("net-c", durability="none", **C.spec)
-            size, _ = await scrape(url)
-            idle = [(await scrape(url))[1] for _ in range(effort.scrapes)]
-            messages = C.make_messages(20, MESSAGE_SIZE)
-            busy, pairs = await measure_scraped(learner, messages, url, effort)
+async def scrapes(effort: Effort, server: LocalServer) -> None:
+    url = f"{server.http_url}/metrics"
+    async with AsyncClient(server.grpc_target) as client:
+        await make_scraped(client, effort.learners)
+        learner = await client.create_learner("streamed-to", durability="none", **C.spec)
+        size, _ = await scrape(url)
+        idle = [(await scrape(url))[1] for _ in range(effort.scrapes)]
+        messages = C.make_messages(20, MESSAGE_SIZE)
+        busy, pairs = await measure_scraped(learner, messages, url, effort)
     rows = []
     for name, seconds in (("idle", idle), ("busy", busy)):
         middle, most = statistics.median(seconds), max(seconds)
@@ -234,9 +232,10 @@ def main() -> None:
     effort = QUICK if arguments.quick else FULL
     with_malloc_set()
     print(machine(), flush=True)
-    for name in arguments.part or PARTS:
-        with tempfile.TemporaryDirectory() as directory:
-            asyncio.run(PARTS[name](effort, Path(directory)))
+    settings = {"metrics_max_learners": effort.learners + 2, "max_live_learners": 0}
+    with tempfile.TemporaryDirectory() as directory, server_with(Path(directory), **settings) as server:
+        for name in arguments.part or PARTS:
+            asyncio.run(PARTS[name](effort, server))
 
 
 if __name__ == "__main__":
