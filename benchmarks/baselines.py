@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+from ceilings import wait_for
 from torch import Tensor, nn
 from workloads import Contender, Net
 
@@ -148,5 +149,6 @@ def stepping(loop: PlainBackprop | LiteralContinualBackprop, net: Net, steps: in
     def run() -> None:
         for some_inputs, some_targets in zip(inputs, wanted, strict=True):
             loop.step(some_inputs, some_targets)
+        wait_for(device)
 
     return Contender(run, steps)
