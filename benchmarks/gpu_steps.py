@@ -49,7 +49,7 @@ def stack_of(net: Net, learners: int, steps: int) -> Contender:
     messages = net.make_messages(min(learners, DIFFERENT_MESSAGES), steps * net.batch_size)
     batches = [Batch.validate(spec, *message) for message in messages]
     pairs = [
-        (Learner(spec.model_copy(update={"seed": seed}), device=DEVICE), batches[seed % len(batches)])
+        (Learner(spec.model_copy(update={"seed": seed}), device=DEVICE, engine="stacked"), batches[seed % len(batches)])
         for seed in range(learners)
     ]
     return Contender(lambda: cbp.train_together(pairs), learners * steps)
