@@ -35,6 +35,7 @@ from workloads import (
     Net,
     Rounds,
     Streamed,
+    as_hosted,
     interleaved_messages,
     kill_server,
     machine,
@@ -47,7 +48,7 @@ from workloads import (
     streaming,
 )
 
-from cbp import Batch, Learner, LearnerSpec
+from cbp import Batch
 from cbp_client import AsyncClient, AsyncLearner
 from cbp_client.demo.local_server import LocalServer
 from cbp_client.types import Durability
@@ -259,7 +260,7 @@ async def replay(net: Net, messages: Sequence[Message], seconds: float, director
 
 def learn_here(net: Net, messages: Sequence[Message], count: int) -> float:
     """Seconds that a new learner in this process takes for what the server was sent."""
-    learner = Learner(LearnerSpec.parse(net.spec))
+    learner = as_hosted(net)
     batches = [Batch.validate(learner.spec, features, targets) for features, targets in messages]
     started = time.perf_counter()
     for batch in islice(cycle(batches), count):

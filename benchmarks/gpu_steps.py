@@ -11,6 +11,7 @@ fit the GPU's cache it may exceed that. Skipped without a GPU.
 
 import argparse
 from dataclasses import dataclass
+from itertools import cycle
 
 import ceilings
 import torch
@@ -45,12 +46,12 @@ CASES = ((D, 16), (C, 4))
 
 
 def stack_of(net: Net, learners: int, steps: int) -> Contender:
-    spec = net.unmonitored
+    specs = [net.unmonitored.learner_spec(seed) for seed in range(learners)]
     messages = net.make_messages(min(learners, DIFFERENT_MESSAGES), steps * net.batch_size)
-    batches = [Batch.validate(spec, *message) for message in messages]
+    batches = [Batch.validate(specs[0], *message) for message in messages]
     pairs = [
-        (Learner(spec.model_copy(update={"seed": seed}), device=DEVICE, engine="stacked"), batches[seed % len(batches)])
-        for seed in range(learners)
+        (Learner(spec, device=DEVICE, engine="stacked"), batch)
+        for spec, batch in zip(specs, cycle(batches), strict=False)
     ]
     return Contender(lambda: cbp.train_together(pairs), learners * steps)
 

@@ -33,7 +33,7 @@ from workloads import (
     verdict,
 )
 
-from cbp import Learner, LearnerSpec, compile_ahead
+from cbp import Learner, compile_ahead
 from cbp.engines.eager_engine import EngineName
 from cbp_client import AsyncClient
 
@@ -43,7 +43,7 @@ AT_ONCE = 16
 
 
 def in_this_process(engine: EngineName, count: int) -> list[str]:
-    spec = LearnerSpec.parse(A.spec)
+    spec = A.learner_spec()
     messages = A.make_messages(2, 2)
     one_thread()
     if engine == "compiled":

@@ -44,7 +44,7 @@ PREDICTION_TARGET = 0.005  # s, 99th percentile
 SCRAPE_TARGET = 0.1  # s
 SCRAPE_EVERY = 1.0  # s
 #: Small, since it is how many there are that counts.
-SCRAPED = replace(A, name="S", widths=(20, 5, 5, 5, 1))
+SCRAPED = replace(A, name="S", widths=(20, 5, 5, 5, 1), sample_interval=1)
 AT_ONCE = 16
 """Requests under way while learners are made."""
 
@@ -173,12 +173,11 @@ async def scrapes(effort: Effort, server: LocalServer) -> None:
 async def make_scraped(client: AsyncClient, count: int) -> None:
     """Learners that have a plasticity sample."""
     messages = SCRAPED.make_messages(1, 4)
-    spec = SCRAPED.spec | {"monitoring": {"interval": 1}}
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def make(number: int) -> None:
         async with gate:
-            learner = await client.create_learner(f"scraped-{number}", durability="none", **spec)
+            learner = await client.create_learner(f"scraped-{number}", durability="none", **SCRAPED.spec)
             await over_the_wire(learner, messages)
 
     await asyncio.gather(*(make(number) for number in range(count)))

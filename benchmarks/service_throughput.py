@@ -3,12 +3,13 @@
     python benchmarks/service_throughput.py [--quick]
 
 Client, front and engine process share the machine, as they would on a laptop. Measured in turns, per net: the service
-with durability "none" and "fsync"; a Learner in this process, which checks and learns the same messages; and a bare
-grpc.aio echo in a process of its own, which is sent the same serialised messages and answers each with 16 bytes. The
-ceiling is the lower of the last two.
+with durability "none" and "fsync"; a Learner in this process, of the engine that the server uses, which checks and
+learns the same messages; and a bare grpc.aio echo in a process of its own, which is sent the same serialised messages
+and answers each with 16 bytes. The ceiling is the lower of the last two.
 
-A stream is opened before and flushed within the measured time. Client, echo and the Learner here run with malloc set as
-`workloads.MALLOC` says; the server as it starts by itself.
+A stream is opened before and flushed within the measured time. Plasticity samples are taken as often as by default, and
+of net A also never, which leaves the service least to hide behind. Client, echo and the Learner here run with malloc
+set as `workloads.MALLOC` says; the server as it starts by itself.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from workloads import (
     Deal,
     Net,
     Rounds,
+    as_hosted,
     in_process,
     interleaved_messages,
     machine,
@@ -38,7 +40,6 @@ from workloads import (
     with_malloc_set,
 )
 
-from cbp import Learner, LearnerSpec
 from cbp_client import AsyncClient
 from cbp_client.convert import train_request
 
@@ -58,7 +59,7 @@ class Effort:
     """Nets, and examples in a message."""
 
 
-FULL = Effort(5, 0.8, ((A, 256), (D, 256), (C, 256), (B, 16)))
+FULL = Effort(5, 0.8, ((A, 256), (A.unmonitored, 256), (D, 256), (C, 256), (B, 16)))
 QUICK = Effort(1, 0.01, ((A, 2), (C, 16)))
 
 
@@ -71,7 +72,7 @@ async def measure(net: Net, size: int, effort: Effort, client: AsyncClient, echo
     ]
     unsaved = await client.create_learner(f"{net.name.lower()}-none", durability="none", **net.spec)
     saved = await client.create_learner(f"{net.name.lower()}-fsync", durability="fsync", **net.spec)
-    here = Learner(LearnerSpec.parse(net.spec))
+    here = as_hosted(net)
 
     async def learn_here(count: int) -> float:
         return in_process(here, messages, count)
@@ -92,7 +93,7 @@ def row(net: Net, size: int, measured: Rounds, engine: str) -> list[str]:
     ceiling = min(HERE, ECHO, key=measured.rate)
     shares = {name: measured.times_as_fast(name, ceiling) for name in (NONE, FSYNC)}
     return [
-        f"{net.shape}",
+        net.shape if net.sample_interval else f"{net.shape}, no samples",
         str(size),
         *(f"{size * measured.rate(name):,.0f}" for name in (NONE, FSYNC)),
         f"{size * measured.rate(HERE):,.0f} ({engine})",

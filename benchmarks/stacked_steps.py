@@ -91,11 +91,12 @@ def one_by_one(group: Group) -> Contender:
 
 
 def learners_with_messages(group: Group, engine: EngineName) -> list[tuple[Learner, Batch]]:
-    spec = group.net.unmonitored
-    messages = group.net.make_messages(group.learners, group.steps * group.net.batch_size)
+    net = group.net.unmonitored
+    specs = [net.learner_spec(seed) for seed in range(group.learners)]
+    messages = net.make_messages(group.learners, group.steps * net.batch_size)
     return [
-        (Learner(spec.model_copy(update={"seed": seed}), engine=engine), Batch.validate(spec, *message))
-        for seed, message in enumerate(messages)
+        (Learner(spec, engine=engine), Batch.validate(spec, *message))
+        for spec, message in zip(specs, messages, strict=True)
     ]
 
 
@@ -127,7 +128,7 @@ def main() -> None:
     if not hasattr(cbp, "train_together"):
         print("skipped: this version of cbp has no train_together")
         return
-    compile_ahead(A.unmonitored)
+    compile_ahead(A.learner_spec())
     rows = [row(group, interleaved(contenders(group), effort.rounds, effort.seconds)) for group in effort.groups]
     print_table(
         f"Steps of a learner per second, medians of {effort.rounds} interleaved rounds (times the plain loop)",

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from cbp import Batch, Learner, LearnerSpec
+from cbp.engines.eager_engine import EngineName
 from cbp_client import AsyncLearner
 from cbp_client.demo.local_server import LocalServer, local_server
 
@@ -35,6 +36,9 @@ MALLOC = {
 """Without these every large tensor is mapped and unmapped anew, and an eager loop on net B takes two to three times as
 long."""
 
+SERVER_ENGINE: EngineName = "torch"
+"""What executes the steps of a server's learners."""
+
 # -- nets --
 
 
@@ -46,6 +50,8 @@ class Net:
     loss: str = "cross_entropy"
     optimizer: str = "sgd"
     replacement_rate: float = 1e-4
+    sample_interval: int = 1000
+    """Steps between two plasticity samples, by default as a learner has it; 0 takes none."""
 
     @property
     def shape(self) -> str:
@@ -71,12 +77,16 @@ class Net:
             "optimizer": {"kind": self.optimizer, "lr": 0.01 if self.optimizer == "sgd" else 1e-4},
             "batch_size": self.batch_size,
             "resets": {"replacement_rate": self.replacement_rate},
+            "monitoring": {"interval": self.sample_interval},
         }
 
     @property
-    def unmonitored(self) -> LearnerSpec:
-        """The spec without plasticity samples: one takes as long as thousands of compiled steps of net A."""
-        return LearnerSpec.parse(self.spec | {"monitoring": {"interval": 0}})
+    def unmonitored(self) -> "Net":
+        """Without plasticity samples: one takes as long as thousands of compiled steps of net A."""
+        return replace(self, sample_interval=0)
+
+    def learner_spec(self, seed: int = 0) -> LearnerSpec:
+        return LearnerSpec.parse(self.spec | {"seed": seed})
 
     def make_messages(self, count: int, size: int, seed: int = 0) -> list[Message]:
         """`count` messages of `size` examples."""
@@ -136,6 +146,11 @@ def streaming(learner: AsyncLearner, messages: Sequence[Message]) -> Deal:
         return (await over_the_wire(learner, messages, count)).seconds
 
     return stream
+
+
+def as_hosted(net: Net) -> Learner:
+    """A learner in this process, of the engine that a server runs it on."""
+    return Learner(net.learner_spec(), engine=SERVER_ENGINE)
 
 
 def in_process(learner: Learner, messages: Sequence[Message], count: int = 0) -> float:
