@@ -6,10 +6,10 @@ PROTOS := $(wildcard proto/cbp_proto/v1/*.proto)
 DEMO_DIR ?= demo-output
 KILLS ?= 200
 
-.PHONY: help install demo test torture check format serve proto bench clean
+.PHONY: help install demo test torture check format serve proto bench bench-durability clean
 
 help: ## show these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
 
 .venv/installed: constraints.txt proto/pyproject.toml cbp/pyproject.toml server/pyproject.toml client/pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -48,9 +48,15 @@ serve: .venv/installed ## run a server on 127.0.0.1:50051 (gRPC) and :8080 (HTTP
 proto: .venv/installed ## regenerate proto/cbp_proto/v1/*_pb2*
 	$(BIN)/python tools/generate_protos.py
 
-bench: .venv/installed ## run the benchmarks and print their tables (about eight minutes)
+bench: .venv/installed ## measure the claims of docs/benchmarks.md and print their tables (less than ten minutes)
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/stacked_steps.py
 	$(BIN)/python benchmarks/service_throughput.py
+	$(BIN)/python benchmarks/service_latency.py
+	$(BIN)/python benchmarks/many_learners.py
+	$(BIN)/python benchmarks/gpu_steps.py
+
+bench-durability: .venv/installed ## what the journal and checkpoints cost, and how fast a journal is learnt again (six minutes)
 	$(BIN)/python benchmarks/durability.py
 
 clean: ## remove the environment and what tools left behind

@@ -16,24 +16,41 @@ temporary directory: fsync is that disk's, so TMPDIR should not be in memory.
 import argparse
 import asyncio
 import json
-import os
-import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
-from unittest import mock
 
-import torch
-from workloads import A, C, D, L, Message, Net, Streamed, machine, over_the_wire
+from workloads import (
+    A,
+    C,
+    D,
+    Deal,
+    L,
+    Message,
+    Net,
+    Rounds,
+    Streamed,
+    as_hosted,
+    interleaved_messages,
+    kill_server,
+    machine,
+    messages_in,
+    milliseconds,
+    one_thread,
+    over_the_wire,
+    print_table,
+    server_with,
+    streaming,
+)
 
-from cbp import Batch, Learner, LearnerSpec
+from cbp import Batch
 from cbp_client import AsyncClient, AsyncLearner
-from cbp_client.demo.local_server import LocalServer, local_server
+from cbp_client.demo.local_server import LocalServer
 from cbp_client.types import Durability
 
 DURABILITIES: tuple[Durability, ...] = ("fsync", "os", "none")
@@ -41,8 +58,6 @@ INTERVALS = (1.0, 5.0, 30.0)  # s, between two checkpoints; the last one is the 
 NEVER = 1e6  # s
 MESSAGE_SIZE = 256  # examples
 POOL = 20  # different messages, sent over and over
-
-Show = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,67 +75,36 @@ class Effort:
 
 
 FULL = Effort(5, 0.7, 4, 3.5, 2, 12.0, 3, 1.8)
-QUICK = Effort(2, 0.4, 2, 2.5, 1, 11.0, 1, 1.0)
-
-
-# -- servers --
-
-
-@contextmanager
-def server_with(directory: Path, **settings: object) -> Iterator[LocalServer]:
-    """A server on what `directory` holds, with these settings of `cbp-server` and no limit on a journal's length."""
-    variables = {f"CBP_{name.upper()}": str(value) for name, value in settings.items()} | {"CBP_CHECKPOINT_BYTES": "0"}
-    with ExitStack() as stack:
-        with mock.patch.dict(os.environ, variables):
-            server = stack.enter_context(local_server(directory / "data", directory / "server.log"))
-        yield server
-
-
-def kill(directory: Path) -> None:
-    """kill -9 for the server on `directory`."""
-    os.kill(json.loads((directory / "data" / "endpoints.json").read_text())["pid"], signal.SIGKILL)
-
-
-async def count_for(learner: AsyncLearner, messages: Sequence[Message], seconds: float) -> int:
-    """How many messages the learner's stream takes in about so many seconds; warms everything up."""
-    count = len(messages)
-    while (took := (await over_the_wire(learner, messages, count)).seconds) < seconds / 4:
-        count *= 2
-    return max(1, round(count * seconds / took))
+QUICK = Effort(1, 0.02, 1, 1.5, 1, 0.1, 1, 0.02)
 
 
 # -- ingest --
 
 
-async def measure_ingest(effort: Effort, directory: Path, show: Show) -> None:
-    show("Ingest: examples/s by durability, and the share of 'none'")
-    show(f"{'net':<28}{'a message':>10}" + "".join(f"{name:>10}" for name in DURABILITIES) + f"{'fsync':>9}{'os':>7}")
-    with server_with(directory, checkpoint_interval=NEVER) as server:
+async def measure_ingest(effort: Effort, directory: Path) -> None:
+    rows = []
+    with server_on(directory) as server:
         async with AsyncClient(server.grpc_target) as client:
-            for net in (A, D):
-                for size in (MESSAGE_SIZE, 16):
-                    rates = await ingest_rates(client, net, size, effort)
-                    medians = "".join(f"{statistics.median(rates[name]):>10,.0f}" for name in DURABILITIES)
-                    shares = [median_ratio(rates[name], rates["none"]) for name in DURABILITIES]
-                    show(f"{net.shape:<28}{size:>10}{medians}{shares[0]:>9.2f}{shares[1]:>7.2f}")
+            for net, size in product((A, D), (MESSAGE_SIZE, 16)):
+                measured = await ingest(client, net, size, effort)
+                rates = [f"{size * measured.rate(name):,.0f}" for name in DURABILITIES]
+                shares = [f"{measured.times_as_fast(name, 'none'):.2f}" for name in ("fsync", "os")]
+                rows.append([net.shape, str(size), *rates, *shares])
+    print_table(
+        "Ingest: examples/s by durability, and the share of `none`",
+        ["net", "a message", *DURABILITIES, "fsync of none", "os of none"],
+        rows,
+    )
 
 
-async def ingest_rates(client: AsyncClient, net: Net, size: int, effort: Effort) -> dict[str, list[float]]:
-    """Examples/s of each round by durability."""
+async def ingest(client: AsyncClient, net: Net, size: int, effort: Effort) -> Rounds:
+    """Messages by durability."""
     messages = net.make_messages(POOL, size)
-    learners = {
-        name: await client.create_learner(f"{net.name.lower()}-{size}-{name}", durability=name, **net.spec)
-        for name in DURABILITIES
-    }
-    counts = [await count_for(learner, messages, effort.ingest_seconds) for learner in learners.values()]
-    count = round(statistics.mean(counts))
-    rates: dict[str, list[float]] = {name: [] for name in DURABILITIES}
-    for round_number in range(effort.rounds):
-        first = round_number % len(DURABILITIES)
-        for name in DURABILITIES[first:] + DURABILITIES[:first]:
-            streamed = await over_the_wire(learners[name], messages, count)
-            rates[name].append(size * count / streamed.seconds)
-    return rates
+    deals: dict[str, Deal] = {}
+    for name in DURABILITIES:
+        learner = await client.create_learner(f"{net.name.lower()}-{size}-{name}", durability=name, **net.spec)
+        deals[name] = streaming(learner, messages)
+    return await interleaved_messages(deals, effort.rounds, effort.ingest_seconds)
 
 
 # -- checkpoints --
@@ -140,11 +124,8 @@ class Pair:
         return (self.saved.seconds - self.unsaved.seconds) / max(1, self.checkpoints)
 
 
-async def measure_checkpoints(effort: Effort, directory: Path, show: Show) -> None:
-    show("Checkpoints: what they cost the stream, measured at one interval, computed for others; longest gap between")
-    show("two acknowledgements")
-    computed = "".join(f"{f'at {seconds:.0f} s':>9}" for seconds in INTERVALS)
-    show(f"{'net':<28}{'size':>8}{'every':>7}{'cost':>8}{'each':>9}{computed}{'gap':>9}{'without':>9}")
+async def measure_checkpoints(effort: Effort, directory: Path) -> None:
+    rows = []
     cases = (
         (D, MESSAGE_SIZE, 1.0, effort.checkpoint_rounds, effort.checkpoint_seconds),
         (C, MESSAGE_SIZE, 1.0, effort.large_rounds, effort.checkpoint_seconds),  # much to remove from the journal
@@ -153,8 +134,8 @@ async def measure_checkpoints(effort: Effort, directory: Path, show: Show) -> No
     for net, size, interval, rounds, seconds in cases:
         own = directory / net.name
         with (
-            server_with(subdirectory(own, "saved"), checkpoint_interval=interval) as saving,
-            server_with(subdirectory(own, "unsaved"), checkpoint_interval=NEVER) as other,
+            server_on(subdirectory(own, "saved"), interval) as saving,
+            server_on(subdirectory(own, "unsaved")) as other,
         ):
             async with AsyncClient(saving.grpc_target) as saving_client, AsyncClient(other.grpc_target) as other_client:
                 saved = await saving_client.create_learner("net", **net.spec)
@@ -162,21 +143,34 @@ async def measure_checkpoints(effort: Effort, directory: Path, show: Show) -> No
                 pairs = await checkpoint_pairs(saved, unsaved, net.make_messages(POOL, size), rounds, seconds)
                 size_bytes = (await saved.checkpoints())[0].size_bytes
             for part in ("saved", "unsaved"):
-                kill(own / part)  # else they would save what they have
+                kill_server(own / part)  # else they would save what they have
         lost = statistics.median(pair.lost_seconds for pair in pairs)
         cost = statistics.median(pair.saved.seconds / pair.unsaved.seconds - 1 for pair in pairs)
-        costs = "".join(f"{lost / seconds:>9.1%}" for seconds in INTERVALS)
         gaps = [max(pair.saved.longest_gap for pair in pairs), max(pair.unsaved.longest_gap for pair in pairs)]
-        show(
-            f"{net.shape:<28}{size_bytes / 1e6:>5.1f} MB{interval:>5.0f} s{cost:>8.1%}{1e3 * lost:>6.0f} ms{costs}"
-            + "".join(f"{1e3 * gap:>6.0f} ms" for gap in gaps)
+        rows.append(
+            [
+                net.shape,
+                f"{size_bytes / 1e6:.1f} MB",
+                f"{interval:.0f} s",
+                f"{cost:.1%}",
+                milliseconds(lost),
+                *(f"{lost / seconds:.1%}" for seconds in INTERVALS),
+                *(milliseconds(gap) for gap in gaps),
+            ]
         )
+    computed = [f"at {seconds:.0f} s" for seconds in INTERVALS]
+    print_table(
+        "Checkpoints: what they cost the stream, measured at one interval and computed for others; longest gap "
+        "between two acknowledgements, with and without",
+        ["net", "size", "every", "cost", "each", *computed, "gap", "without"],
+        rows,
+    )
 
 
 async def checkpoint_pairs(
     saved: AsyncLearner, unsaved: AsyncLearner, messages: Sequence[Message], rounds: int, seconds: float
 ) -> list[Pair]:
-    count = await count_for(unsaved, messages, seconds)
+    count = await messages_in(seconds, streaming(unsaved, messages))
     await over_the_wire(saved, messages)
     await all_saved(saved)
     pairs = []
@@ -218,9 +212,8 @@ class Replay:
     in_process: float
 
 
-async def measure_replay(effort: Effort, directory: Path, show: Show) -> None:
-    show("Replay: examples/s of the same messages")
-    show(f"{'net':<28}{'replayed':>10}{'in process':>12}{'live':>10}{'of in process':>15}{'of live':>9}")
+async def measure_replay(effort: Effort, directory: Path) -> None:
+    rows = []
     for net in (A, D, C):
         messages = net.make_messages(POOL, MESSAGE_SIZE)
         rounds = [
@@ -230,25 +223,34 @@ async def measure_replay(effort: Effort, directory: Path, show: Show) -> None:
         replayed, here = [each.replayed for each in rounds], [each.in_process for each in rounds]
         live = [each.live for each in rounds]
         rates = [statistics.median(column) for column in (replayed, here, live)]
-        show(
-            f"{net.shape:<28}{rates[0]:>10,.0f}{rates[1]:>12,.0f}{rates[2]:>10,.0f}"
-            f"{median_ratio(replayed, here):>15.2f}{median_ratio(replayed, live):>9.2f}"
+        rows.append(
+            [
+                net.shape,
+                *(f"{rate:,.0f}" for rate in rates),
+                f"{median_ratio(replayed, here):.2f}",
+                f"{median_ratio(replayed, live):.2f}",
+            ]
         )
+    print_table(
+        "Replay: examples/s of the same messages",
+        ["net", "replayed", "in process", "live", "of in process", "of live"],
+        rows,
+    )
 
 
 async def replay(net: Net, messages: Sequence[Message], seconds: float, directory: Path) -> Replay:
-    with server_with(directory, checkpoint_interval=NEVER) as server:
+    with server_on(directory) as server:
         async with AsyncClient(server.grpc_target) as client:
             learner = await client.create_learner("net", **net.spec)
-            count = await count_for(learner, messages, seconds)
+            count = await messages_in(seconds, streaming(learner, messages))
             streamed = await over_the_wire(learner, messages, count)
             examples = (await learner.refresh()).progress.examples
-        kill(directory)
+        kill_server(directory)
     here = learn_here(net, messages, examples // MESSAGE_SIZE)
-    with server_with(directory, checkpoint_interval=NEVER) as server:
+    with server_on(directory) as server:
         async with AsyncClient(server.grpc_target) as client:
             restored = (await client.get_learner("net")).info.progress.examples
-        kill(directory)
+        kill_server(directory)
     if restored != examples:
         raise SystemExit(f"net {net.name} had learnt {examples} examples before it was killed, and {restored} after")
     events = [json.loads(line) for line in (directory / "server.log").read_text().splitlines()]
@@ -258,7 +260,7 @@ async def replay(net: Net, messages: Sequence[Message], seconds: float, director
 
 def learn_here(net: Net, messages: Sequence[Message], count: int) -> float:
     """Seconds that a new learner in this process takes for what the server was sent."""
-    learner = Learner(LearnerSpec.parse(net.spec))
+    learner = as_hosted(net)
     batches = [Batch.validate(learner.spec, features, targets) for features, targets in messages]
     started = time.perf_counter()
     for batch in islice(cycle(batches), count):
@@ -274,6 +276,11 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
 
 
+def server_on(directory: Path, checkpoint_interval: float = NEVER) -> AbstractContextManager[LocalServer]:
+    """A server without a limit on its journal's length."""
+    return server_with(directory, checkpoint_interval=checkpoint_interval, checkpoint_bytes=0)
+
+
 def subdirectory(directory: Path, name: str) -> Path:
     """Made now."""
     made = directory / name
@@ -286,17 +293,15 @@ PARTS = {"ingest": measure_ingest, "checkpoints": measure_checkpoints, "replay":
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="about two minutes, and rougher")
+    parser.add_argument("--quick", action="store_true", help="half a minute, to see that it runs, not figures")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be given more than once")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else FULL
-    torch.set_num_threads(1)
+    one_thread()
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as directory:
         for name in arguments.part or PARTS:
-            print(flush=True)
-            part = PARTS[name](effort, subdirectory(Path(directory), name), lambda line: print(line, flush=True))
-            asyncio.run(part)
+            asyncio.run(PARTS[name](effort, subdirectory(Path(directory), name)))
 
 
 if __name__ == "__main__":
