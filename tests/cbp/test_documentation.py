@@ -27,7 +27,7 @@ def test_examples_run(code: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
 
 
 @pytest.mark.parametrize("name", [*get_args(Utility), *get_args(Initializer)])

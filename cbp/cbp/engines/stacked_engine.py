@@ -457,6 +457,6 @@ def _captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDA
         step()  # what libraries set up at their first call must not be captured
     torch.cuda.current_stream(device).wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
         step()
     return graph
