@@ -35,13 +35,16 @@ def test_nothing_is_lost_with_the_power_after_kills_at_random(tmp_path):
     assert Torture(tmp_path, seed=4, power_can_fail=True).run(lives).batches > 0
 
 
+@pytest.mark.torture
 def test_learners_that_leave_syncing_to_the_system_keep_a_beginning_of_their_log(tmp_path):
     torture = Torture(tmp_path, seed=5, learners=_OS, flags=("--checkpoint-interval", "3600"), power_can_fail=True)
     outcome = torture.run(losses(2))
     assert outcome.losses > 0
 
 
-@pytest.mark.parametrize("lies", [("sqlite",), ("files",), ("directories",)])
+@pytest.mark.parametrize(
+    "lies", [("sqlite",), *(pytest.param((lie,), marks=pytest.mark.torture) for lie in ("files", "directories"))]
+)
 def test_a_disk_that_only_pretends_to_sync_is_found_out(tmp_path, lies):
     """Otherwise the tests above would prove nothing."""
     torture = Torture(tmp_path, seed=3, learners=_FSYNC, power_can_fail=True, lies=lies)
