@@ -150,10 +150,10 @@ class Learner:
     ) -> TrainResult:
         """Learns from the examples, in steps of `batch_size`; a remainder waits for the next call.
 
-        `between_steps` runs after every step but the last; with the compiled engine, and the stacked one on a GPU,
-        after every few steps, which take about a millisecond at most. The learner is whole at that moment and may
-        predict; it refuses to change. An exception from it stops training there: the steps taken are accounted for,
-        and the examples not yet applied wait.
+        `between_steps` runs after every step but the last; with the compiled engine after every few steps, which take
+        about a millisecond at most, and with the stacked engine on a GPU after every eight. The learner is whole at
+        that moment and may predict; it refuses to change. An exception from it stops training there: the steps taken
+        are accounted for, and the examples not yet applied wait.
 
         Raises `DivergenceError` if outputs, losses, parameters or the optimizer's state are no longer finite when the
         steps are taken (also where `between_steps` raised; its exception is then the context). The learner is in no

@@ -80,10 +80,9 @@ class StackedEngine(EagerEngine):
         self._stack = None
 
     def begin(self, examples: Examples, step_size: int) -> Work:
-        network = self.spec.network
-        if stack_width(network, step_size, self.device) == 1:
-            return super().begin(examples, step_size)
         if self._stack is None or self._stack.kind.step_size != step_size:
+            if stack_width(self.spec.network, step_size, self.device) == 1:
+                return super().begin(examples, step_size)
             self._stack = _stack_of(self._kind(step_size), self.spec)
         return StackedWork(self, self._stack, examples)
 
