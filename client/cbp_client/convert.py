@@ -27,7 +27,7 @@ from cbp_client.types import (
     WatchedLearner,
     WatchUpdate,
 )
-from cbp_proto import TensorError, decode_tensor, encode_tensor, to_plain
+from cbp_proto import TensorError, decode_tensor, encode_tensor, fill_tensor, to_plain
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, tensor_pb2, training_service_pb2
 
 NumberT = TypeVar("NumberT", bound=int)
@@ -190,28 +190,12 @@ def invalid(field: str, description: str, reason: str = "INVALID_REQUEST") -> In
 def features_tensor(features: ArrayLike) -> tensor_pb2.Tensor:
     """Features [N, in_features]. Floats beyond single precision go as float32, which is what learners compute with;
     half precision, booleans and integers go as they are, or in the next type that the wire has."""
-    array = _numbers(features, "features")
-    if array.ndim < 2:
-        raise _invalid("features", f"must be [N, in_features], one row for each example, not {list(array.shape)}")
-    if array.dtype.kind == "u":
-        return encode_tensor(array.astype(_SIGNED.get(array.dtype.itemsize, array.dtype)))
-    return encode_tensor(array if array.dtype == np.float16 else _narrowed(array))
+    return encode_tensor(_features(features))
 
 
 def targets_tensor(targets: ArrayLike) -> tensor_pb2.Tensor:
     """Targets: integers and booleans as int64 labels, all other numbers as float32."""
-    array = _numbers(targets, "targets")
-    if array.ndim < 1:
-        raise _invalid("targets", "must be [N] or [N, out_features], one row for each example, not a single value")
-    return encode_tensor(array.astype(np.int64) if array.dtype.kind in "iub" else _narrowed(array))
-
-
-def weights_tensor(weights: ArrayLike) -> tensor_pb2.Tensor:
-    """Weights [N], as float32."""
-    array = _numbers(weights, "weights")
-    if array.ndim != 1:
-        raise _invalid("weights", f"must be [N], one for each example, not {list(array.shape)}")
-    return encode_tensor(array.astype(np.float32))
+    return encode_tensor(_targets(targets))
 
 
 def train_request(
@@ -222,17 +206,18 @@ def train_request(
     Raises:
         InvalidArgument: something is not an array of numbers, or the lengths differ.
     """
-    batch = training_service_pb2.TrainBatch(
-        features=features_tensor(features), targets=targets_tensor(targets), task=task, return_outputs=return_outputs
-    )
-    examples = batch.features.shape[0]
-    if batch.targets.shape[0] != examples:
-        raise _invalid("targets", f"{batch.targets.shape[0]} targets for {examples} examples")
+    arrays = {"features": _features(features), "targets": _targets(targets)}
     if weights is not None:
-        batch.weights.CopyFrom(weights_tensor(weights))
-        if batch.weights.shape[0] != examples:
-            raise _invalid("weights", f"{batch.weights.shape[0]} weights for {examples} examples")
-    return training_service_pb2.TrainRequest(batch=batch)
+        arrays["weights"] = _weights(weights)
+    examples = len(arrays["features"])
+    for field, array in arrays.items():
+        if len(array) != examples:
+            raise _invalid(field, f"{len(array)} {field} for {examples} examples")
+    request = training_service_pb2.TrainRequest()
+    request.batch.task, request.batch.return_outputs = task, return_outputs
+    for field, array in arrays.items():
+        fill_tensor(getattr(request.batch, field), array)
+    return request
 
 
 def split_request(
@@ -243,26 +228,43 @@ def split_request(
     given = [field for field in ("features", "targets", "weights") if whole.HasField(field)]
     tensors = {field: (getattr(whole, field), getattr(whole, field).data) for field in given}
     for start in range(0, whole.features.shape[0], examples):
-        rows = {field: _rows(tensor, data, start, start + examples) for field, (tensor, data) in tensors.items()}
-        part = training_service_pb2.TrainBatch(
-            features=rows["features"],
-            targets=rows["targets"],
-            weights=rows.get("weights"),
-            task=whole.task,
-            return_outputs=whole.return_outputs,
-        )
-        yield training_service_pb2.TrainRequest(batch=part)
+        part = training_service_pb2.TrainRequest()
+        part.batch.task, part.batch.return_outputs = whole.task, whole.return_outputs
+        for field, (tensor, data) in tensors.items():
+            _fill_rows(getattr(part.batch, field), tensor, data, start, start + examples)
+        yield part
 
 
-def _rows(tensor: tensor_pb2.Tensor, data: bytes, start: int, stop: int) -> tensor_pb2.Tensor:
+def _fill_rows(part: tensor_pb2.Tensor, tensor: tensor_pb2.Tensor, data: bytes, start: int, stop: int) -> None:
     # `data` is tensor.data, each access to which copies all of it.
     length, *row_shape = tensor.shape
     row_bytes = len(data) // length
-    return tensor_pb2.Tensor(
-        dtype=tensor.dtype,
-        shape=[min(stop, length) - start, *row_shape],
-        data=data[start * row_bytes : stop * row_bytes],
-    )
+    part.dtype = tensor.dtype
+    part.shape.extend([min(stop, length) - start, *row_shape])
+    part.data = data[start * row_bytes : stop * row_bytes]
+
+
+def _features(features: ArrayLike) -> NDArray[np.generic]:
+    array = _numbers(features, "features")
+    if array.ndim < 2:
+        raise _invalid("features", f"must be [N, in_features], one row for each example, not {list(array.shape)}")
+    if array.dtype.kind == "u":
+        return array.astype(_SIGNED.get(array.dtype.itemsize, array.dtype), copy=False)
+    return array if array.dtype == np.float16 else _narrowed(array)
+
+
+def _targets(targets: ArrayLike) -> NDArray[np.generic]:
+    array = _numbers(targets, "targets")
+    if array.ndim < 1:
+        raise _invalid("targets", "must be [N] or [N, out_features], one row for each example, not a single value")
+    return array.astype(np.int64, copy=False) if array.dtype.kind in "iub" else _narrowed(array)
+
+
+def _weights(weights: ArrayLike) -> NDArray[np.generic]:
+    array = _numbers(weights, "weights")
+    if array.ndim != 1:
+        raise _invalid("weights", f"must be [N], one for each example, not {list(array.shape)}")
+    return array.astype(np.float32, copy=False)
 
 
 def _numbers(values: ArrayLike, field: str) -> NDArray[np.generic]:

@@ -28,7 +28,14 @@ class TensorError(ValueError):
 
 
 def encode_tensor(array: NDArray[np.generic]) -> tensor_pb2.Tensor:
-    """The message that holds `array`, of any shape.
+    """The message that holds `array`, of any shape. Raises as `fill_tensor` does."""
+    tensor = tensor_pb2.Tensor()
+    fill_tensor(tensor, array)
+    return tensor
+
+
+def fill_tensor(tensor: tensor_pb2.Tensor, array: NDArray[np.generic]) -> None:
+    """Puts `array`, of any shape, into an empty message, such as a field of another one, which would copy a tensor.
 
     Raises:
         TensorError: the dtype has no counterpart on the wire (unsigned beyond 8 bits, complex, object, text).
@@ -38,12 +45,16 @@ def encode_tensor(array: NDArray[np.generic]) -> tensor_pb2.Tensor:
     if data_type is None:
         names = ", ".join(known.name for known in _DATA_TYPES)
         raise TensorError(f"dtype {array.dtype} cannot be sent; convert the array to one of {names}")
-    data = np.ascontiguousarray(array, dtype=dtype).tobytes()
-    return tensor_pb2.Tensor(dtype=tensor_pb2.DataType.ValueType(data_type), shape=array.shape, data=data)
+    tensor.dtype = tensor_pb2.DataType.ValueType(data_type)
+    tensor.shape.extend(array.shape)
+    tensor.data = np.ascontiguousarray(array, dtype=dtype).tobytes()
 
 
-def decode_tensor(tensor: tensor_pb2.Tensor) -> NDArray[np.generic]:
-    """The array that `tensor` describes: read-only, a view of the message's bytes.
+def decode_tensor(tensor: tensor_pb2.Tensor, data: bytes | None = None) -> NDArray[np.generic]:
+    """The array that `tensor` describes: read-only, a view of `data`.
+
+    Args:
+        data: tensor.data, if that has been read already: each access copies it.
 
     Raises:
         TensorError: unknown dtype, more than 8 dimensions, an extent that no data can have, data of another length than
@@ -57,7 +68,7 @@ def decode_tensor(tensor: tensor_pb2.Tensor) -> NDArray[np.generic]:
     shape = tuple(tensor.shape)
     if any(extent < 0 for extent in shape):
         raise TensorError(f"shape {list(shape)} has a negative extent")
-    data = tensor.data  # each access copies the field
+    data = tensor.data if data is None else data
     expected = math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         raise TensorError(f"shape {list(shape)} of {dtype.name} takes {expected} bytes, data has {len(data)}")

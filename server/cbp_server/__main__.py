@@ -5,6 +5,7 @@ import sys
 
 from cbp_server.app import StartError, serve
 from cbp_server.logs import configure_logging
+from cbp_server.memory import keep_freed_memory
 from cbp_server.settings import load_settings
 
 
@@ -12,6 +13,7 @@ def main() -> None:
     """Runs a server until it is told to stop."""
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
+    keep_freed_memory()
     try:
         sys.exit(asyncio.run(serve(settings)))
     except StartError as error:

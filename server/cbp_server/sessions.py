@@ -175,6 +175,12 @@ class TrainSession:
         self._events.popleft()
         return event
 
+    def under_way(self, share: int) -> "asyncio.Future[TrainReport] | None":
+        """Completes when one in `share` of the batches that wait to be learnt has been; None if those are none."""
+        index = len(self._events) // share - 1
+        event = self._events[index] if index >= 0 else None
+        return event.applied if isinstance(event, Accepted) else None
+
     def answered(self, batches: int) -> None:
         """The client has heard of this many batches more and may send as many again."""
         self._unanswered -= batches

@@ -1,11 +1,9 @@
 """What the front process and the engine process say to each other.
 
 Every call is one frozen request that names the type of its answer; requests that concern one learner are carried out
-in the order in which they were sent. Values are pickled: both ends are this package, in one version, on one machine.
+in the order in which they were sent. For how they travel see `frames`.
 """
 
-import pickle
-import struct
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -16,9 +14,6 @@ from cbp import Batch, EngineName, LearnerProgress, LearnerSpec, TrainResult
 from cbp_server.records import SampleRecord
 
 AnswerT_co = TypeVar("AnswerT_co", covariant=True)
-
-_HEADER = struct.Struct("<Q")
-HEADER_BYTES = _HEADER.size
 
 
 @dataclass(frozen=True)
@@ -330,19 +325,3 @@ class Answer:
     number: int
     value: object = None
     error: Exception | None = None
-
-
-def encode_frame(message: object) -> bytes:
-    """`message` behind its length."""
-    payload = pickle.dumps(message, protocol=5)
-    return _HEADER.pack(len(payload)) + payload
-
-
-def frame_length(header: bytes) -> int:
-    (length,) = _HEADER.unpack(header)
-    return int(length)
-
-
-def decode_frame(payload: bytes) -> object:
-    """The message in `payload`, which came from the other end of this process's own socket pair."""
-    return pickle.loads(payload)

@@ -6,12 +6,14 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
 import structlog
 
 from cbp_server.engine import messages
+from cbp_server.engine.connection import EngineConnection
 from cbp_server.errors import EngineUnavailable
 from cbp_server.records import EngineStatus
 
@@ -43,8 +45,9 @@ class EngineProcess:
         self._on_up = on_up
         self._on_down = on_down
         self._process: asyncio.subprocess.Process | None = None
-        self._connection: asyncio.StreamWriter | None = None  # from the start of the process
-        self._writer: asyncio.StreamWriter | None = None  # the same, while the process takes requests
+        self._connection: EngineConnection | None = None  # from the start of the process
+        self._up = False  # the process takes requests
+        self._announcing: asyncio.Task[None] | None = None
         self._waiting: dict[int, asyncio.Future[object]] = {}
         self._next_number = 0
         self._device = options.device
@@ -54,17 +57,16 @@ class EngineProcess:
         self._steps = 0
         self._stopping = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
-        self._first_up: asyncio.Future[None] | None = None
 
     @property
     def pid(self) -> int | None:
         """The engine's process id while it is up."""
-        return self._process.pid if self._process is not None and self._writer is not None else None
+        return self._process.pid if self._process is not None and self._up else None
 
     @property
     def status(self) -> EngineStatus:
         return EngineStatus(
-            up=self._writer is not None,
+            up=self._up,
             device=self._device,
             restarts=self._restarts,
             train_seconds=self._train_seconds,
@@ -78,9 +80,9 @@ class EngineProcess:
         Raises:
             EngineUnavailable: the first process ended before it was ready; its own message is on standard error.
         """
-        self._first_up = asyncio.get_running_loop().create_future()
-        self._supervisor = asyncio.create_task(self._supervise(self._first_up))
-        await self._first_up
+        first_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise(first_up))
+        await first_up
 
     async def stop(self) -> None:
         """Ends the process: it finishes what it is writing, and drops what still waits."""
@@ -91,19 +93,20 @@ class EngineProcess:
             await self._supervisor
 
     def submit(self, request: messages.Request[AnswerT]) -> asyncio.Future[AnswerT]:
-        """Sends the request at once; requests of one learner are carried out in the order of these calls.
+        """Sends the request; those of one learner are carried out in the order of these calls, but for predictions,
+        which overtake.
 
         The future fails with `EngineUnavailable` if the process is down, or goes down before it answers, and with
         what the engine raised, a `CbpError`.
         """
         answer: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
-        if self._writer is None:
+        if self._connection is None or not self._up:
             answer.set_exception(EngineUnavailable())
             return answer
         number = self._next_number
         self._next_number += 1
         self._waiting[number] = cast("asyncio.Future[object]", answer)
-        self._writer.write(messages.encode_frame(messages.Call(number, request)))
+        self._connection.send(messages.Call(number, request), urgent=isinstance(request, messages.Predict))
         return answer
 
     async def call(self, request: messages.Request[AnswerT]) -> AnswerT:
@@ -140,32 +143,32 @@ class EngineProcess:
                 sys.executable, "-m", "cbp_server.engine.worker", str(theirs.fileno()),
                 pass_fds=[theirs.fileno()], start_new_session=True,
             )  # fmt: skip
-        reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
-        self._connection = writer
+        connection = self._connection = EngineConnection(ours, partial(self._take, first_up))
         if self._stopping.is_set():  # stop() came before there was a connection to close
-            writer.close()
-        up: asyncio.Task[None] | None = None
+            connection.close()
         try:
-            writer.write(messages.encode_frame(self._options))
-            ready = cast(messages.EngineReady, await _read_frame(reader))
-            self._device = ready.device
-            self._writer = writer
-            self._was_ready = True
-            log.info("engine process ready", pid=self._process.pid, device=ready.device)
-            up = asyncio.create_task(self._announce(ready, first_up))
-            while True:
-                self._settle(cast(messages.Answer, await _read_frame(reader)))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the process has ended, or this side closed to end it
+            connection.send(self._options)
+            await connection.wait_closed()
         finally:
-            self._writer = self._connection = None
+            self._up, self._connection = False, None
             if not self._stopping.is_set():
                 self._on_down()
             self._fail_waiting()
-            writer.close()
+            connection.close()
             await self._process.wait()
-            if up is not None:
-                await up
+            if self._announcing is not None:
+                await self._announcing
+                self._announcing = None
+
+    def _take(self, first_up: asyncio.Future[None], message: object) -> None:
+        """What the process says: that it is ready, then answers."""
+        if isinstance(message, messages.EngineReady):
+            self._device = message.device
+            self._up = self._was_ready = True
+            log.info("engine process ready", pid=self.pid, device=message.device)
+            self._announcing = asyncio.create_task(self._announce(message, first_up))
+        else:
+            self._settle(cast(messages.Answer, message))
 
     async def _announce(self, ready: messages.EngineReady, first_up: asyncio.Future[None]) -> None:
         try:
@@ -201,11 +204,6 @@ class EngineProcess:
     @property
     def _exit_status(self) -> int | None:
         return self._process.returncode if self._process is not None else None
-
-
-async def _read_frame(reader: asyncio.StreamReader) -> object:
-    length = messages.frame_length(await reader.readexactly(messages.HEADER_BYTES))
-    return messages.decode_frame(await reader.readexactly(length))
 
 
 def _resident_bytes(pid: int | None) -> int:

@@ -6,14 +6,13 @@ ends when the front closes its end of the socket, so it never outlives the front
 
 import contextlib
 import json
-import pickle
 import signal
 import socket
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -34,6 +33,7 @@ from cbp import (
     SnapshotError,
 )
 from cbp_server.engine import messages
+from cbp_server.engine.frames import FrameReader, encode_frame
 from cbp_server.engine.inbox import Inbox
 from cbp_server.engine.preparation import Preparation
 from cbp_server.engine.spares import SpareSnapshots
@@ -48,6 +48,7 @@ from cbp_server.errors import (
     ServerDraining,
 )
 from cbp_server.logs import configure_logging
+from cbp_server.memory import keep_freed_memory
 from cbp_server.records import SampleRecord
 from cbp_server.store.checkpoints import CheckpointFiles
 
@@ -535,15 +536,20 @@ def _preparation(engine: str, device: str) -> Preparation:
     return preparation
 
 
-def _read_calls(connection: socket.socket, inbox: Inbox) -> None:
-    """Fills the inbox until the front is gone, in whichever way: ended, killed, or cut off within a request."""
+def _received(connection: socket.socket) -> Iterator[object]:
+    """What the front sends, until it is gone, in whichever way: ended, killed, or cut off within a message."""
+    reader = FrameReader()
+    with contextlib.suppress(OSError):
+        # Waiting for all that is certain to come takes the interpreter's lock once, not once for each part.
+        while count := connection.recv_into(reader.space(), 0, socket.MSG_WAITALL if reader.missing else 0):
+            yield from reader.received(count)
+
+
+def _read_calls(received: Iterator[object], inbox: Inbox) -> None:
+    """Fills the inbox until the front is gone."""
     try:
-        with connection.makefile("rb") as stream:
-            while len(header := stream.read(messages.HEADER_BYTES)) == messages.HEADER_BYTES:
-                payload = stream.read(messages.frame_length(header))
-                inbox.put(cast(messages.Call, messages.decode_frame(payload)))
-    except (OSError, EOFError, pickle.UnpicklingError):
-        pass
+        for call in received:
+            inbox.put(cast(messages.Call, call))
     finally:
         inbox.close()  # whatever happens here, the process must not live on without its front
 
@@ -560,24 +566,24 @@ def _serve(connection: socket.socket) -> None:
 
     def send(message: object) -> None:
         with sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody is left to tell
-            connection.sendall(messages.encode_frame(message))
+            for part in encode_frame(message):
+                connection.sendall(part)
 
     # A supervisor may signal the whole group; this process ends when the front has saved everything and closes.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    options = cast(messages.EngineOptions, _receive(connection))
+    keep_freed_memory()
+    received = _received(connection)
+    options = next(received, None)
+    if not isinstance(options, messages.EngineOptions):  # the front has gone already
+        return
     configure_logging(options.log_level, options.log_format)
     torch.set_num_threads(options.threads)
     inbox = Inbox(options.group_wait)
     worker = EngineWorker(options, inbox, send)
     send(worker.ready)
-    threading.Thread(target=_read_calls, args=(connection, inbox), name="reader", daemon=True).start()
+    threading.Thread(target=_read_calls, args=(received, inbox), name="reader", daemon=True).start()
     worker.run()
-
-
-def _receive(connection: socket.socket) -> object:
-    length = messages.frame_length(connection.recv(messages.HEADER_BYTES, socket.MSG_WAITALL))
-    return messages.decode_frame(connection.recv(length, socket.MSG_WAITALL))
 
 
 if __name__ == "__main__":

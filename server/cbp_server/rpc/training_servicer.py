@@ -16,6 +16,11 @@ from cbp_server.sessions import Accepted, Durable, Ended, Rejected, TrainSession
 
 #: Results in one response at most, so that none grows beyond what clients take.
 _LARGEST_ACKNOWLEDGEMENT = 64
+#: A response costs both sides about as much as a small batch, so it waits until one in so many of the batches under way
+#: is learnt: a client that sends one at a time hears at once, and one with many never runs out of credits.
+_SHARE_ANSWERED = 4
+#: Seconds that a result may wait for others.
+_LONGEST_DELAY = 0.01
 
 if TYPE_CHECKING:  # generic in the type stubs only
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -110,6 +115,8 @@ async def _answer(session: TrainSession, event: Accepted | Rejected | Durable) -
         if event.applied is not None:
             await asyncio.shield(event.applied)
         batches.append(event)
+        if (enough := session.under_way(_SHARE_ANSWERED)) is not None:
+            await asyncio.wait([enough], timeout=_LONGEST_DELAY)
     while len(batches) < _LARGEST_ACKNOWLEDGEMENT and (behind := session.take_applied()) is not None:
         batches.append(behind)
     session.acknowledge(batches)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import structlog
 from sqlalchemy.exc import DataError, IntegrityError
@@ -49,6 +49,8 @@ class CommitObserver(Protocol):
 
 #: What went wrong by learner.
 _Failures = dict[str, JournalUnavailable]
+#: What the thread has dealt with, in order, and how it went.
+_Outcome: TypeAlias = "Sequence[tuple[asyncio.Future[None], JournalUnavailable | None]]"
 
 
 class GroupCommit:
@@ -76,8 +78,9 @@ class GroupCommit:
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[_Waiting | _Mend | None] = SimpleQueue()
         self._closed = False
+        self._unsettled = 0  # given to the thread, and not completed yet
         # The thread's own:
-        self._failed: set[str] = set()  # learners to be mended
+        self._failed: set[str] = set()  # learners to be mended; read by others while the thread has nothing to do
         self._fatal: str | None = None
         self._status = JournalStatus(up=True, since=datetime.now(UTC))  # replaced, not changed: others read it
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
@@ -91,8 +94,10 @@ class GroupCommit:
         written: asyncio.Future[None] = self._loop.create_future()
         if self._closed:
             written.set_exception(JournalUnavailable("the server is shutting down"))
+        elif durability is Durability.NONE and not self._unsettled and entry.learner_uid not in self._failed:
+            written.set_result(None)  # its turn at once: the thread has nothing to do, and wakes for nothing
         else:
-            self._queue.put(_Waiting(entry, durability, written))
+            self._hand_over(_Waiting(entry, durability, written))
         return written
 
     @property
@@ -106,7 +111,7 @@ class GroupCommit:
         if self._closed:
             mended.set_result(None)
         else:
-            self._queue.put(_Mend(learner_uid, mended))
+            self._hand_over(_Mend(learner_uid, mended))
         return mended
 
     async def close(self) -> None:
@@ -116,14 +121,30 @@ class GroupCommit:
             self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
 
+    def _hand_over(self, item: _Waiting | _Mend) -> None:
+        self._unsettled += 1
+        self._queue.put(item)
+
+    def _settle(self, outcome: "_Outcome") -> None:
+        self._unsettled -= len(outcome)
+        for future, error in outcome:
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+    # -- on the thread --
+
     def _run(self) -> None:
         while True:
             group, behind = self._next_group()
             if group:
-                self._loop.call_soon_threadsafe(_settle, self._commit(group))
+                self._loop.call_soon_threadsafe(self._settle, self._commit(group))
             if isinstance(behind, _Mend):
                 self._failed.discard(behind.learner_uid)
-                self._loop.call_soon_threadsafe(_settle, [(behind.mended, None)])
+                self._loop.call_soon_threadsafe(self._settle, [(behind.mended, None)])
             elif not group:
                 return
 
@@ -145,7 +166,7 @@ class GroupCommit:
             self._queue.put(None)  # the end, once more
         return group, item
 
-    def _commit(self, group: Sequence[_Waiting]) -> "list[tuple[asyncio.Future[None], JournalUnavailable | None]]":
+    def _commit(self, group: Sequence[_Waiting]) -> "_Outcome":
         """Writes what can be written; says how it went with each, in order."""
         accepted = [
             waiting
@@ -222,13 +243,3 @@ class GroupCommit:
 
 def _reason(error: Exception) -> str:
     return str(getattr(error, "orig", None) or error).strip()
-
-
-def _settle(outcome: "Sequence[tuple[asyncio.Future[None], JournalUnavailable | None]]") -> None:
-    for future, error in outcome:
-        if future.done():
-            continue
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
