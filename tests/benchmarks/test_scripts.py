@@ -18,11 +18,15 @@ SCRIPTS = {
     "gpu_steps": ["--quick"],
     "durability": ["--quick", "--part", "ingest"],
 }
+#: Too long, even so, to be run with every change.
+LONG = {"service_latency", "many_learners", "durability"}
 #: Started by others.
 HELPERS = {"echo"}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.torture) if name in LONG else name for name in SCRIPTS]
+)
 def test_a_benchmark_prints_its_tables(name: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CBP_")}
     command = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / f"{name}.py"), *SCRIPTS[name]]
