@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from cbp.engines.eager_engine import EngineName, Work
 from cbp.engines.torch_engine import StackState, initial_stack, schedules, unit_layout
 from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError, SpecError, shown
 from cbp.networks import FlatLayers, Mlp, flat_layers
-from cbp.pending import Examples, Probe
+from cbp.pending import Examples, Probe, TaskRun
 from cbp.plasticity import PlasticitySample, Probed, measure_layers
 from cbp.progress import LearnerProgress, ProgressTracker
 from cbp.replacement import DrawSource
@@ -34,9 +34,12 @@ PREDICTION_VALUES = 2**23
 examples are predicted in several passes."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True)
 class TrainResult:
-    """What one call of `train` did. Every number is of the predictions made before the examples were learned from."""
+    """What one call of `train` did. Every number is of the predictions made before the examples were learned from.
+
+    Not frozen, which would quadruple the time that one takes to make, a good part of a small network's step.
+    """
 
     steps: int
     """Steps taken; 0 if all examples still wait for theirs to fill up."""
@@ -72,7 +75,8 @@ class Learner:
         self._progress = ProgressTracker()
         self._examples = 0
         self._none = self._pending = self._no_examples()
-        self._probe = Probe(spec.monitoring.probe_size, self._pending.features, self._pending.targets)
+        self._features_kind, self._targets_kind = _kind(self._none.features), _kind(self._none.targets)
+        self._probe = Probe(spec.monitoring.probe_size, self._none.features, self._none.targets)
         self._samples: deque[PlasticitySample] = deque(maxlen=SAMPLE_LIMIT)
         self._training = False
         self._install(initial_stack([spec], self._device))
@@ -136,32 +140,36 @@ class Learner:
         defined state after that: go on with one restored from a snapshot.
         """
         self._refuse_while_training("train")
-        self._check_fits(batch)
+        if _kind(batch.features) != self._features_kind or _kind(batch.targets) != self._targets_kind:
+            self._refuse_unfit(batch)
         waiting = Examples.of(batch)
-        if len(self._pending):
+        if self._pending is not self._none:
             waiting = self._pending.followed_by(waiting)
-        step_size = self._spec.batch_size or len(waiting)
-        first_step = self._state.steps[0] + 1
-        count = len(waiting) // step_size * step_size
-        due, later = (waiting, self._none) if count == len(waiting) else waiting.split_at(count)
-        work = self._engine.begin(due, step_size)  # may run out of memory: before anything changes
+        count = len(waiting.features)
+        step_size = self._spec.batch_size or count
+        left = count % step_size
+        due, later = waiting.split_at(count - left) if left else (waiting, self._none)
+        work = self._engine.begin(due, step_size, self._probe)  # may run out of memory: before anything changes
         self._pending = later
+        first_step = self._state.steps[0] + 1
         self._training = True
         try:
-            self._take_steps(due, work, step_size, between_steps)
+            self._take_steps(work, count // step_size, step_size, between_steps)
         finally:
             self._training = False
             steps = self._state.steps[0] + 1 - first_step
-            applied = due
-            if steps * step_size < len(due):
-                applied, rest = due.split_at(steps * step_size)
+            applied = steps * step_size
+            tasks = due.tasks
+            if applied < count - left:
+                learned, rest = due.split_at(applied)
+                tasks = learned.tasks
                 self._pending = rest.followed_by(self._pending)
-            loss, accuracy = self._account(applied, work, first_step, step_size)
+            loss, accuracy = self._account(applied, tasks, work, first_step, step_size)
         return TrainResult(
             steps=steps,
             first_step=first_step,
-            examples=len(applied),
-            pending=len(self._pending),
+            examples=applied,
+            pending=len(self._pending.features),
             loss=loss,
             accuracy=accuracy,
             outputs=work.outputs() if return_outputs else None,
@@ -171,74 +179,73 @@ class Learner:
         if self._training:
             raise CbpError(f"{action} cannot be called from between_steps: only predictions can; call it after train")
 
-    def _check_fits(self, batch: Batch) -> None:
+    def _refuse_unfit(self, batch: Batch) -> NoReturn:
         """A batch validated for another specification must not get in, for it would fail between two updates."""
         violations = []
         for name, array, expected in (
             ("features", batch.features, self._none.features),
             ("targets", batch.targets, self._none.targets),
         ):
-            if array.dtype != expected.dtype or array.shape[1:] != expected.shape[1:]:
+            if _kind(array) != _kind(expected):
                 description = (
                     f"Expected {expected.dtype} of shape {['N', *expected.shape[1:]]}, got {array.dtype} of shape "
                     f"{list(array.shape)}; validate the batch for this learner's specification"
                 )
                 violations.append(FieldViolation(name, description))
-        if violations:
-            raise BatchError(violations)
+        raise BatchError(violations)
 
-    def _take_steps(
-        self,
-        examples: Examples,
-        work: Work,
-        step_size: int,
-        between_steps: Callable[[], None] | None,
-    ) -> None:
+    def _take_steps(self, work: Work, total: int, step_size: int, between_steps: Callable[[], None] | None) -> None:
         interval = self._spec.monitoring.interval
-        total = len(examples) // step_size
         at_once = total if between_steps is None else self._engine.steps_between_calls(step_size)
-        first, examples_before, shown = self._state.steps[0], self._examples, 0
-
-        def show_probe() -> None:
-            nonlocal shown
-            taken = (self._state.steps[0] - first) * step_size
-            self._examples = examples_before + taken
-            self._probe.extend(examples.features[shown:taken], examples.targets[shown:taken])
-            shown = taken
-
-        try:
-            while (steps := self._state.steps[0]) - first < total:
-                until_sample = interval - steps % interval if interval else total
-                work.run(min(at_once, until_sample, total - (steps - first)))
+        first = before = self._state.steps[0]
+        while before - first < total:
+            until_sample = interval - before % interval if interval else total
+            try:
+                work.run(min(at_once, until_sample, total - (before - first)))
+            finally:
                 steps = self._state.steps[0]
-                self._examples = examples_before + (steps - first) * step_size
-                if interval and steps % interval == 0:
-                    show_probe()
-                    self._samples.append(self.sample_plasticity())
-                if between_steps is not None and steps - first < total:
-                    between_steps()
-        finally:
-            show_probe()
+                self._examples += (steps - before) * step_size
+                before = steps
+            if interval and steps % interval == 0:
+                self._samples.append(self.sample_plasticity())
+            if between_steps is not None and steps - first < total:
+                between_steps()
 
     def _account(
-        self, applied: Examples, work: Work, first_step: int, step_size: int
+        self, count: int, tasks: Sequence[TaskRun], work: Work, first_step: int, step_size: int
     ) -> tuple[float | None, float | None]:
-        """Adds the applied examples to the averages. Raises `DivergenceError`, and adds nothing then."""
-        if not len(applied):
+        """Adds the applied examples to the averages; returns the means of their losses and accuracies.
+
+        Raises `DivergenceError`, and adds nothing then.
+        """
+        if not count:
             return None, None
-        scores = work.scores(len(applied))
-        if not scores.finite:
-            self._refuse_divergence(scores.losses, work.outputs(), first_step, step_size)
-        self._progress.extend(
-            scores.losses,
-            scores.accuracies,
-            applied.tasks,
-            first_step,
-            step_size,
-            self._spec.monitoring.average_decay,
-        )
-        accuracy = None if scores.accuracies is None else _mean(scores.accuracies)
-        return _mean(scores.losses), accuracy
+        tally, finite = work.tally()
+        if not finite:
+            self._refuse_divergence(work.scores()[0], work.outputs(), first_step, step_size)
+        progress = self._progress
+        progress.extend(tally, count, self._spec.monitoring.average_decay)
+        loss, accuracy = tally.loss / count, None if tally.accuracy is None else tally.accuracy / count
+        if len(tasks) == 1:
+            progress.extend_task(tasks[0][0], count, loss, accuracy, first_step, first_step - 1 + count // step_size)
+        else:
+            self._account_for_tasks(tasks, work, first_step, step_size)
+        return loss, accuracy
+
+    def _account_for_tasks(self, tasks: Sequence[TaskRun], work: Work, first_step: int, step_size: int) -> None:
+        example_losses, accuracies = work.scores()
+        start = 0
+        for task, count in tasks:
+            end = start + count
+            self._progress.extend_task(
+                task,
+                count,
+                float(example_losses[start:end].mean()),
+                None if accuracies is None else float(accuracies[start:end].mean()),
+                first_step + start // step_size,
+                first_step + (end - 1) // step_size,
+            )
+            start = end
 
     def _refuse_divergence(
         self, example_losses: NDArray[np.float64], outputs: NDArray[np.float32], first_step: int, step_size: int
@@ -379,7 +386,7 @@ class Learner:
             "units.mean_activation": state.units.mean_activation,
             "pending.features": torch.from_numpy(self._pending.features),
             "pending.targets": torch.from_numpy(self._pending.targets),
-            "pending.weights": torch.from_numpy(self._pending.weights),
+            "pending.weights": torch.from_numpy(self._pending.known_weights()),
             "probe.features": torch.from_numpy(self._probe.features),
             "probe.targets": torch.from_numpy(self._probe.targets),
         }
@@ -467,12 +474,13 @@ class Learner:
         labels = self._spec.loss.kind == "cross_entropy"
         target_shape = (None,) if labels else (None, network.out_features)
         target_dtype = torch.int64 if labels else torch.float32
-        self._pending = Examples(
+        pending = Examples(
             on_host("pending.features", None, network.in_features),
             on_host("pending.targets", *target_shape, dtype=target_dtype),
             on_host("pending.weights", None),
             tuple((str(task), int(count)) for task, count in metadata["pending_tasks"]),
         )
+        self._pending = pending if len(pending) else self._none
         self._probe = Probe(
             self._spec.monitoring.probe_size,
             on_host("probe.features", None, network.in_features),
@@ -487,5 +495,6 @@ def _copy_to_host(tensor: Tensor, room: Tensor | None) -> Tensor:
     return room.copy_(tensor)
 
 
-def _mean(values: NDArray[np.float64]) -> float:
-    return float(np.add.reduce(values)) / len(values)
+def _kind(array: NDArray[Any]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """What examples must have in common: their type and the shape of one."""
+    return array.dtype, array.shape[1:]

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from cbp import losses
 from cbp.engines import kernels
-from cbp.engines.eager_engine import EagerEngine, EngineName, Scores, Work
-from cbp.engines.kernels import Real, Table
+from cbp.engines.eager_engine import EagerEngine, EngineName, Work
+from cbp.engines.kernels import Real, Sum, Table
 from cbp.engines.torch_engine import StackState, initial_stack
 from cbp.networks import FlatLayers
 from cbp.optimizers import AdamState, SgdState
-from cbp.pending import Examples
+from cbp.pending import Examples, Probe
+from cbp.progress import Tally
 from cbp.replacement import DrawSource, ReplacementSchedule
 from cbp.spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, SgdSpec, Utility
 
@@ -35,11 +36,13 @@ _NANOSECONDS_BETWEEN_CALLS = 1e6
 _CORRECTED = 18.0
 """1 − e⁻¹⁸ is 1 in float32."""
 _KNOWN_CORRECTIONS = 4096
+_SMALL_MESSAGE = 1024
+"""Examples; room for so many is kept whatever comes."""
 _NEVER = 2**62
-_DUE, _PARAMETER_SUM, _MOMENT_SUM = int(Table.DUE), int(Real.PARAMETER_SUM), int(Real.MOMENT_SUM)
-
 _NO_LABELS = np.empty(0, np.int64)
 _NO_VALUES = np.empty((0, 0), np.float32)
+_MOST_ONES = 1024
+_ONES = np.ones(_MOST_ONES, np.float32)
 
 
 class CompiledEngine(EagerEngine):
@@ -62,13 +65,19 @@ class CompiledEngine(EagerEngine):
         self.table = np.zeros(Table.WIDTHS + len(widths), np.int64)
         self.table[Table.WIDTHS :] = widths
         self.reals = _reals(self.spec)
-        self._schedule = np.zeros((3, len(widths) - 2))
+        self._schedule = np.zeros((2, len(widths) - 2))
         self._room = np.empty(0, np.float32)
+        self.outputs = np.empty((0, self.spec.network.out_features), np.float32)
+        self.scores = np.empty((2, 0))
+        self.tally = np.zeros(Sum.COUNT)
+        self.tally[Sum.DECAY] = self.spec.monitoring.average_decay
+        self._probe_rows: NDArray[np.float32] | None = None
         log_decay = float(self.reals[Real.LOG_DECAY])
         corrections = min(int(_CORRECTED / -log_decay) + 2, _KNOWN_CORRECTIONS)
         self._corrections = np.zeros(corrections, np.float32)
         kernels.fill_corrections(self.reals[Real.LOG_DECAY], self._corrections)
         self._versions: list[int] = []
+        self._counts_steps = self.spec.optimizer.kind != "sgd"
         self._schedule_of: ReplacementSchedule | None = None
         self._ripens_at = 0
         self._follows_ages = True
@@ -88,6 +97,8 @@ class CompiledEngine(EagerEngine):
         table[Table.DECAYS_WEIGHTS] = optimizer.weight_decay > 0
         table[Table.EVALUATES] = 1
         table[Table.MATURITY] = spec.resets.maturity_threshold
+        table[Table.REALS] = self.reals.ctypes.data
+        table[Table.TALLY] = self.tally.ctypes.data
         table[Table.PARAMETERS] = _address(state.parameters)
         match state.optimizer:
             case SgdState(momentum=None):
@@ -109,11 +120,19 @@ class CompiledEngine(EagerEngine):
         slots = state.optimizer.slots().values()
         self._tensors = [state.parameters.flat, state.units.age, *(slot.flat for slot in slots)]
 
-    def begin(self, examples: Examples, step_size: int) -> Work:
-        self._make_room(step_size)
-        self._notice_changes()
-        if not self._follows_ages:
-            return super().begin(examples, step_size)
+    def begin(self, examples: Examples, step_size: int, probe: Probe) -> Work:
+        if step_size != self._step_size:
+            self._prepare_for(step_size)
+        if self._counts_steps:
+            self._notice_changes()
+            if not self._follows_ages:
+                return super().begin(examples, step_size, probe)
+        count = len(examples.features)
+        if not count <= len(self.outputs) <= max(2 * count, _SMALL_MESSAGE):
+            self._make_room(count)
+        probe.make_room(count)
+        if probe.feature_rows is not self._probe_rows:
+            self._look_at(probe)
         return _CompiledWork(self, examples, step_size)
 
     def steps_between_calls(self, step_size: int) -> int:
@@ -123,9 +142,22 @@ class CompiledEngine(EagerEngine):
             nanoseconds += 2.0 * parameters
         return max(int(_NANOSECONDS_BETWEEN_CALLS / nanoseconds), 1)
 
-    def _make_room(self, step_size: int) -> None:
-        if step_size == self._step_size:
-            return
+    def _make_room(self, count: int) -> None:
+        """For what is to be known of so many examples."""
+        self.outputs = np.empty((count, self.spec.network.out_features), np.float32)
+        self.scores = np.empty((2, count))
+        self.table[Table.OUTPUTS] = self.outputs.ctypes.data
+        self.table[Table.SCORES] = self.scores.ctypes.data
+        self.table[Table.SCORE_ROWS] = count
+
+    def _look_at(self, probe: Probe) -> None:
+        self._probe_rows = probe.feature_rows
+        self.table[Table.PROBE_FEATURES] = probe.feature_rows.ctypes.data
+        self.table[Table.PROBE_TARGETS] = probe.target_rows.ctypes.data
+        self.table[Table.PROBE_POSITION] = probe.position.ctypes.data
+        self.table[Table.PROBE_ROWS] = len(probe.feature_rows)
+
+    def _prepare_for(self, step_size: int) -> None:
         self._step_size = step_size
         self.reals[Real.SCALE] = losses.gradient_scale(self.spec.loss, self.spec.network.out_features) / step_size
         widths = self.table[Table.WIDTHS :]
@@ -179,57 +211,46 @@ class CompiledEngine(EagerEngine):
         labels: NDArray[np.int64],
         values: NDArray[np.float32],
         weights: NDArray[np.float32],
-        outputs: NDArray[np.float32],
-        scores: NDArray[np.float64],
         start: int,
         steps: int,
     ) -> None:
         """Learns from the examples from `start` on; the arrays are as `kernels.run` wants them."""
         state, table = self.state, self.table
         schedule = state.schedules[0]
-        batch = self._step_size
-        while steps:
-            quiet = self._quiet_steps(schedule)
-            at_once = min(steps, quiet)
+        step = state.steps[0]
+        end = step + steps
+        while step < end:
+            if schedule is not self._schedule_of or step + 1 >= self._ripens_at:
+                self._look_ahead(schedule, step)
+            at_once = min(end, self._ripens_at - 1) - step
             if self._draws_utilities:
-                at_once = self._until_due(min(at_once, max(_RANDOM_VALUES // self._layout.total, 1)))
+                at_once = self._until_due(schedule, min(at_once, max(_RANDOM_VALUES // self._layout.total, 1)))
                 drawn = torch.cat([self._draws.utilities() for _ in range(at_once)]).numpy()
                 table[Table.RANDOM] = drawn.ctypes.data
-            taken = kernels.run(
-                table,
-                self.reals,
-                features,
-                labels,
-                values,
-                weights,
-                outputs,
-                scores,
-                start,
-                at_once,
-            )
-            state.steps[0] += taken
-            schedule.accumulated[:] = self._schedule[0].tolist()
-            start += taken * batch
-            steps -= taken
-            if table[_DUE]:
-                counts = schedule.advance(state.steps[0])
+            taken = kernels.run(table, features, labels, values, weights, start, at_once)
+            due = taken < 0
+            if due:
+                taken = -taken
+            step += taken
+            state.steps[0] = step
+            start += taken * self._step_size
+            if due:
+                counts = schedule.advance(step)
                 assert counts is not None
                 self._replace([counts], published_order=self._published_order)
 
-    def _quiet_steps(self, schedule: ReplacementSchedule) -> int:
-        """Steps to come until another unit ripens; the kernels know all that happens before."""
-        step = self.state.steps[0] + 1
-        if schedule is not self._schedule_of or step >= self._ripens_at:
-            self._schedule_of = schedule
-            quiet = schedule.quiet_steps(step)
-            self._ripens_at = _NEVER if quiet is None else step + quiet
-            self._schedule[:] = schedule.accumulated, schedule.rates, schedule.mature
-            self.table[Table.STEPS] = step - 1
-        return self._ripens_at - step
+    def _look_ahead(self, schedule: ReplacementSchedule, step: int) -> None:
+        """When another unit ripens; the kernels know all that happens before."""
+        self._schedule_of = schedule
+        quiet = schedule.quiet_steps(step + 1)
+        self._ripens_at = _NEVER if quiet is None else step + 1 + quiet
+        self._schedule[:] = schedule.rates, schedule.mature
+        self.table[Table.OWED], _ = schedule.accumulated.buffer_info()
+        self.table[Table.STEPS] = step
 
-    def _until_due(self, limit: int) -> int:
+    def _until_due(self, schedule: ReplacementSchedule, limit: int) -> int:
         """Steps up to and including the next that replaces units, at most `limit`: no draw is made too early."""
-        owed, rates, mature = (row.tolist() for row in self._schedule)
+        owed, (rates, mature) = schedule.accumulated.tolist(), self._schedule.tolist()
         for step in range(limit):
             for layer, rate in enumerate(rates):
                 owed[layer] += rate * mature[layer]
@@ -247,49 +268,52 @@ class CompiledEngine(EagerEngine):
             if count:
                 drawn.append(self._draws.incoming_weights(0, layer, count).reshape(-1))
         self._schedule_of = None
-        biases = kernels.replace(
+        kernels.replace(
             self.table,
-            self.reals,
             np.array(counts_of_one, np.int64),
             torch.cat(drawn).numpy() if len(drawn) > 1 else drawn[0].numpy(),
             published_order,
         )
-        self.reals[Real.PARAMETER_SUM] += biases
 
 
 class _CompiledWork:
+    __slots__ = ("_engine", "_features", "_labels", "_next", "_step_size", "_values", "_weights")
+
     def __init__(self, engine: CompiledEngine, examples: Examples, step_size: int) -> None:
         self._engine = engine
-        self._features, self._weights = _plain(examples.features), _plain(examples.weights)
-        self._step_size = step_size
-        targets: NDArray[Any] = _plain(examples.targets)
+        features, weights = examples.features, examples.weights
+        targets: NDArray[Any] = examples.targets
+        self._features = features if features.flags.carray else _plain(features)
+        if weights is None:
+            self._weights = _ONES if len(features) <= _MOST_ONES else np.ones(len(features), np.float32)
+        else:
+            self._weights = _plain(weights)
+        if not targets.flags.carray:
+            targets = _plain(targets)
         self._labels: NDArray[np.int64] = targets if engine.labelled else _NO_LABELS
         self._values: NDArray[np.float32] = _NO_VALUES if engine.labelled else targets
-        self._outputs = np.zeros((len(examples), engine.spec.network.out_features), np.float32)
-        self._scores = np.zeros((2, len(examples)))
+        self._step_size = step_size
         self._next = 0
 
     def run(self, steps: int) -> None:
-        self._engine.take_steps(
-            self._features,
-            self._labels,
-            self._values,
-            self._weights,
-            self._outputs,
-            self._scores,
-            self._next,
-            steps,
-        )
-        self._next += steps * self._step_size
+        begin = self._next
+        self._next = begin + steps * self._step_size
+        self._engine.take_steps(self._features, self._labels, self._values, self._weights, begin, steps)
 
     def outputs(self) -> NDArray[np.float32]:
-        return self._outputs
+        outputs = self._engine.outputs[: len(self._features)].copy()
+        outputs[self._next :] = 0.0
+        return outputs
 
-    def scores(self, count: int) -> Scores:
-        measured, accuracies = self._scores[:, :count]
-        reals = self._engine.reals
-        numbers = float(np.add.reduce(measured)) + float(reals[_PARAMETER_SUM]) + float(reals[_MOMENT_SUM])
-        return Scores(measured, accuracies if self._engine.scores_accuracy else None, math.isfinite(numbers))
+    def tally(self) -> tuple[Tally, bool]:
+        engine = self._engine
+        _, loss, accuracy, faded_loss, faded_accuracy, parameters, moments = engine.tally.tolist()
+        tally = Tally(loss, accuracy if engine.scores_accuracy else None, faded_loss, faded_accuracy)
+        return tally, math.isfinite(loss + parameters + moments)
+
+    def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        losses, accuracies = self._engine.scores[:, : self._next]
+        return losses, accuracies if self._engine.scores_accuracy else None
 
 
 def _plain(array: NDArray[Any]) -> NDArray[Any]:
@@ -350,4 +374,4 @@ def compile_kernels() -> None:
     )
     engine = CompiledEngine(spec, initial_stack([spec], torch.device("cpu")))
     rows = np.ones((2, 1), np.float32)
-    engine.begin(Examples(rows, rows, np.ones(2, np.float32), (("", 2),)), 1).run(2)
+    engine.begin(Examples(rows, rows, None, (("", 2),)), 1, Probe(1, rows, rows)).run(2)

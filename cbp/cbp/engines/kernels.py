@@ -47,13 +47,12 @@ class Table(IntEnum):
     update."""
     EVALUATES = 8
     """0 leaves ages and utilities alone: ordinary backprop, to compare with."""
-    DUE = 9
-    """Set by `run`: 1 if units are to be replaced after the last step it took."""
-    STEPS = 10
+    STEPS = 9
     """Steps the learner has taken so far; `run` counts on."""
-    MATURITY = 11
+    MATURITY = 10
+    REALS = 11
+    """Addresses from here on; this one is of the settings that `Real` lists."""
     PARAMETERS = 12
-    """Addresses from here on."""
     MOMENTUM = 13
     SECOND_MOMENT = 14
     COUNTS = 15
@@ -62,15 +61,47 @@ class Table(IntEnum):
     MEANS = 18
     FLOATS = 19
     """Room for float32."""
-    SCHEDULE = 20
-    """float64: per hidden layer what is owed, the rate, and how many units are mature."""
-    RANDOM = 21
+    OWED = 20
+    """float64, per hidden layer what is owed."""
+    SCHEDULE = 21
+    """float64: per hidden layer the rate, and how many units are mature."""
+    RANDOM = 22
     """[steps, U] draws for the `random` utility; 0 if there are none."""
-    CORRECTIONS = 22
+    CORRECTIONS = 23
     """1 − ηᵃ at every age a from 0 on, as far as `CORRECTION_COUNT`; float32."""
-    CORRECTION_COUNT = 23
-    WIDTHS = 24
+    OUTPUTS = 24
+    """[rows, C] of a message, with at least N rows."""
+    SCORES = 25
+    """float64 [2, rows], losses and accuracies."""
+    TALLY = 26
+    """float64, what `Sum` lists."""
+    PROBE_FEATURES = 27
+    """[rows, I], the ring of recent examples."""
+    PROBE_TARGETS = 28
+    PROBE_POSITION = 29
+    """int64: the row that is written next, and the rows that are filled."""
+    PROBE_ROWS = 30
+    SCORE_ROWS = 31
+    CORRECTION_COUNT = 32
+    WIDTHS = 33
     """I, hidden widths, C; to the end of the table."""
+
+
+class Sum(IntEnum):
+    """What stands where among the sums over a message, which are float64."""
+
+    DECAY = 0
+    """The decay δ of the averages."""
+    LOSS = 1
+    ACCURACY = 2
+    FADED_LOSS = 3
+    """Sum of (1 − δ) δᵏ times the loss, with k the number of examples after this one."""
+    FADED_ACCURACY = 4
+    PARAMETERS = 5
+    """All parameters' magnitudes after the last step; not finite if one of them is not."""
+    MOMENTS = 6
+    """Adam's second moments after the last step."""
+    COUNT = 7
 
 
 class Real(IntEnum):
@@ -92,11 +123,7 @@ class Real(IntEnum):
     DELTA = 13
     SCALE = 14
     """What the loss's residual is multiplied by, apart from the example's weight."""
-    PARAMETER_SUM = 15
-    """Set by `run`: sum of all parameters' magnitudes; not finite if one of them is not."""
-    MOMENT_SUM = 16
-    """Set by `run`: sum of Adam's second moments."""
-    COUNT = 17
+    COUNT = 15
 
 
 RELU, LEAKY_RELU, ELU, SELU, GELU, SILU, TANH, SIGMOID, IDENTITY = range(9)
@@ -106,19 +133,26 @@ CONTRIBUTION, ZERO_CONTRIBUTION, ADAPTABLE_CONTRIBUTION, WEIGHT, ADAPTATION, FEA
 
 _DEPTH, _BATCH, _ACTIVATION, _LOSS = int(Table.DEPTH), int(Table.BATCH), int(Table.ACTIVATION), int(Table.LOSS)
 _OPTIMIZER, _UTILITY, _DECAYS_WEIGHTS = int(Table.OPTIMIZER), int(Table.UTILITY), int(Table.DECAYS_WEIGHTS)
-_SKIPS, _EVALUATES = int(Table.SKIPS), int(Table.EVALUATES)
-_DUE, _STEPS, _MATURITY, _PARAMETERS = int(Table.DUE), int(Table.STEPS), int(Table.MATURITY), int(Table.PARAMETERS)
-_MOMENTUM, _SECOND_MOMENT, _COUNTS = int(Table.MOMENTUM), int(Table.SECOND_MOMENT), int(Table.COUNTS)
-_UTILITIES, _AGES, _MEANS, _FLOATS = int(Table.UTILITIES), int(Table.AGES), int(Table.MEANS), int(Table.FLOATS)
-_SCHEDULE, _RANDOM, _WIDTHS = int(Table.SCHEDULE), int(Table.RANDOM), int(Table.WIDTHS)
-_CORRECTIONS, _CORRECTION_COUNT = int(Table.CORRECTIONS), int(Table.CORRECTION_COUNT)
+_SKIPS, _EVALUATES, _STEPS, _MATURITY = int(Table.SKIPS), int(Table.EVALUATES), int(Table.STEPS), int(Table.MATURITY)
+_REALS, _PARAMETERS, _MOMENTUM = int(Table.REALS), int(Table.PARAMETERS), int(Table.MOMENTUM)
+_SECOND_MOMENT, _COUNTS, _UTILITIES = int(Table.SECOND_MOMENT), int(Table.COUNTS), int(Table.UTILITIES)
+_AGES, _MEANS, _FLOATS, _OWED = int(Table.AGES), int(Table.MEANS), int(Table.FLOATS), int(Table.OWED)
+_SCHEDULE, _RANDOM, _CORRECTIONS = int(Table.SCHEDULE), int(Table.RANDOM), int(Table.CORRECTIONS)
+_OUTPUTS, _SCORES, _TALLY = int(Table.OUTPUTS), int(Table.SCORES), int(Table.TALLY)
+_PROBE_FEATURES, _PROBE_TARGETS = int(Table.PROBE_FEATURES), int(Table.PROBE_TARGETS)
+_PROBE_POSITION, _PROBE_ROWS = int(Table.PROBE_POSITION), int(Table.PROBE_ROWS)
+_SCORE_ROWS, _CORRECTION_COUNT, _WIDTHS = int(Table.SCORE_ROWS), int(Table.CORRECTION_COUNT), int(Table.WIDTHS)
+
+_AVERAGE_DECAY, _LOSS_SUM, _ACCURACY_SUM = int(Sum.DECAY), int(Sum.LOSS), int(Sum.ACCURACY)
+_FADED_LOSS, _FADED_ACCURACY = int(Sum.FADED_LOSS), int(Sum.FADED_ACCURACY)
+_PARAMETER_SUM, _MOMENT_SUM, _SUMS = int(Sum.PARAMETERS), int(Sum.MOMENTS), int(Sum.COUNT)
 
 _NEGATIVE_LR, _MU, _WEIGHT_DECAY = int(Real.NEGATIVE_LR), int(Real.MOMENTUM), int(Real.WEIGHT_DECAY)
 _ONE_MINUS_BETA1, _BETA2, _ONE_MINUS_BETA2 = int(Real.ONE_MINUS_BETA1), int(Real.BETA2), int(Real.ONE_MINUS_BETA2)
 _LOG_BETA1, _LOG_BETA2, _EPSILON = int(Real.LOG_BETA1), int(Real.LOG_BETA2), int(Real.EPSILON)
 _SHRINKAGE, _ONE_MINUS_DECAY, _LOG_DECAY = int(Real.SHRINKAGE), int(Real.ONE_MINUS_DECAY), int(Real.LOG_DECAY)
 _BIAS_COMPENSATION, _DELTA, _SCALE = int(Real.BIAS_COMPENSATION), int(Real.DELTA), int(Real.SCALE)
-_PARAMETER_SUM, _MOMENT_SUM = int(Real.PARAMETER_SUM), int(Real.MOMENT_SUM)
+_REAL_COUNT = int(Real.COUNT)
 
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
 _LEAKY_SLOPE = np.float32(0.01)
@@ -198,6 +232,7 @@ def _view(element: Any, dimensions: int) -> Any:
 _row: Callable[[int, int], Floats] = _view(types.float32, 1)
 _rows: Callable[[int, int, int], Floats] = _view(types.float32, 2)
 _doubles: Callable[[int, int], Doubles] = _view(types.float64, 1)
+_double_rows: Callable[[int, int, int], Doubles] = _view(types.float64, 2)
 _integers: Callable[[int, int], Integers] = _view(types.int64, 1)
 
 
@@ -545,27 +580,33 @@ def _skipped_row(row: Floats, columns: Floats) -> Number:
 
 @_exactly
 def _evaluate(
-    utility_kind: int,
-    activations: Floats,
-    incoming: Floats,
-    outgoing: Floats,
-    fan_in: int,
-    fan_out: int,
+    table: Integers,
     reals: Floats,
-    ages: Integers,
-    means: Floats,
-    utilities: Floats,
-    random: Floats,
-    activity: Floats,
-    corrections: Floats,
-    known_corrections: Floats,
+    layer: int,
+    unit: int,
+    post_at: int,
+    incoming_at: int,
+    outgoing_at: int,
+    random_at: int,
+    activity_at: int,
+    corrections_at: int,
 ) -> None:
-    """`cbp.replacement.evaluate_units` for one layer.
+    """`cbp.replacement.evaluate_units` for one hidden layer, whose first unit is `unit`.
 
-    activations [B, units]; incoming and outgoing: per unit, sums of its weights' magnitudes; random: this step's draws;
-    activity and corrections: room for one value per unit.
+    By address: the layer's activations [B, units]; per unit, sums of its weights' magnitudes, and this step's draws;
+    and twice room for one value per unit.
     """
-    examples, units = activations.shape
+    units, fan_in, fan_out = table[_WIDTHS + layer + 1], table[_WIDTHS + layer], table[_WIDTHS + layer + 2]
+    utility_kind = table[_UTILITY]
+    activations = _rows(post_at, table[_BATCH], units)
+    incoming, outgoing = _row(incoming_at, units), _row(outgoing_at, units)
+    ages = _integers(table[_AGES] + 8 * unit, units)
+    means = _row(table[_MEANS] + 4 * unit, units)
+    utilities = _row(table[_UTILITIES] + 4 * unit, units)
+    random = _row(random_at, units)
+    activity, corrections = _row(activity_at, units), _row(corrections_at, units)
+    known_corrections = _row(table[_CORRECTIONS], table[_CORRECTION_COUNT])
+    examples = table[_BATCH]
     share, log_decay = reals[_ONE_MINUS_DECAY], reals[_LOG_DECAY]
     known_age, correction = np.int64(-1), _ZERO
     for u in range(units):
@@ -862,26 +903,58 @@ def _falls_due(owed: Doubles, rates: Doubles, mature: Doubles) -> int:
     return 0
 
 
+@_exactly
+def _show_to_probe(table: Integers, features: Floats, labels: Integers, values: Floats) -> None:
+    """`cbp.pending.Probe.extend`, where there is room."""
+    rows, width, outputs = table[_PROBE_ROWS], features.shape[1], values.shape[1]
+    position = _integers(table[_PROBE_POSITION], 2)
+    following = position[0]
+    for b in range(len(features)):
+        if following >= rows:
+            following = 0
+        seen = _row(table[_PROBE_FEATURES] + 4 * following * width, width)
+        for i in range(width):
+            seen[i] = features[b, i]
+        if table[_LOSS] == CROSS_ENTROPY:
+            _integers(table[_PROBE_TARGETS] + 8 * following, 1)[0] = labels[b]
+        else:
+            seen_values = _row(table[_PROBE_TARGETS] + 4 * following * outputs, outputs)
+            for c in range(outputs):
+                seen_values[c] = values[b, c]
+        following += 1
+    position[0] = following
+    position[1] = min(position[1] + len(features), rows)
+
+
+@_as_written
+def _add_to_tally(tally: Doubles, loss: Number, accuracy: Number) -> None:
+    decay = tally[_AVERAGE_DECAY]
+    share = 1.0 - decay
+    tally[_LOSS_SUM] += np.float64(loss)
+    tally[_ACCURACY_SUM] += np.float64(accuracy)
+    tally[_FADED_LOSS] = tally[_FADED_LOSS] * decay + share * np.float64(loss)
+    tally[_FADED_ACCURACY] = tally[_FADED_ACCURACY] * decay + share * np.float64(accuracy)
+
+
 # --- What Python calls ------------------------------------------------------------------------------------------------
 
 
 @_exactly
 def run(
     table: Integers,
-    reals: Floats,
     features: Floats,
     labels: Integers,
     values: Floats,
     weights: Floats,
-    outputs: Floats,
-    scores: Doubles,
     start: int,
     steps: int,
 ) -> int:
-    """Takes up to `steps` steps, and stops early after one at which units are to be replaced; returns how many.
+    """Takes up to `steps` steps, and stops early after one at which units are to be replaced.
+
+    Returns how many it took; negative if units are to be replaced now.
 
     features [N, I], of which the examples from `start` on are learned from; labels [N] or values [N, C], the other one
-    empty; weights [N]; outputs [N, C] and scores [2, N] (losses and accuracies) are written.
+    empty; weights, at least N. What it counts and adds up over a message goes to where `table` says.
 
     No unit may ripen within these steps: `table` says how many are mature.
     """
@@ -895,6 +968,12 @@ def run(
             units += table[_WIDTHS + layer]
     classes = table[_WIDTHS + depth]
     skips, evaluates, loss_kind = table[_SKIPS], table[_EVALUATES], table[_LOSS]
+    reals = _row(table[_REALS], _REAL_COUNT)
+    outputs = _rows(table[_OUTPUTS], table[_SCORE_ROWS], classes)
+    scores = _double_rows(table[_SCORES], 2, table[_SCORE_ROWS])
+    tally = _doubles(table[_TALLY], _SUMS)
+    if start == 0:
+        tally[_LOSS_SUM] = tally[_ACCURACY_SUM] = tally[_FADED_LOSS] = tally[_FADED_ACCURACY] = 0.0
     is_adam = table[_OPTIMIZER] >= ADAM
     saves_pre = table[_ACTIVATION] != RELU and table[_ACTIVATION] != TANH and table[_ACTIVATION] != SIGMOID
 
@@ -912,14 +991,14 @@ def run(
     if not saves_pre:
         pre_at = post_at
 
-    owed = _doubles(table[_SCHEDULE], hidden)
-    rates = _doubles(table[_SCHEDULE] + 8 * hidden, hidden)
-    mature = _doubles(table[_SCHEDULE] + 16 * hidden, hidden)
+    owed = _doubles(table[_OWED], hidden)
+    rates = _doubles(table[_SCHEDULE], hidden)
+    mature = _doubles(table[_SCHEDULE] + 8 * hidden, hidden)
 
-    table[_DUE] = 0
     done = 0
+    due = 0
     parameter_sum = moment_sum = _ZERO
-    while done < steps and not table[_DUE]:
+    while done < steps and not due:
         begin = start + done * batch
         address = table[_PARAMETERS]
 
@@ -965,6 +1044,7 @@ def run(
                 )
             scores[0, begin + b] = loss
             scores[1, begin + b] = right
+            _add_to_tally(tally, loss, right)
 
         # Backward and update, layer by layer from the last
         parameter_sum = moment_sum = _ZERO
@@ -999,44 +1079,44 @@ def run(
         if not evaluates:
             continue
         offset = 0
-        before = width
         for layer in range(hidden):
-            after = table[_WIDTHS + layer + 1]
             _evaluate(
-                table[_UTILITY],
-                _rows(post_at + 4 * batch * offset, batch, after),
-                _row(incoming_at + 4 * offset, after),
-                _row(outgoing_at + 4 * (width + offset), after),
-                before,
-                table[_WIDTHS + layer + 2],
+                table,
                 reals,
-                _integers(table[_AGES] + 8 * offset, after),
-                _row(table[_MEANS] + 4 * offset, after),
-                _row(table[_UTILITIES] + 4 * offset, after),
-                _row(table[_RANDOM] + 4 * ((done - 1) * units + offset), after),
-                _row(activity_at, after),
-                _row(corrections_at, after),
-                _row(table[_CORRECTIONS], table[_CORRECTION_COUNT]),
+                layer,
+                offset,
+                post_at + 4 * batch * offset,
+                incoming_at + 4 * offset,
+                outgoing_at + 4 * (width + offset),
+                table[_RANDOM] + 4 * ((done - 1) * units + offset),
+                activity_at,
+                corrections_at,
             )
-            offset += after
-            before = after
-        table[_DUE] = _falls_due(owed, rates, mature)
+            offset += table[_WIDTHS + layer + 1]
+        due = _falls_due(owed, rates, mature)
 
     if is_adam and done:
         _count_steps(table, done)
-    reals[_PARAMETER_SUM] = parameter_sum
-    reals[_MOMENT_SUM] = moment_sum
-    return done
+    _show_to_probe(
+        table,
+        features[start : start + done * batch],
+        labels[start : start + done * batch],
+        values[start : start + done * batch],
+    )
+    tally[_PARAMETER_SUM] = parameter_sum
+    tally[_MOMENT_SUM] = moment_sum
+    return -done if due else done
 
 
 @_exactly
-def replace(table: Integers, reals: Floats, counts: Integers, drawn: Floats, published_order: bool) -> Number:
+def replace(table: Integers, counts: Integers, drawn: Floats, published_order: bool) -> None:
     """`cbp.replacement.select_units` and `replace_units`: counts[layer] units of every hidden layer.
 
-    drawn: the incoming weights of all of them, one after another. Returns the sum of the biases' magnitudes: bias
-    compensation may overflow them.
+    drawn: the incoming weights of all of them, one after another. What it adds to the sum of the parameters' magnitudes
+    are those of the biases: bias compensation may overflow them.
     """
     depth = table[_DEPTH]
+    reals = _row(table[_REALS], _REAL_COUNT)
     chosen = np.empty((depth - 1, max(counts)), np.int64)
     place = 0
     unit = 0
@@ -1091,7 +1171,7 @@ def replace(table: Integers, reals: Floats, counts: Integers, drawn: Floats, pub
         before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
         bias_sum += _sum_of_magnitudes(_row(table[_PARAMETERS] + 4 * (place + after * before), after))
         place += after * (before + 1)
-    return bias_sum
+    _doubles(table[_TALLY], _SUMS)[_PARAMETER_SUM] += bias_sum
 
 
 @_exactly
