@@ -8,6 +8,7 @@ Shapes: N examples of a message, I inputs, C outputs, U hidden units.
 
 import functools
 import importlib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -22,7 +23,7 @@ from cbp.engines import kernels
 from cbp.engines.eager_engine import EagerEngine, EngineName, Work
 from cbp.engines.kernels import Real, Sum, Table
 from cbp.engines.torch_engine import StackState, initial_stack
-from cbp.networks import FlatLayers
+from cbp.networks import FlatLayers, initial_bounds, laid_out
 from cbp.optimizers import AdamState, SgdState
 from cbp.pending import Examples, Probe
 from cbp.progress import Tally
@@ -77,11 +78,11 @@ class CompiledEngine(EagerEngine):
         self._corrections = np.zeros(corrections, np.float32)
         kernels.fill_corrections(self.reals[Real.LOG_DECAY], self._corrections)
         self._versions: list[int] = []
-        self._counts_steps = self.spec.optimizer.kind != "sgd"
         self._schedule_of: ReplacementSchedule | None = None
         self._ripens_at = 0
         self._follows_ages = True
         self._step_size = -1
+        self._remember_large_layers(widths)
         self._draws_utilities = self.spec.resets.utility == "random"
         self.labelled = self.spec.loss.kind == "cross_entropy"
         self.scores_accuracy = self.spec.loss.kind in ("cross_entropy", "binary_cross_entropy")
@@ -120,10 +121,34 @@ class CompiledEngine(EagerEngine):
         slots = state.optimizer.slots().values()
         self._tensors = [state.parameters.flat, state.units.age, *(slot.flat for slot in slots)]
 
+    def _remember_large_layers(self, widths: tuple[int, ...]) -> None:
+        """Lays out the weights as the kernels want them for this specification."""
+        spec, depth = self.spec, len(widths) - 1
+        optimizer = spec.optimizer
+        remembers = (
+            spec.batch_size == 1
+            and spec.network.activation == "relu"
+            and isinstance(optimizer, SgdSpec)
+            and not optimizer.momentum
+            and not optimizer.weight_decay
+        )
+        self._assumes = remembers or not isinstance(optimizer, SgdSpec)
+        self.table[Table.REMEMBERS] = remembers
+        turned = [
+            bool(kernels.is_turned(int(remembers), depth, layer, before, after))
+            for layer, (before, after) in enumerate(itertools.pairwise(widths))
+        ]
+        self.state.parameters = laid_out(self.state.parameters, turned)
+        self._magnitudes = np.zeros(depth + 2 * sum(widths[1:-1]), np.int64)
+        bounds = np.array(initial_bounds(spec.network))  # a weight may grow 64-fold before it becomes too large
+        self._fineness = (2.0 ** (24 - np.ceil(np.log2(bounds)))).astype(np.float32)
+        self.table[Table.MAGNITUDES] = self._magnitudes.ctypes.data
+        self.table[Table.FINENESS] = self._fineness.ctypes.data
+
     def begin(self, examples: Examples, step_size: int, probe: Probe) -> Work:
         if step_size != self._step_size:
             self._prepare_for(step_size)
-        if self._counts_steps:
+        if self._assumes:
             self._notice_changes()
             if not self._follows_ages:
                 return super().begin(examples, step_size, probe)
@@ -182,6 +207,7 @@ class CompiledEngine(EagerEngine):
         if versions != self._versions:
             self._versions = versions
             self._follows_ages = self._counts_follow_ages()
+            self._magnitudes[: len(self._fineness)] = 0
 
     def _counts_follow_ages(self) -> bool:
         """Whether Adam's count of every weight is the age of the younger of its two units, which the kernels assume.

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Words = NDArray[np.int32]
 Number = Any
 """A scalar whose width matters: float32 here, unless said otherwise."""
 
@@ -83,7 +84,14 @@ class Table(IntEnum):
     PROBE_ROWS = 30
     SCORE_ROWS = 31
     CORRECTION_COUNT = 32
-    WIDTHS = 33
+    REMEMBERS = 33
+    """1 if the weights of large layers lie as `is_turned` says, and the sums of their magnitudes are remembered; only
+    together with `SKIPS`."""
+    MAGNITUDES = 34
+    """int64 [depth + 2 U]: per layer 1 if its sums are right; the units' incoming sums; their outgoing sums."""
+    FINENESS = 35
+    """float32, per layer what a magnitude is multiplied by before it is rounded and summed; a power of two."""
+    WIDTHS = 36
     """I, hidden widths, C; to the end of the table."""
 
 
@@ -142,6 +150,7 @@ _OUTPUTS, _SCORES, _TALLY = int(Table.OUTPUTS), int(Table.SCORES), int(Table.TAL
 _PROBE_FEATURES, _PROBE_TARGETS = int(Table.PROBE_FEATURES), int(Table.PROBE_TARGETS)
 _PROBE_POSITION, _PROBE_ROWS = int(Table.PROBE_POSITION), int(Table.PROBE_ROWS)
 _SCORE_ROWS, _CORRECTION_COUNT, _WIDTHS = int(Table.SCORE_ROWS), int(Table.CORRECTION_COUNT), int(Table.WIDTHS)
+_REMEMBERS, _MAGNITUDES, _FINENESS = int(Table.REMEMBERS), int(Table.MAGNITUDES), int(Table.FINENESS)
 
 _AVERAGE_DECAY, _LOSS_SUM, _ACCURACY_SUM = int(Sum.DECAY), int(Sum.LOSS), int(Sum.ACCURACY)
 _FADED_LOSS, _FADED_ACCURACY = int(Sum.FADED_LOSS), int(Sum.FADED_ACCURACY)
@@ -165,7 +174,13 @@ _LAST_COUNT = np.float32(2.0**24)
 """Where a float32 count of Adam stops."""
 
 _LONG_ROW = 512
-"""From here on a library's product is faster than ours, which is for networks that fit a cache."""
+"""From here on a library's product is faster than ours, which is for networks that fit a cache; and layers are large.
+"""
+_TOO_LARGE = np.float32(2**30)
+"""No multiple of a remembered weight's magnitude."""
+_MOST_CHANGE_OF_WEIGHT = np.float32(2**29)
+_MOST_CHANGE_OF_SUM = np.float32(1.9e9)
+"""Less than 2³¹, with room for the rounding of each summand."""
 
 
 def _compiled(*fastmath: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -234,6 +249,7 @@ _rows: Callable[[int, int, int], Floats] = _view(types.float32, 2)
 _doubles: Callable[[int, int], Doubles] = _view(types.float64, 1)
 _double_rows: Callable[[int, int, int], Doubles] = _view(types.float64, 2)
 _integers: Callable[[int, int], Integers] = _view(types.int64, 1)
+_words: Callable[[int, int], Words] = _view(types.int32, 1)
 
 
 # --- Nonlinearities ---------------------------------------------------------------------------------------------------
@@ -397,6 +413,15 @@ def _affine(weight: Floats, bias: Floats, inputs: Floats, outputs: Floats) -> No
         for i in range(into):
             total += weight[o, i] * inputs[i]
         outputs[o] = bias[o] + total
+
+
+@_exactly
+def _turned_affine(weight: Floats, bias: Floats, inputs: Floats, outputs: Floats) -> None:
+    """The same for weight [in, out]."""
+    outputs[:] = bias
+    for i in range(len(inputs)):
+        if inputs[i] != _ZERO:
+            _add_scaled(weight[i], inputs[i], outputs)
 
 
 @_exactly
@@ -572,6 +597,205 @@ def _skipped_row(row: Floats, columns: Floats) -> Number:
         magnitude = abs(row[i])
         columns[i] += magnitude
         total += magnitude
+    return total
+
+
+# --- Large layers, one example a step, ReLU and plain SGD -------------------------------------------------------------
+#
+# Their time is that of moving weights, so units that are silent are passed over: with a unit's outgoing weights side by
+# side (`is_turned`), a silent one costs nothing, forward or backward. What its utility needs of it, sums of magnitudes,
+# is remembered: every magnitude is rounded to a multiple of 1 / fineness, and the multiples are summed as integers.
+# Those sums do not depend on the order, nor on whether they were made anew or brought up to date at every change; so a
+# learner restored from a snapshot, where they are not kept, has the same ones.
+#
+# A multiple has 30 bits, and a sum can change by 31 in one step. If a weight is larger, all sums of its layer are made
+# in floating point at every step: slower, and just as independent of what was before. If a step could change more, they
+# are made anew after it.
+
+
+@_as_written
+def is_turned(remembers: int, depth: int, layer: int, before: int, after: int) -> int:
+    """1 if the weights of a layer lie [in, out] in memory instead of [out, in]."""
+    return 1 if remembers and 0 < layer < depth - 1 and before >= _LONG_ROW and after >= _LONG_ROW else 0
+
+
+@_as_written
+def _is_remembered(table: Integers, layer: int) -> int:
+    before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+    if table[_REMEMBERS] and layer == 0 and before >= _LONG_ROW:
+        return 1
+    return is_turned(table[_REMEMBERS], table[_DEPTH], layer, before, after)
+
+
+@_as_written
+def _multiples(weight: Number, fineness: Number) -> Number:
+    """int32; the product is exact, for fineness is a power of two."""
+    return np.int32(abs(weight) * fineness + _HALF)
+
+
+@_in_any_order
+def _turned_row(
+    row: Floats, delta: Floats, value: Number, negative_lr: Number, fineness: Number, changes: Words
+) -> tuple[Number, Number, Number]:
+    """SGD by one example on what a unit hands on; `changes` gathers those of the readers' sums.
+
+    Returns the gradient in the unit's activation, the change of its own sum, and all new multiples or-ed together.
+    """
+    back = _ZERO
+    change = bits = np.int32(0)
+    for o in range(len(row)):
+        old, slope = row[o], delta[o]
+        back += old * slope
+        new = old + (slope * value) * negative_lr
+        row[o] = new
+        multiples = np.int32(abs(new) * fineness + _HALF)
+        more = np.int32(multiples - np.int32(abs(old) * fineness + _HALF))
+        changes[o] = np.int32(changes[o] + more)
+        change = np.int32(change + more)
+        bits = np.int32(bits | multiples)
+    return back, change, bits
+
+
+@_in_any_order
+def _first_row(
+    row: Floats, inputs: Floats, delta: Number, negative_lr: Number, fineness: Number
+) -> tuple[Number, Number]:
+    """The same for what a unit of the first layer reads. Returns the last 32 bits of its sum instead of its change."""
+    total = bits = np.int32(0)
+    for i in range(len(row)):
+        new = row[i] + (delta * inputs[i]) * negative_lr
+        row[i] = new
+        multiples = np.int32(abs(new) * fineness + _HALF)
+        total = np.int32(total + multiples)
+        bits = np.int32(bits | multiples)
+    return total, bits
+
+
+@_in_any_order
+def _largest_and_sum(values: Floats) -> tuple[Number, Number]:
+    """Of the magnitudes; a NaN makes the sum one."""
+    largest = total = _ZERO
+    for k in range(len(values)):
+        magnitude = abs(values[k])
+        largest = max(largest, magnitude)
+        total += magnitude
+    return largest, total
+
+
+@_as_written
+def _change_fits(delta: Floats, inputs: Floats, negative_lr: Number, fineness: Number) -> int:
+    """1 if the step changes no weight, and no sum, by more than there is room for."""
+    largest_delta, all_deltas = _largest_and_sum(delta)
+    largest_input, all_inputs = _largest_and_sum(inputs)
+    unit = abs(negative_lr) * fineness
+    weight_fits = largest_delta * largest_input * unit < _MOST_CHANGE_OF_WEIGHT
+    sum_fits = max(largest_delta * all_inputs, largest_input * all_deltas) * unit < _MOST_CHANGE_OF_SUM
+    return 1 if weight_fits and sum_fits and all_deltas + all_inputs < np.inf else 0
+
+
+@_as_written
+def _sums_anew(weight: Floats, fineness: Number, of_rows: Integers, of_columns: Integers) -> int:
+    """Sums of the multiples of every row and, if there is room for them, of every column; 1 if no multiple is too
+    large."""
+    fits = 1
+    of_columns[:] = 0
+    for r in range(len(weight)):
+        of_rows[r] = 0
+        for c in range(weight.shape[1]):
+            if not abs(weight[r, c]) * fineness + _HALF < _TOO_LARGE:
+                fits = 0
+                continue
+            multiples = np.int64(_multiples(weight[r, c], fineness))
+            of_rows[r] += multiples
+            if c < len(of_columns):
+                of_columns[c] += multiples
+    return fits
+
+
+@_as_written
+def _read_sums(sums: Integers, fineness: Number, magnitudes: Floats) -> None:
+    unit = 1.0 / np.float64(fineness)
+    for u in range(len(sums)):
+        magnitudes[u] = np.float64(sums[u]) * unit
+
+
+@_exactly
+def _turned_backward(
+    weight: Floats,
+    inputs: Floats,
+    delta: Floats,
+    negative_lr: Number,
+    fineness: Number,
+    known: Integers,
+    incoming_sums: Integers,
+    outgoing_sums: Integers,
+    changes: Words,
+    back: Floats,
+    incoming: Floats,
+    outgoing: Floats,
+) -> Number:
+    """Backward and update for weight [in, out]. known [1]: whether the sums are right; changes: room.
+
+    Returns the sum of all magnitudes if it may be infinite, or else 0.
+    """
+    fits = _change_fits(delta, inputs, negative_lr, fineness)
+    bits = np.int32(0)
+    changes[:] = 0
+    for i in range(len(inputs)):
+        if inputs[i] != _ZERO:
+            back[i], change, new_bits = _turned_row(weight[i], delta, inputs[i], negative_lr, fineness, changes)
+            outgoing_sums[i] += np.int64(change)
+            bits = np.int32(bits | new_bits)
+        else:
+            back[i] = _ZERO
+    if fits and known[0]:
+        for o in range(len(delta)):
+            incoming_sums[o] += np.int64(changes[o])
+        known[0] = 1 if bits < _TOO_LARGE else 0
+    else:
+        known[0] = _sums_anew(weight, fineness, outgoing_sums, incoming_sums)
+    if known[0]:
+        _read_sums(incoming_sums, fineness, incoming)
+        _read_sums(outgoing_sums, fineness, outgoing)
+        return _ZERO
+    incoming[:] = _ZERO
+    total = _ZERO
+    for i in range(len(inputs)):
+        outgoing[i] = _skipped_row(weight[i], incoming)
+        total += outgoing[i]
+    return total
+
+
+@_exactly
+def _first_backward(
+    weight: Floats,
+    inputs: Floats,
+    delta: Floats,
+    negative_lr: Number,
+    fineness: Number,
+    known: Integers,
+    incoming_sums: Integers,
+    incoming: Floats,
+) -> Number:
+    """The same for weight [out, in] of the first layer, where only the incoming sums are needed."""
+    fits = _change_fits(delta, inputs, negative_lr, fineness)
+    bits = np.int32(0)
+    for o in range(len(delta)):
+        if delta[o] != _ZERO:
+            last_bits, new_bits = _first_row(weight[o], inputs, delta[o], negative_lr, fineness)
+            incoming_sums[o] += np.int64(np.int32(np.int64(last_bits) - incoming_sums[o]))
+            bits = np.int32(bits | new_bits)
+    if fits and known[0]:
+        known[0] = 1 if bits < _TOO_LARGE else 0
+    else:
+        known[0] = _sums_anew(weight, fineness, incoming_sums, incoming_sums[:0])
+    if known[0]:
+        _read_sums(incoming_sums, fineness, incoming)
+        return _ZERO
+    total = _ZERO
+    for o in range(len(delta)):
+        incoming[o] = _sum_of_magnitudes(weight[o])
+        total += incoming[o]
     return total
 
 
@@ -824,10 +1048,11 @@ def _skipping_backward(
     back_at: int,
     incoming_at: int,
     outgoing_at: int,
+    changes_at: int,
 ) -> Number:
     """For ReLU, plain SGD and one example: a unit that was silent has no gradient, and its weights stay as they are.
 
-    Returns the sum of the parameters' magnitudes: of all that changed, or of all.
+    Returns the sum of the parameters' magnitudes: of all, or at least of those that may not be finite.
     """
     depth, width = table[_DEPTH], table[_WIDTHS]
     negative_lr, evaluates = reals[_NEGATIVE_LR], table[_EVALUATES]
@@ -850,25 +1075,52 @@ def _skipping_backward(
         columns = _row(outgoing_at + 4 * (unit - before if layer else 0), before)
         if layer:
             layer_input = _row(post_at + 4 * (unit - width - before), before)
-            back[:] = _ZERO
-            columns[:] = _ZERO
         else:
             layer_input = features
-        for o in range(after):
-            slope = delta[o]
-            if slope != _ZERO:
-                if layer:
-                    incoming[o] = _skip_row(weight[o], layer_input, slope, negative_lr, back, columns)
-                else:
-                    incoming[o] = _skip_first_row(weight[o], layer_input, slope, negative_lr)
-                bias[o] += slope * negative_lr
-            elif not evaluates:
-                incoming[o] = _ZERO
-            elif layer:
-                incoming[o] = _skipped_row(weight[o], columns)
+        if _is_remembered(table, layer):
+            known = _integers(table[_MAGNITUDES] + 8 * layer, 1)
+            fineness, incoming_sums, outgoing_sums = _sums_of(table, layer)
+            if layer:
+                parameter_sum += _turned_backward(
+                    _rows(table[_PARAMETERS] + 4 * place, before, after),
+                    layer_input,
+                    delta,
+                    negative_lr,
+                    fineness,
+                    known,
+                    incoming_sums,
+                    outgoing_sums,
+                    _words(changes_at, after),
+                    back,
+                    incoming,
+                    columns,
+                )
             else:
-                incoming[o] = _sum_of_magnitudes(weight[o])
-            parameter_sum += incoming[o] + abs(bias[o])
+                parameter_sum += _first_backward(
+                    weight, layer_input, delta, negative_lr, fineness, known, incoming_sums, incoming
+                )
+            for o in range(after):
+                bias[o] += delta[o] * negative_lr
+                parameter_sum += abs(bias[o])
+        else:
+            if layer:
+                back[:] = _ZERO
+                columns[:] = _ZERO
+            for o in range(after):
+                slope = delta[o]
+                if slope != _ZERO:
+                    if layer:
+                        incoming[o] = _skip_row(weight[o], layer_input, slope, negative_lr, back, columns)
+                    else:
+                        incoming[o] = _skip_first_row(weight[o], layer_input, slope, negative_lr)
+                    bias[o] += slope * negative_lr
+                elif not evaluates:
+                    incoming[o] = _ZERO
+                elif layer:
+                    incoming[o] = _skipped_row(weight[o], columns)
+                else:
+                    incoming[o] = _sum_of_magnitudes(weight[o])
+                parameter_sum += incoming[o] + abs(bias[o])
         if layer:
             for i in range(before):
                 if layer_input[i] <= _ZERO:
@@ -1008,6 +1260,7 @@ def run(
         offset = 0
         for layer in range(depth):
             after = table[_WIDTHS + layer + 1]
+            address_of_layer = address
             weight = _rows(address, after, before)
             bias = _row(address + 4 * after * before, after)
             address += 4 * after * (before + 1)
@@ -1015,7 +1268,9 @@ def run(
                 layer_output = _rows(pre_at + 4 * batch * offset, batch, after)
             else:
                 layer_output = outputs[begin : begin + batch]
-            if batch == 1 and before < _LONG_ROW:
+            if is_turned(table[_REMEMBERS], depth, layer, before, after):
+                _turned_affine(_rows(address_of_layer, before, after), bias, layer_input[0], layer_output[0])
+            elif batch == 1 and before < _LONG_ROW:
                 _affine(weight, bias, layer_input[0], layer_output[0])
             elif batch == 1:
                 np.dot(weight, layer_input[0], layer_output[0])
@@ -1050,7 +1305,7 @@ def run(
         parameter_sum = moment_sum = _ZERO
         if skips:
             parameter_sum = _skipping_backward(
-                table, reals, features[begin], post_at, delta_at, back_at, incoming_at, outgoing_at
+                table, reals, features[begin], post_at, delta_at, back_at, incoming_at, outgoing_at, activity_at
             )
         else:
             first_factors = _row(first_factors_at, width + units + classes)
@@ -1124,6 +1379,7 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
     for layer in range(depth - 1):
         before, after, readers = table[_WIDTHS + layer], table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
         next_place = place + after * (before + 1)
+        turned = is_turned(table[_REMEMBERS], depth, layer + 1, after, readers)
         _select(
             _row(table[_UTILITIES] + 4 * unit, after),
             _integers(table[_AGES] + 8 * unit, after),
@@ -1136,18 +1392,20 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
                 chosen[layer, : counts[layer]],
                 _integers(table[_AGES] + 8 * unit, after),
                 _row(table[_MEANS] + 4 * unit, after),
-                _rows(table[_PARAMETERS] + 4 * next_place, readers, after),
+                _rows(
+                    table[_PARAMETERS] + 4 * next_place, after if turned else readers, readers if turned else after
+                ),
+                turned,
                 _row(table[_PARAMETERS] + 4 * (next_place + readers * after), readers),
                 reals[_LOG_DECAY],
             )
         for rank in range(counts[layer]):
             j = chosen[layer, rank]
-            row = _row(table[_PARAMETERS] + 4 * (place + j * before), before)
-            row[:] = drawn[start : start + before]
+            _put_incoming(table, layer, place, j, drawn[start : start + before])
             start += before
             _row(table[_PARAMETERS] + 4 * (place + after * before + j), 1)[0] = _ZERO
             for slot in (table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
-                if slot:
+                if slot:  # then no layer is turned
                     _row(slot + 4 * (place + j * before), before)[:] = _ZERO
                     _row(slot + 4 * (place + after * before + j), 1)[0] = _ZERO
             _row(table[_UTILITIES] + 4 * (unit + j), 1)[0] = _ZERO
@@ -1193,13 +1451,22 @@ def _select(utilities: Floats, ages: Integers, maturity: int, log_decay: Number,
 
 @_exactly
 def _compensate(
-    chosen: Integers, ages: Integers, means: Floats, readers: Floats, readers_bias: Floats, log_decay: Number
+    chosen: Integers,
+    ages: Integers,
+    means: Floats,
+    readers: Floats,
+    turned: int,
+    readers_bias: Floats,
+    log_decay: Number,
 ) -> None:
+    """readers: the weights of the next layer, [in, out] if turned."""
     for o in range(len(readers_bias)):
         handed_on = _ZERO
         for rank in range(len(chosen)):
             j = chosen[rank]
-            handed_on += readers[o, j] * (means[j] / _bias_correction(ages[j], log_decay))
+            handed_on += (readers[j, o] if turned else readers[o, j]) * (
+                means[j] / _bias_correction(ages[j], log_decay)
+            )
         readers_bias[o] += handed_on
 
 
@@ -1207,9 +1474,56 @@ def _compensate(
 def _forget_outgoing(table: Integers, layer: int, place: int, chosen: Integers) -> None:
     """Zeroes what the next layer, its weights at `place`, reads of the chosen units."""
     after, readers = table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
+    if is_turned(table[_REMEMBERS], table[_DEPTH], layer + 1, after, readers):
+        weight = _rows(table[_PARAMETERS] + 4 * place, after, readers)
+        fineness, incoming, outgoing = _sums_of(table, layer + 1)
+        for j in chosen:
+            for o in range(readers):
+                incoming[o] -= np.int64(_multiples(weight[j, o], fineness))
+                weight[j, o] = _ZERO
+            outgoing[j] = 0
+        return
     for slot in (table[_PARAMETERS], table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
         if slot:
             weight = _rows(slot + 4 * place, readers, after)
             for o in range(readers):
                 for j in chosen:
                     weight[o, j] = _ZERO
+
+
+@_exactly
+def _put_incoming(table: Integers, layer: int, place: int, j: int, drawn: Floats) -> None:
+    """Gives unit j of a hidden layer, whose incoming weights are at `place`, the drawn ones."""
+    before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+    turned = is_turned(table[_REMEMBERS], table[_DEPTH], layer, before, after)
+    if not turned:
+        _row(table[_PARAMETERS] + 4 * (place + j * before), before)[:] = drawn
+    if not _is_remembered(table, layer):
+        return
+    fineness, incoming, outgoing = _sums_of(table, layer)
+    incoming[j] = 0
+    for i in range(before):
+        incoming[j] += np.int64(_multiples(drawn[i], fineness))
+    if turned:
+        weight = _rows(table[_PARAMETERS] + 4 * place, before, after)
+        for i in range(before):
+            outgoing[i] += np.int64(_multiples(drawn[i], fineness)) - np.int64(_multiples(weight[i, j], fineness))
+            weight[i, j] = drawn[i]
+
+
+@_exactly
+def _sums_of(table: Integers, layer: int) -> tuple[Number, Integers, Integers]:
+    """A layer's fineness, the sums of its units' incoming weights, and of what the units before hand on to it; these
+    are empty for the first layer."""
+    depth = table[_DEPTH]
+    units = first = 0
+    for other in range(1, depth):
+        if other <= layer:
+            first += table[_WIDTHS + other]
+        units += table[_WIDTHS + other]
+    before, after = table[_WIDTHS + layer] if layer else 0, table[_WIDTHS + layer + 1]
+    return (
+        _row(table[_FINENESS], depth)[layer],
+        _integers(table[_MAGNITUDES] + 8 * (depth + first), after),
+        _integers(table[_MAGNITUDES] + 8 * (depth + units + first - before), before),
+    )
