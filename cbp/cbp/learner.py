@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from cbp.replacement import DrawSource
 from cbp.serialization import FORMAT_VERSION, LearnerSnapshot, take_tensor
 from cbp.spec import LearnerSpec
 
+_FLOAT32 = np.dtype(np.float32)
 SAMPLE_LIMIT = 1024
 """Plasticity samples kept for `Learner.take_samples`; the oldest go first."""
 
@@ -71,15 +72,22 @@ class Learner:
         """
         self._device = torch.device(device)
         self._engine_name = checked_engine(engine, self._device)
-        self._spec = spec
+        self._adopt(spec)
         self._progress = ProgressTracker()
         self._examples = 0
         self._none = self._pending = self._no_examples()
-        self._features_kind, self._targets_kind = _kind(self._none.features), _kind(self._none.targets)
+        self._feature_row, self._target_row = self._none.features.shape[1:], self._none.targets.shape[1:]
+        self._target_dtype = self._none.targets.dtype
         self._probe = Probe(spec.monitoring.probe_size, self._none.features, self._none.targets)
         self._samples: deque[PlasticitySample] = deque(maxlen=SAMPLE_LIMIT)
         self._training = False
         self._install(initial_stack([spec], self._device))
+
+    def _adopt(self, spec: LearnerSpec) -> None:
+        self._spec = spec
+        # Every step needs these, and a field of a specification takes as long to read as a small step's arithmetic.
+        self._batch_size, self._interval = spec.batch_size, spec.monitoring.interval
+        self._average_decay = spec.monitoring.average_decay
 
     def _install(self, state: StackState, draws: DrawSource | None = None, *, published_order: bool = False) -> None:
         self._state = state
@@ -139,14 +147,14 @@ class Learner:
         steps are taken (also where `between_steps` raised; its exception is then the context). The learner is in no
         defined state after that: go on with one restored from a snapshot.
         """
-        self._refuse_while_training("train")
-        if _kind(batch.features) != self._features_kind or _kind(batch.targets) != self._targets_kind:
-            self._refuse_unfit(batch)
+        if self._training:
+            self._refuse_while_training("train")
+        self._check_fits(batch)
         waiting = Examples.of(batch)
         if self._pending is not self._none:
             waiting = self._pending.followed_by(waiting)
         count = len(waiting.features)
-        step_size = self._spec.batch_size or count
+        step_size = self._batch_size or count
         left = count % step_size
         due, later = waiting.split_at(count - left) if left else (waiting, self._none)
         work = self._engine.begin(due, step_size, self._probe)  # may run out of memory: before anything changes
@@ -179,14 +187,22 @@ class Learner:
         if self._training:
             raise CbpError(f"{action} cannot be called from between_steps: only predictions can; call it after train")
 
-    def _refuse_unfit(self, batch: Batch) -> NoReturn:
+    def _check_fits(self, batch: Batch) -> None:
         """A batch validated for another specification must not get in, for it would fail between two updates."""
+        features, targets = batch.features, batch.targets
+        if (
+            features.shape[1:] == self._feature_row
+            and targets.shape[1:] == self._target_row
+            and features.dtype == _FLOAT32
+            and targets.dtype == self._target_dtype
+        ):
+            return
         violations = []
         for name, array, expected in (
             ("features", batch.features, self._none.features),
             ("targets", batch.targets, self._none.targets),
         ):
-            if _kind(array) != _kind(expected):
+            if (array.dtype, array.shape[1:]) != (expected.dtype, expected.shape[1:]):
                 description = (
                     f"Expected {expected.dtype} of shape {['N', *expected.shape[1:]]}, got {array.dtype} of shape "
                     f"{list(array.shape)}; validate the batch for this learner's specification"
@@ -195,20 +211,21 @@ class Learner:
         raise BatchError(violations)
 
     def _take_steps(self, work: Work, total: int, step_size: int, between_steps: Callable[[], None] | None) -> None:
-        interval = self._spec.monitoring.interval
+        interval = self._interval
         at_once = total if between_steps is None else self._engine.steps_between_calls(step_size)
-        first = before = self._state.steps[0]
-        while before - first < total:
-            until_sample = interval - before % interval if interval else total
+        step = self._state.steps[0]
+        end = step + total
+        while step < end:
+            before = step
+            count = at_once if at_once < end - step else end - step
             try:
-                work.run(min(at_once, until_sample, total - (before - first)))
+                work.run(min(count, interval - step % interval) if interval else count)
             finally:
-                steps = self._state.steps[0]
-                self._examples += (steps - before) * step_size
-                before = steps
-            if interval and steps % interval == 0:
+                step = self._state.steps[0]
+                self._examples += (step - before) * step_size
+            if interval and step % interval == 0:
                 self._samples.append(self.sample_plasticity())
-            if between_steps is not None and steps - first < total:
+            if between_steps is not None and step < end:
                 between_steps()
 
     def _account(
@@ -224,7 +241,7 @@ class Learner:
         if not finite:
             self._refuse_divergence(work.scores()[0], work.outputs(), first_step, step_size)
         progress = self._progress
-        progress.extend(tally, count, self._spec.monitoring.average_decay)
+        progress.extend(tally, count, self._average_decay)
         loss, accuracy = tally.loss / count, None if tally.accuracy is None else tally.accuracy / count
         if len(tasks) == 1:
             progress.extend_task(tasks[0][0], count, loss, accuracy, first_step, first_step - 1 + count // step_size)
@@ -283,7 +300,7 @@ class Learner:
         self._refuse_while_training("update")
         self._spec.check_update(spec)
         accumulated = [self._state.schedules[0].accumulated]
-        self._spec = spec
+        self._adopt(spec)
         self._state.schedules = schedules([spec], self._state, accumulated)
         self._state.optimizer = optimizers.adjusted_state(
             self._state.optimizer, [spec.optimizer], spec.network, self._device
@@ -494,7 +511,3 @@ def _copy_to_host(tensor: Tensor, room: Tensor | None) -> Tensor:
         room = torch.empty(tensor.shape, dtype=tensor.dtype)
     return room.copy_(tensor)
 
-
-def _kind(array: NDArray[Any]) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """What examples must have in common: their type and the shape of one."""
-    return array.dtype, array.shape[1:]

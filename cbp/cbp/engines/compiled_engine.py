@@ -10,8 +10,8 @@ import functools
 import importlib
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import numpy as np
 import threadpoolctl
@@ -29,6 +29,9 @@ from cbp.pending import Examples, Probe
 from cbp.progress import Tally
 from cbp.replacement import DrawSource, ReplacementSchedule
 from cbp.spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, SgdSpec, Utility
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _RANDOM_VALUES = 2**20
 """Draws of the `random` utility that are made ahead at most."""
@@ -63,6 +66,7 @@ class CompiledEngine(EagerEngine):
     def configure(self, specs: Sequence[LearnerSpec]) -> None:
         super().configure(specs)
         widths = (self.spec.network.in_features, *self.spec.network.hidden, self.spec.network.out_features)
+        self.run_kernel = _direct(kernels.run)
         self.table = np.zeros(Table.WIDTHS + len(widths), np.int64)
         self.table[Table.WIDTHS :] = widths
         self.reals = _reals(self.spec)
@@ -73,6 +77,7 @@ class CompiledEngine(EagerEngine):
         self.tally = np.zeros(Sum.COUNT)
         self.tally[Sum.DECAY] = self.spec.monitoring.average_decay
         self._probe_rows: NDArray[np.float32] | None = None
+        self._probe_is_full_grown = False
         log_decay = float(self.reals[Real.LOG_DECAY])
         corrections = min(int(_CORRECTED / -log_decay) + 2, _KNOWN_CORRECTIONS)
         self._corrections = np.zeros(corrections, np.float32)
@@ -84,6 +89,7 @@ class CompiledEngine(EagerEngine):
         self._step_size = -1
         self._remember_large_layers(widths)
         self._draws_utilities = self.spec.resets.utility == "random"
+        self._drawn: NDArray[np.float32] | None = None
         self.labelled = self.spec.loss.kind == "cross_entropy"
         self.scores_accuracy = self.spec.loss.kind in ("cross_entropy", "binary_cross_entropy")
         self._fill_table()
@@ -155,8 +161,8 @@ class CompiledEngine(EagerEngine):
         count = len(examples.features)
         if not count <= len(self.outputs) <= max(2 * count, _SMALL_MESSAGE):
             self._make_room(count)
-        probe.make_room(count)
-        if probe.feature_rows is not self._probe_rows:
+        if probe.feature_rows is not self._probe_rows or not self._probe_is_full_grown:
+            probe.make_room(count)
             self._look_at(probe)
         return _CompiledWork(self, examples, step_size)
 
@@ -177,6 +183,7 @@ class CompiledEngine(EagerEngine):
 
     def _look_at(self, probe: Probe) -> None:
         self._probe_rows = probe.feature_rows
+        self._probe_is_full_grown = len(probe.feature_rows) == probe.size
         self.table[Table.PROBE_FEATURES] = probe.feature_rows.ctypes.data
         self.table[Table.PROBE_TARGETS] = probe.target_rows.ctypes.data
         self.table[Table.PROBE_POSITION] = probe.position.ctypes.data
@@ -231,48 +238,28 @@ class CompiledEngine(EagerEngine):
             before = after
         return True
 
-    def take_steps(
-        self,
-        features: NDArray[np.float32],
-        labels: NDArray[np.int64],
-        values: NDArray[np.float32],
-        weights: NDArray[np.float32],
-        start: int,
-        steps: int,
-    ) -> None:
-        """Learns from the examples from `start` on; the arrays are as `kernels.run` wants them."""
-        state, table = self.state, self.table
-        schedule = state.schedules[0]
-        step = state.steps[0]
-        end = step + steps
-        while step < end:
-            if schedule is not self._schedule_of or step + 1 >= self._ripens_at:
-                self._look_ahead(schedule, step)
-            at_once = min(end, self._ripens_at - 1) - step
-            if self._draws_utilities:
-                at_once = self._until_due(schedule, min(at_once, max(_RANDOM_VALUES // self._layout.total, 1)))
-                drawn = torch.cat([self._draws.utilities() for _ in range(at_once)]).numpy()
-                table[Table.RANDOM] = drawn.ctypes.data
-            taken = kernels.run(table, features, labels, values, weights, start, at_once)
-            due = taken < 0
-            if due:
-                taken = -taken
-            step += taken
-            state.steps[0] = step
-            start += taken * self._step_size
-            if due:
-                counts = schedule.advance(step)
-                assert counts is not None
-                self._replace([counts], published_order=self._published_order)
-
     def _look_ahead(self, schedule: ReplacementSchedule, step: int) -> None:
-        """When another unit ripens; the kernels know all that happens before."""
+        """Finds when another unit ripens; the kernels know all that happens before."""
         self._schedule_of = schedule
         quiet = schedule.quiet_steps(step + 1)
         self._ripens_at = _NEVER if quiet is None else step + 1 + quiet
         self._schedule[:] = schedule.rates, schedule.mature
         self.table[Table.OWED], _ = schedule.accumulated.buffer_info()
         self.table[Table.STEPS] = step
+
+    def steps_ahead(self, step: int, limit: int) -> int:
+        """How many of the next `limit` steps a kernel can take without asking."""
+        schedule = self.state.schedules[0]
+        if schedule is not self._schedule_of or step + 1 >= self._ripens_at:
+            self._look_ahead(schedule, step)
+        at_once = min(limit, self._ripens_at - 1 - step)
+        if not self._draws_utilities:
+            return at_once
+        at_once = self._until_due(schedule, min(at_once, max(_RANDOM_VALUES // self._layout.total, 1)))
+        drawn = torch.cat([self._draws.utilities() for _ in range(at_once)]).numpy()
+        self._drawn = drawn
+        self.table[Table.RANDOM] = drawn.ctypes.data
+        return at_once
 
     def _until_due(self, schedule: ReplacementSchedule, limit: int) -> int:
         """Steps up to and including the next that replaces units, at most `limit`: no draw is made too early."""
@@ -283,6 +270,12 @@ class CompiledEngine(EagerEngine):
                 if min(int(owed[layer]), mature[layer]) >= 1:
                     return step + 1
         return limit
+
+    def replace_due_units(self) -> None:
+        state = self.state
+        counts = state.schedules[0].advance(state.steps[0])
+        assert counts is not None
+        self._replace([counts], published_order=self._published_order)
 
     def _replace(self, counts: Sequence[tuple[int, ...]], *, published_order: bool) -> None:
         [counts_of_one] = counts
@@ -322,9 +315,22 @@ class _CompiledWork:
         self._next = 0
 
     def run(self, steps: int) -> None:
-        begin = self._next
-        self._next = begin + steps * self._step_size
-        self._engine.take_steps(self._features, self._labels, self._values, self._weights, begin, steps)
+        engine, step_size = self._engine, self._step_size
+        steps_taken = engine.state.steps
+        step = steps_taken[0]
+        end = step + steps
+        while step < end:
+            at_once = engine.steps_ahead(step, end - step)
+            taken = engine.run_kernel(
+                engine.table, self._features, self._labels, self._values, self._weights, self._next, at_once
+            )
+            due = taken < 0
+            if due:
+                taken = -taken
+            steps_taken[0] = step = step + taken
+            self._next += taken * step_size
+            if due:
+                engine.replace_due_units()
 
     def outputs(self) -> NDArray[np.float32]:
         outputs = self._engine.outputs[: len(self._features)].copy()
@@ -342,8 +348,16 @@ class _CompiledWork:
         return losses, accuracies if self._engine.scores_accuracy else None
 
 
+def _direct(kernel: Callable[P, R]) -> Callable[P, R]:
+    """The kernel without numba's choice of code by its arguments' types, which takes as long as a small network's step;
+    once it is compiled. There is one code only: what it is called with must be of those very types."""
+    compiled = list(getattr(kernel, "overloads", {}).values())
+    direct: Callable[P, R] = compiled[0].entry_point if compiled else kernel
+    return direct
+
+
 def _plain(array: NDArray[Any]) -> NDArray[Any]:
-    """The array, copied if numba would take it for another type and compile anew: read-only, strided or unaligned."""
+    """The array, copied if it is not of the kind that the kernels are compiled for: read-only, strided or unaligned."""
     return array if array.flags.carray else np.array(array, order="C")
 
 

@@ -657,6 +657,17 @@ def _turned_row(
 
 
 @_in_any_order
+def _turned_row_alone(row: Floats, delta: Floats, value: Number, negative_lr: Number) -> Number:
+    """The same without sums, for ordinary backprop."""
+    back = _ZERO
+    for o in range(len(row)):
+        old, slope = row[o], delta[o]
+        back += old * slope
+        row[o] = old + (slope * value) * negative_lr
+    return back
+
+
+@_in_any_order
 def _first_row(
     row: Floats, inputs: Floats, delta: Number, negative_lr: Number, fineness: Number
 ) -> tuple[Number, Number]:
@@ -725,6 +736,7 @@ def _turned_backward(
     inputs: Floats,
     delta: Floats,
     negative_lr: Number,
+    evaluates: int,
     fineness: Number,
     known: Integers,
     incoming_sums: Integers,
@@ -738,6 +750,11 @@ def _turned_backward(
 
     Returns the sum of all magnitudes if it may be infinite, or else 0.
     """
+    if not evaluates:
+        for i in range(len(inputs)):
+            active = inputs[i] != _ZERO
+            back[i] = _turned_row_alone(weight[i], delta, inputs[i], negative_lr) if active else _ZERO
+        return _ZERO
     fits = _change_fits(delta, inputs, negative_lr, fineness)
     bits = np.int32(0)
     changes[:] = 0
@@ -1086,6 +1103,7 @@ def _skipping_backward(
                     layer_input,
                     delta,
                     negative_lr,
+                    evaluates,
                     fineness,
                     known,
                     incoming_sums,
@@ -1380,13 +1398,14 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
         before, after, readers = table[_WIDTHS + layer], table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
         next_place = place + after * (before + 1)
         turned = is_turned(table[_REMEMBERS], depth, layer + 1, after, readers)
-        _select(
-            _row(table[_UTILITIES] + 4 * unit, after),
-            _integers(table[_AGES] + 8 * unit, after),
-            table[_MATURITY],
-            reals[_LOG_DECAY],
-            chosen[layer, : counts[layer]],
-        )
+        if counts[layer]:
+            _select(
+                _row(table[_UTILITIES] + 4 * unit, after),
+                _integers(table[_AGES] + 8 * unit, after),
+                table[_MATURITY],
+                reals[_LOG_DECAY],
+                chosen[layer, : counts[layer]],
+            )
         if counts[layer] and reals[_BIAS_COMPENSATION] != _ZERO:
             _compensate(
                 chosen[layer, : counts[layer]],
@@ -1460,13 +1479,15 @@ def _compensate(
     log_decay: Number,
 ) -> None:
     """readers: the weights of the next layer, [in, out] if turned."""
+    corrected = np.empty(len(chosen), np.float32)
+    for rank in range(len(chosen)):
+        j = chosen[rank]
+        corrected[rank] = means[j] / _bias_correction(ages[j], log_decay)
     for o in range(len(readers_bias)):
         handed_on = _ZERO
         for rank in range(len(chosen)):
             j = chosen[rank]
-            handed_on += (readers[j, o] if turned else readers[o, j]) * (
-                means[j] / _bias_correction(ages[j], log_decay)
-            )
+            handed_on += (readers[j, o] if turned else readers[o, j]) * corrected[rank]
         readers_bias[o] += handed_on
 
 
