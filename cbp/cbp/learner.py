@@ -510,4 +510,3 @@ def _copy_to_host(tensor: Tensor, room: Tensor | None) -> Tensor:
     if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype or not room.is_contiguous():
         room = torch.empty(tensor.shape, dtype=tensor.dtype)
     return room.copy_(tensor)
-

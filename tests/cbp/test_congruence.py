@@ -13,7 +13,9 @@ import torch
 
 from cbp import Batch, CbpError, Learner, LearnerSnapshot, LearnerSpec, compile_ahead
 from cbp.engines import kernels
+from cbp.engines.compiled_engine import CompiledWork, run_together
 from cbp.engines.eager_engine import EngineName
+from cbp.pending import Examples
 from cbp.spec import Activation, LossKind, Utility
 
 MakeSpec = Callable[..., LearnerSpec]
@@ -229,6 +231,37 @@ def test_a_snapshot_goes_on_in_the_other_engine(
     assert learner.progress.replacements == moved.progress.replacements
     for name, tensor in learner.snapshot().tensors.items():
         torch.testing.assert_close(moved.snapshot().tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("utility", ["adaptable_contribution", "random"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_learners_that_run_together_do_what_they_do_alone(
+    batch_size: int, utility: str, make_spec: MakeSpec, make_batch: MakeBatch
+) -> None:
+    """Of any architecture, with any number of steps, in any company: not one bit differs."""
+    shapes = [[9, 8, 7], [5], [12, 3]]
+    specs = [
+        spec_of(make_spec, 0, hidden=shapes[k % 3], optimizer=OPTIMIZERS[name], utility=utility, batch_size=batch_size)
+        for k, name in enumerate([*OPTIMIZERS, "sgd", "adam"])
+    ]
+    alone, grouped = ([Learner(spec, engine="compiled") for spec in specs] for _ in range(2))
+    for seed in range(3):
+        steps = [1 + 13 * (place + seed) % 61 for place in range(len(specs))]
+        batches = [make_batch(spec, count * batch_size, seed=seed) for spec, count in zip(specs, steps, strict=True)]
+        for learner, batch in zip(alone, batches, strict=True):
+            work = learner._engine.begin(Examples.of(batch), batch_size, learner._probe)
+            work.run(len(batch) // batch_size)
+        works = [
+            learner._engine.begin(Examples.of(batch), batch_size, learner._probe)
+            for learner, batch in zip(grouped, batches, strict=True)
+        ]
+        run_together([work for work in works if isinstance(work, CompiledWork)], steps)
+    assert all(sum(learner.progress.replacements.values()) > 0 for learner in alone)
+    for one, other in zip(alone, grouped, strict=True):
+        expected, actual = one.snapshot(), other.snapshot()
+        assert actual.metadata == expected.metadata
+        for name, tensor in expected.tensors.items():
+            assert torch.equal(actual.tensors[name], tensor), name
 
 
 def test_changes_from_outside_are_noticed(make_spec: MakeSpec, make_batch: MakeBatch) -> None:

@@ -68,12 +68,12 @@ class CompiledEngine(EagerEngine):
         widths = (self.spec.network.in_features, *self.spec.network.hidden, self.spec.network.out_features)
         self.run_kernel = _direct(kernels.run)
         self.table = np.zeros(Table.WIDTHS + len(widths), np.int64)
+        self.table_address = self.table.ctypes.data
         self.table[Table.WIDTHS :] = widths
         self.reals = _reals(self.spec)
         self._schedule = np.zeros((2, len(widths) - 2))
         self._room = np.empty(0, np.float32)
-        self.outputs = np.empty((0, self.spec.network.out_features), np.float32)
-        self.scores = np.empty((2, 0))
+        self._make_room(0)
         self.tally = np.zeros(Sum.COUNT)
         self.tally[Sum.DECAY] = self.spec.monitoring.average_decay
         self._probe_rows: NDArray[np.float32] | None = None
@@ -159,12 +159,12 @@ class CompiledEngine(EagerEngine):
             if not self._follows_ages:
                 return super().begin(examples, step_size, probe)
         count = len(examples.features)
-        if not count <= len(self.outputs) <= max(2 * count, _SMALL_MESSAGE):
+        if count > self._rows or (self._rows > _SMALL_MESSAGE and self._rows > 2 * count):
             self._make_room(count)
         if probe.feature_rows is not self._probe_rows or not self._probe_is_full_grown:
             probe.make_room(count)
             self._look_at(probe)
-        return _CompiledWork(self, examples, step_size)
+        return CompiledWork(self, examples, step_size)
 
     def steps_between_calls(self, step_size: int) -> int:
         parameters = self.spec.parameter_count
@@ -175,6 +175,7 @@ class CompiledEngine(EagerEngine):
 
     def _make_room(self, count: int) -> None:
         """For what is to be known of so many examples."""
+        self._rows = count
         self.outputs = np.empty((count, self.spec.network.out_features), np.float32)
         self.scores = np.empty((2, count))
         self.table[Table.OUTPUTS] = self.outputs.ctypes.data
@@ -295,7 +296,9 @@ class CompiledEngine(EagerEngine):
         )
 
 
-class _CompiledWork:
+class CompiledWork:
+    """A message on its way through a `CompiledEngine`."""
+
     __slots__ = ("_engine", "_features", "_labels", "_next", "_step_size", "_values", "_weights")
 
     def __init__(self, engine: CompiledEngine, examples: Examples, step_size: int) -> None:
@@ -332,6 +335,27 @@ class _CompiledWork:
             if due:
                 engine.replace_due_units()
 
+    @property
+    def engine(self) -> CompiledEngine:
+        return self._engine
+
+    def lay_open(self) -> None:
+        """Writes the addresses of the examples into the engine's table, for `run_together`."""
+        kernels.point_to(self._engine.table, self._features, self._labels, self._values, self._weights)
+
+    def steps_ahead(self, limit: int) -> tuple[int, int]:
+        """The example to go on with, and how many steps from there, at most `limit`, a kernel can take on its own."""
+        return self._next, self._engine.steps_ahead(self._engine.state.steps[0], limit)
+
+    def account_for(self, taken: int) -> int:
+        """Follows up on what a kernel returned; returns the number of steps it took."""
+        steps = abs(taken)
+        self._engine.state.steps[0] += steps
+        self._next += steps * self._step_size
+        if taken < 0:
+            self._engine.replace_due_units()
+        return steps
+
     def outputs(self) -> NDArray[np.float32]:
         outputs = self._engine.outputs[: len(self._features)].copy()
         outputs[self._next :] = 0.0
@@ -346,6 +370,23 @@ class _CompiledWork:
     def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         losses, accuracies = self._engine.scores[:, : self._next]
         return losses, accuracies if self._engine.scores_accuracy else None
+
+
+def run_together(works: Sequence[CompiledWork], steps: Sequence[int]) -> None:
+    """Takes the next steps[k] steps of works[k], of one learner each; what each does is what its own `run` does.
+
+    All steps up to the next replacement of units are one call of compiled code, during which other threads run; several
+    threads may each do so with works of their own.
+    """
+    for work in works:
+        work.lay_open()
+    left = list(zip(works, steps, strict=True))
+    while left := [(work, count) for work, count in left if count]:
+        ahead = np.array([work.steps_ahead(count) for work, count in left])
+        tables = np.array([work.engine.table_address for work, _ in left])
+        kernels.run_each(tables, ahead)
+        taken = ahead[:, 1].tolist()
+        left = [(work, count - work.account_for(took)) for (work, count), took in zip(left, taken, strict=True)]
 
 
 def _direct(kernel: Callable[P, R]) -> Callable[P, R]:
@@ -414,4 +455,6 @@ def compile_kernels() -> None:
     )
     engine = CompiledEngine(spec, initial_stack([spec], torch.device("cpu")))
     rows = np.ones((2, 1), np.float32)
-    engine.begin(Examples(rows, rows, None, (("", 2),)), 1, Probe(1, rows, rows)).run(2)
+    work = CompiledWork(engine, Examples(rows, rows, None, (("", 2),)), 1)
+    engine.begin(Examples(rows, rows, None, (("", 2),)), 1, Probe(1, rows, rows)).run(1)
+    run_together([work], [1])

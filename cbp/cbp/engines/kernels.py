@@ -91,7 +91,13 @@ class Table(IntEnum):
     """int64 [depth + 2 U]: per layer 1 if its sums are right; the units' incoming sums; their outgoing sums."""
     FINENESS = 35
     """float32, per layer what a magnitude is multiplied by before it is rounded and summed; a power of two."""
-    WIDTHS = 36
+    FEATURES = 36
+    """What `run_each` takes of a message; the number of examples is `EXAMPLES`."""
+    LABELS = 37
+    VALUES = 38
+    WEIGHTS = 39
+    EXAMPLES = 40
+    WIDTHS = 41
     """I, hidden widths, C; to the end of the table."""
 
 
@@ -150,6 +156,8 @@ _OUTPUTS, _SCORES, _TALLY = int(Table.OUTPUTS), int(Table.SCORES), int(Table.TAL
 _PROBE_FEATURES, _PROBE_TARGETS = int(Table.PROBE_FEATURES), int(Table.PROBE_TARGETS)
 _PROBE_POSITION, _PROBE_ROWS = int(Table.PROBE_POSITION), int(Table.PROBE_ROWS)
 _SCORE_ROWS, _CORRECTION_COUNT, _WIDTHS = int(Table.SCORE_ROWS), int(Table.CORRECTION_COUNT), int(Table.WIDTHS)
+_FEATURES, _LABELS, _VALUES = int(Table.FEATURES), int(Table.LABELS), int(Table.VALUES)
+_WEIGHTS, _EXAMPLES = int(Table.WEIGHTS), int(Table.EXAMPLES)
 _REMEMBERS, _MAGNITUDES, _FINENESS = int(Table.REMEMBERS), int(Table.MAGNITUDES), int(Table.FINENESS)
 
 _AVERAGE_DECAY, _LOSS_SUM, _ACCURACY_SUM = int(Sum.DECAY), int(Sum.LOSS), int(Sum.ACCURACY)
@@ -1090,10 +1098,7 @@ def _skipping_backward(
         delta, back = _row(delta_at, after), _row(back_at, before)
         incoming = _row(incoming_at + 4 * (unit - width), after)
         columns = _row(outgoing_at + 4 * (unit - before if layer else 0), before)
-        if layer:
-            layer_input = _row(post_at + 4 * (unit - width - before), before)
-        else:
-            layer_input = features
+        layer_input = _row(post_at + 4 * (unit - width - before), before) if layer else features
         if _is_remembered(table, layer):
             known = _integers(table[_MAGNITUDES] + 8 * layer, 1)
             fineness, incoming_sums, outgoing_sums = _sums_of(table, layer)
@@ -1381,6 +1386,36 @@ def run(
     return -done if due else done
 
 
+@_as_written
+def point_to(table: Integers, features: Floats, labels: Integers, values: Floats, weights: Floats) -> None:
+    """Lets `run_each` find what `run` gets."""
+    table[_FEATURES], table[_LABELS] = features.ctypes.data, labels.ctypes.data
+    table[_VALUES], table[_WEIGHTS] = values.ctypes.data, weights.ctypes.data
+    table[_EXAMPLES] = len(features)
+
+
+@_as_written
+def run_each(tables: Integers, ahead: Integers) -> None:
+    """`run` for one learner after another, found by the addresses of their tables.
+
+    ahead [learners, 2]: the example to start with and the steps to take, in whose place comes what `run` returns.
+    """
+    for k in range(len(tables)):
+        depth = _integers(tables[k], 1)[_DEPTH]
+        table = _integers(tables[k], _WIDTHS + depth + 1)
+        examples = table[_EXAMPLES]
+        labels, values = (examples, 0) if table[_LOSS] == CROSS_ENTROPY else (0, examples)
+        ahead[k, 1] = run(
+            table,
+            _rows(table[_FEATURES], examples, table[_WIDTHS]),
+            _integers(table[_LABELS], labels),
+            _rows(table[_VALUES], values, table[_WIDTHS + depth]),
+            _row(table[_WEIGHTS], examples),
+            ahead[k, 0],
+            ahead[k, 1],
+        )
+
+
 @_exactly
 def replace(table: Integers, counts: Integers, drawn: Floats, published_order: bool) -> None:
     """`cbp.replacement.select_units` and `replace_units`: counts[layer] units of every hidden layer.
@@ -1411,9 +1446,7 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
                 chosen[layer, : counts[layer]],
                 _integers(table[_AGES] + 8 * unit, after),
                 _row(table[_MEANS] + 4 * unit, after),
-                _rows(
-                    table[_PARAMETERS] + 4 * next_place, after if turned else readers, readers if turned else after
-                ),
+                _rows(table[_PARAMETERS] + 4 * next_place, after if turned else readers, readers if turned else after),
                 turned,
                 _row(table[_PARAMETERS] + 4 * (next_place + readers * after), readers),
                 reals[_LOG_DECAY],
