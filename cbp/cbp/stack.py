@@ -45,15 +45,13 @@ def train_together(
 
 
 def _take_steps(begun: Sequence[tuple[Learner, Training]], between_steps: Callable[[], None] | None) -> None:
-    watched = between_steps is not None
-    going = [(learner, training) for learner, training in begun if training.total_steps]
+    going = [(learner, training) for learner, training in begun if learner._has_steps_left(training)]
     while going:
-        run_together(
-            [(training.work, learner._steps_to_take(training, watched=watched)) for learner, training in going]
-        )
+        watched = 0 if between_steps is None else len(going)
+        run_together([(training.work, learner._next_steps(training, watched)) for learner, training in going])
         for learner, training in going:
             learner._after_steps(training)
-        going = [(learner, training) for learner, training in going if learner._remaining_steps(training)]
+        going = [(learner, training) for learner, training in going if learner._has_steps_left(training)]
         if between_steps is not None and going:
             between_steps()
 
