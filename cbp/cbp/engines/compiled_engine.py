@@ -70,7 +70,7 @@ class CompiledEngine(EagerEngine):
     def configure(self, specs: Sequence[LearnerSpec]) -> None:
         super().configure(specs)
         widths = (self.spec.network.in_features, *self.spec.network.hidden, self.spec.network.out_features)
-        self.run_kernel = _direct(kernels.run)
+        self.run_kernel, self.point_kernel = _direct(kernels.run), _direct(kernels.point_to)
         self.table = np.zeros(Table.WIDTHS + len(widths), np.int64)
         self.table_address = self.table.ctypes.data
         self.table[Table.WIDTHS :] = widths
@@ -363,11 +363,12 @@ class CompiledWork:
 
     def lay_open(self) -> None:
         """Writes the addresses of the examples into the engine's table, for the kernel of many learners."""
-        kernels.point_to(self._engine.table, self._features, self._labels, self._values, self._weights)
+        self._engine.point_kernel(self._engine.table, self._features, self._labels, self._values, self._weights)
 
     def steps_ahead(self, limit: int) -> tuple[int, int]:
         """The example to go on with, and how many steps from there, at most `limit`, a kernel can take on its own."""
-        return self._next, self._engine.steps_ahead(self._engine.state.steps[0], limit)
+        engine = self._engine
+        return self._next, engine.steps_ahead(engine.state.steps[0], limit)
 
     def account_for(self, taken: int) -> int:
         """Follows up on what a kernel returned; returns the number of steps it took."""
