@@ -19,13 +19,14 @@ from cbp.engines.eager_engine import EngineName, Work
 from cbp.engines.torch_engine import StackState, initial_stack, schedules, unit_layout
 from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError, SpecError, shown
 from cbp.networks import FlatLayers, Mlp, flat_layers
-from cbp.pending import Examples, Probe
+from cbp.pending import Examples, Probe, TaskRun
 from cbp.plasticity import PlasticitySample, Probed, measure_layers
 from cbp.progress import LearnerProgress, ProgressTracker
 from cbp.replacement import DrawSource
 from cbp.serialization import FORMAT_VERSION, LearnerSnapshot, take_tensor
 from cbp.spec import LearnerSpec
 
+_FLOAT32 = np.dtype(np.float32)
 SAMPLE_LIMIT = 1024
 """Plasticity samples kept for `Learner.take_samples`; the oldest go first."""
 
@@ -34,9 +35,12 @@ PREDICTION_VALUES = 2**23
 examples are predicted in several passes."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True)
 class TrainResult:
-    """What one call of `train` did. Every number is of the predictions made before the examples were learned from."""
+    """What one call of `train` did. Every number is of the predictions made before the examples were learned from.
+
+    Not frozen, which would quadruple the time that one takes to make, a good part of a small network's step.
+    """
 
     steps: int
     """Steps taken; 0 if all examples still wait for theirs to fill up."""
@@ -54,9 +58,9 @@ class TrainResult:
     """[examples, C] network outputs, if asked for."""
 
 
-@dataclass(kw_only=True)
+@dataclass(eq=False, slots=True)
 class Training:
-    """One call of `train` on its way."""
+    """One call of `train` on its way. Not frozen, as `TrainResult`."""
 
     due: Examples
     """Whole steps of examples."""
@@ -64,15 +68,11 @@ class Training:
     """The remainder, which waits for the next call."""
     work: Work
     step_size: int
-    first_step: int
+    steps_before: int
+    """Steps that the learner had taken."""
+    last_step: int
     examples_before: int
     """Examples that the learner had learned from."""
-    shown: int = 0
-    """How many of the due examples the probe has taken up."""
-
-    @property
-    def total_steps(self) -> int:
-        return len(self.due) // self.step_size
 
 
 class Learner:
@@ -92,14 +92,22 @@ class Learner:
         """
         self._device = torch.device(device)
         self._engine_name = resolve_engine(engine, spec, self._device)
-        self._spec = spec
+        self._adopt(spec)
         self._progress = ProgressTracker()
         self._examples = 0
         self._none = self._pending = self._no_examples()
-        self._probe = Probe(spec.monitoring.probe_size, self._pending.features, self._pending.targets)
+        self._feature_row, self._target_row = self._none.features.shape[1:], self._none.targets.shape[1:]
+        self._target_dtype = self._none.targets.dtype
+        self._probe = Probe(spec.monitoring.probe_size, self._none.features, self._none.targets)
         self._samples: deque[PlasticitySample] = deque(maxlen=SAMPLE_LIMIT)
         self._training = False
         self._install(initial_stack([spec], self._device))
+
+    def _adopt(self, spec: LearnerSpec) -> None:
+        self._spec = spec
+        # Every step needs these, and a field of a specification takes as long to read as a small step's arithmetic.
+        self._batch_size, self._interval = spec.batch_size, spec.monitoring.interval
+        self._average_decay = spec.monitoring.average_decay
 
     def _install(self, state: StackState, draws: DrawSource | None = None, *, published_order: bool = False) -> None:
         self._state = state
@@ -161,11 +169,12 @@ class Learner:
         """
         training = self._begin(batch)
         self._start(training)
+        watched = int(between_steps is not None)
         try:
-            while steps := self._steps_to_take(training, watched=between_steps is not None):
-                training.work.run(steps)
+            while self._has_steps_left(training):
+                training.work.run(self._next_steps(training, watched))
                 self._after_steps(training)
-                if between_steps is not None and self._remaining_steps(training):
+                if between_steps is not None and self._has_steps_left(training):
                     between_steps()
         finally:
             result = self._finish(training, return_outputs)
@@ -173,74 +182,61 @@ class Learner:
 
     def _begin(self, batch: Batch) -> Training:
         """Takes up the examples that wait and these; changes nothing, for it may run out of memory."""
-        self._refuse_while_training("train")
+        if self._training:
+            self._refuse_while_training("train")
         self._check_fits(batch)
         waiting = Examples.of(batch)
-        if len(self._pending):
+        if self._pending is not self._none:
             waiting = self._pending.followed_by(waiting)
-        step_size = self._spec.batch_size or len(waiting)
-        count = len(waiting) // step_size * step_size
-        due, later = (waiting, self._none) if count == len(waiting) else waiting.split_at(count)
-        return Training(
-            due=due,
-            later=later,
-            work=self._engine.begin(due, step_size),
-            step_size=step_size,
-            first_step=self._state.steps[0] + 1,
-            examples_before=self._examples,
-        )
+        count = len(waiting.features)
+        step_size = self._batch_size or count
+        left = count % step_size
+        due, later = waiting.split_at(count - left) if left else (waiting, self._none)
+        work = self._engine.begin(due, step_size, self._probe)
+        step = self._state.steps[0]
+        return Training(due, later, work, step_size, step, step + count // step_size, self._examples)
 
     def _start(self, training: Training) -> None:
         self._pending = training.later
         self._training = True
 
-    def _remaining_steps(self, training: Training) -> int:
-        return training.total_steps - self._steps_taken(training)
+    def _has_steps_left(self, training: Training) -> bool:
+        return self._state.steps[0] < training.last_step
 
-    def _steps_taken(self, training: Training) -> int:
-        return self._state.steps[0] + 1 - training.first_step
-
-    def _steps_to_take(self, training: Training, *, watched: bool) -> int:
-        """Steps up to the next plasticity sample, to the next call of `between_steps` if somebody watches, or to the
-        end; 0 there."""
-        remaining, interval = self._remaining_steps(training), self._spec.monitoring.interval
+    def _next_steps(self, training: Training, watched: int) -> int:
+        """Steps up to the next plasticity sample, or to the end; fewer if somebody watches so many learners that run
+        together."""
+        step, interval = self._state.steps[0], self._interval
+        steps = training.last_step - step
         if interval:
-            remaining = min(remaining, interval - self._state.steps[0] % interval)
-        return min(remaining, self._engine.steps_between_calls(training.step_size)) if watched else remaining
+            steps = min(steps, interval - step % interval)
+        return min(steps, self._engine.steps_between_calls(training.step_size, watched)) if watched else steps
 
     def _after_steps(self, training: Training) -> None:
         """Counts the examples of the steps taken, and takes the plasticity sample that is due."""
-        self._count_examples(training)
-        interval = self._spec.monitoring.interval
-        if interval and self._state.steps[0] % interval == 0:
-            self._show_probe(training)
+        step, interval = self._state.steps[0], self._interval
+        self._examples = training.examples_before + (step - training.steps_before) * training.step_size
+        if interval and step % interval == 0:
             self._samples.append(self.sample_plasticity())
-
-    def _count_examples(self, training: Training) -> None:
-        self._examples = training.examples_before + self._steps_taken(training) * training.step_size
-
-    def _show_probe(self, training: Training) -> None:
-        shown, taken = training.shown, self._examples - training.examples_before
-        self._probe.extend(training.due.features[shown:taken], training.due.targets[shown:taken])
-        training.shown = taken
 
     def _finish(self, training: Training, return_outputs: bool) -> TrainResult:
         """Accounts for the steps taken; the examples of the others wait. Raises `DivergenceError`."""
-        self._count_examples(training)
-        self._show_probe(training)
         self._training = False
-        due, step_size, first_step = training.due, training.step_size, training.first_step
-        steps = self._steps_taken(training)
-        applied = due
-        if steps < training.total_steps:
-            applied, rest = due.split_at(steps * step_size)
+        first_step, step_size = training.steps_before + 1, training.step_size
+        steps = self._state.steps[0] - training.steps_before
+        applied = steps * step_size
+        self._examples = training.examples_before + applied
+        tasks = training.due.tasks
+        if self._has_steps_left(training):
+            learned, rest = training.due.split_at(applied)
+            tasks = learned.tasks
             self._pending = rest.followed_by(self._pending)
-        loss, accuracy = self._account(applied, training.work, first_step, step_size)
+        loss, accuracy = self._account(applied, tasks, training.work, first_step, step_size)
         return TrainResult(
             steps=steps,
             first_step=first_step,
-            examples=len(applied),
-            pending=len(self._pending),
+            examples=applied,
+            pending=len(self._pending.features),
             loss=loss,
             accuracy=accuracy,
             outputs=training.work.outputs() if return_outputs else None,
@@ -252,39 +248,62 @@ class Learner:
 
     def _check_fits(self, batch: Batch) -> None:
         """A batch validated for another specification must not get in, for it would fail between two updates."""
+        features, targets = batch.features, batch.targets
+        if (
+            features.shape[1:] == self._feature_row
+            and targets.shape[1:] == self._target_row
+            and features.dtype == _FLOAT32
+            and targets.dtype == self._target_dtype
+        ):
+            return
         violations = []
         for name, array, expected in (
             ("features", batch.features, self._none.features),
             ("targets", batch.targets, self._none.targets),
         ):
-            if array.dtype != expected.dtype or array.shape[1:] != expected.shape[1:]:
+            if (array.dtype, array.shape[1:]) != (expected.dtype, expected.shape[1:]):
                 description = (
                     f"Expected {expected.dtype} of shape {['N', *expected.shape[1:]]}, got {array.dtype} of shape "
                     f"{list(array.shape)}; validate the batch for this learner's specification"
                 )
                 violations.append(FieldViolation(name, description))
-        if violations:
-            raise BatchError(violations)
+        raise BatchError(violations)
 
     def _account(
-        self, applied: Examples, work: Work, first_step: int, step_size: int
+        self, count: int, tasks: Sequence[TaskRun], work: Work, first_step: int, step_size: int
     ) -> tuple[float | None, float | None]:
-        """Adds the applied examples to the averages. Raises `DivergenceError`, and adds nothing then."""
-        if not len(applied):
+        """Adds the applied examples to the averages; returns the means of their losses and accuracies.
+
+        Raises `DivergenceError`, and adds nothing then.
+        """
+        if not count:
             return None, None
-        scores = work.scores(len(applied))
-        if not scores.finite:
-            self._refuse_divergence(scores.losses, work.outputs(), first_step, step_size)
-        self._progress.extend(
-            scores.losses,
-            scores.accuracies,
-            applied.tasks,
-            first_step,
-            step_size,
-            self._spec.monitoring.average_decay,
-        )
-        accuracy = None if scores.accuracies is None else _mean(scores.accuracies)
-        return _mean(scores.losses), accuracy
+        tally, finite = work.tally()
+        if not finite:
+            self._refuse_divergence(work.scores()[0], work.outputs(), first_step, step_size)
+        progress = self._progress
+        progress.extend(tally, count, self._average_decay)
+        loss, accuracy = tally.loss / count, None if tally.accuracy is None else tally.accuracy / count
+        if len(tasks) == 1:
+            progress.extend_task(tasks[0][0], count, loss, accuracy, first_step, first_step - 1 + count // step_size)
+        else:
+            self._account_for_tasks(tasks, work, first_step, step_size)
+        return loss, accuracy
+
+    def _account_for_tasks(self, tasks: Sequence[TaskRun], work: Work, first_step: int, step_size: int) -> None:
+        example_losses, accuracies = work.scores()
+        start = 0
+        for task, count in tasks:
+            end = start + count
+            self._progress.extend_task(
+                task,
+                count,
+                float(example_losses[start:end].mean()),
+                None if accuracies is None else float(accuracies[start:end].mean()),
+                first_step + start // step_size,
+                first_step + (end - 1) // step_size,
+            )
+            start = end
 
     def _refuse_divergence(
         self, example_losses: NDArray[np.float64], outputs: NDArray[np.float32], first_step: int, step_size: int
@@ -322,7 +341,7 @@ class Learner:
         self._refuse_while_training("update")
         self._spec.check_update(spec)
         accumulated = [self._state.schedules[0].accumulated]
-        self._spec = spec
+        self._adopt(spec)
         self._state.schedules = schedules([spec], self._state, accumulated)
         self._state.optimizer = optimizers.adjusted_state(
             self._state.optimizer, [spec.optimizer], spec.network, self._device
@@ -432,7 +451,7 @@ class Learner:
             "units.mean_activation": state.units.mean_activation,
             "pending.features": torch.from_numpy(self._pending.features),
             "pending.targets": torch.from_numpy(self._pending.targets),
-            "pending.weights": torch.from_numpy(self._pending.weights),
+            "pending.weights": torch.from_numpy(self._pending.known_weights()),
             "probe.features": torch.from_numpy(self._probe.features),
             "probe.targets": torch.from_numpy(self._probe.targets),
         }
@@ -520,12 +539,13 @@ class Learner:
         labels = self._spec.loss.kind == "cross_entropy"
         target_shape = (None,) if labels else (None, network.out_features)
         target_dtype = torch.int64 if labels else torch.float32
-        self._pending = Examples(
+        pending = Examples(
             on_host("pending.features", None, network.in_features),
             on_host("pending.targets", *target_shape, dtype=target_dtype),
             on_host("pending.weights", None),
             tuple((str(task), int(count)) for task, count in metadata["pending_tasks"]),
         )
+        self._pending = pending if len(pending) else self._none
         self._probe = Probe(
             self._spec.monitoring.probe_size,
             on_host("probe.features", None, network.in_features),
@@ -538,7 +558,3 @@ def _copy_to_host(tensor: Tensor, room: Tensor | None) -> Tensor:
     if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype or not room.is_contiguous():
         room = torch.empty(tensor.shape, dtype=tensor.dtype)
     return room.copy_(tensor)
-
-
-def _mean(values: NDArray[np.float64]) -> float:
-    return float(np.add.reduce(values)) / len(values)

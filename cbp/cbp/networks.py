@@ -57,6 +57,23 @@ def flat_layers(network: MlpSpec, learners: int, device: torch.device) -> FlatLa
     return FlatLayers(flat=flat, weights=tuple(weights), biases=tuple(biases))
 
 
+def laid_out(layers: FlatLayers, turned: Sequence[bool]) -> FlatLayers:
+    """The same layers in the same memory, where the weights of turned ones now lie [L, in, out] and of others
+    [L, out, in]; `weights` shows all of them as [L, out, in]."""
+    weights = []
+    start = 0
+    for weight, turn in zip(layers.weights, turned, strict=True):
+        learners, out, into = weight.shape
+        if weight.stride(1 if turn else 2) != 1:
+            values = weight.clone()
+            room = layers.flat[:, start : start + out * into]
+            weight = room.view(learners, into, out).mT if turn else room.view(learners, out, into)
+            weight.copy_(values)
+        weights.append(weight)
+        start += out * (into + 1)
+    return FlatLayers(flat=layers.flat, weights=tuple(weights), biases=layers.biases)
+
+
 def layer_shapes(network: MlpSpec) -> list[tuple[int, int]]:
     """(out, in) of every linear layer."""
     widths = (network.in_features, *network.hidden, network.out_features)

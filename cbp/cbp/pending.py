@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +14,16 @@ TaskRun = tuple[str, int]
 """A task label and how many examples in a row carry it."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Examples:
-    """Consecutive examples of a stream."""
+    """Consecutive examples of a stream. Not frozen, which would triple the time to make one; nothing changes them."""
 
     features: NDArray[np.float32]
     """[N, I]"""
     targets: NDArray[np.int64] | NDArray[np.float32]
     """[N] labels or [N, C] values."""
-    weights: NDArray[np.float32]
-    """[N]"""
+    weights: NDArray[np.float32] | None
+    """[N]; None is 1 for all."""
     tasks: tuple[TaskRun, ...]
     """Runs that add up to N."""
 
@@ -32,8 +32,8 @@ class Examples:
 
     @classmethod
     def of(cls, batch: Batch) -> "Examples":
-        weights = np.ones(len(batch.features), dtype=np.float32) if batch.weights is None else batch.weights
-        return cls(batch.features, batch.targets, weights, ((batch.task, len(batch)),))
+        features = batch.features
+        return cls(features, batch.targets, batch.weights, ((batch.task, len(features)),))
 
     @classmethod
     def none_like(cls, features: int, outputs: int | None) -> "Examples":
@@ -42,6 +42,10 @@ class Examples:
             np.empty(0, np.int64) if outputs is None else np.empty((0, outputs), np.float32)
         )
         return cls(np.empty((0, features), np.float32), targets, np.empty(0, np.float32), ())
+
+    def known_weights(self) -> NDArray[np.float32]:
+        """[N]"""
+        return np.ones(len(self), np.float32) if self.weights is None else self.weights
 
     def followed_by(self, later: "Examples") -> "Examples":
         """These examples and then the later ones, in memory of their own."""
@@ -54,18 +58,17 @@ class Examples:
         return Examples(
             np.concatenate([self.features, later.features]),
             np.concatenate([self.targets, later.targets]),
-            np.concatenate([self.weights, later.weights]),
+            np.concatenate([self.known_weights(), later.known_weights()]),
             tuple(tasks),
         )
 
     def split_at(self, position: int) -> tuple["Examples", "Examples"]:
         """The first `position` examples, and the rest in memory of its own."""
         first, rest = _split_runs(self.tasks, position)
+        weights = self.known_weights()
         return (
-            Examples(self.features[:position], self.targets[:position], self.weights[:position], first),
-            Examples(
-                self.features[position:].copy(), self.targets[position:].copy(), self.weights[position:].copy(), rest
-            ),
+            Examples(self.features[:position], self.targets[:position], weights[:position], first),
+            Examples(self.features[position:].copy(), self.targets[position:].copy(), weights[position:].copy(), rest),
         )
 
 
@@ -82,67 +85,71 @@ def _split_runs(runs: Sequence[TaskRun], position: int) -> tuple[tuple[TaskRun, 
     return tuple(first), tuple(rest)
 
 
-class _Window(Generic[RowT]):
-    """The last `size` rows of an ever longer array.
-
-    They lie one after another in a buffer of up to twice their number and move to its front when they reach its end,
-    so that a row is copied about twice, however few rows come at a time.
-    """
-
-    def __init__(self, size: int, rows: NDArray[RowT]) -> None:
-        self._size = size
-        self._buffer = rows[-size:].copy()
-        self._start, self._end = 0, len(self._buffer)
-
-    @property
-    def rows(self) -> NDArray[RowT]:
-        """Oldest first; valid until more come."""
-        return self._buffer[self._start : self._end]
-
-    def extend(self, rows: NDArray[RowT]) -> None:
-        count = len(rows)
-        if count > self._size:
-            rows, count = rows[-self._size :], self._size
-        kept = min(self._end - self._start, self._size - count)
-        if self._end + count > len(self._buffer):
-            self._move_to_front(self._buffer[self._end - kept : self._end], kept + count)
-        self._buffer[self._end : self._end + count] = rows
-        self._end += count
-        self._start = self._end - kept - count
-
-    def _move_to_front(self, kept: NDArray[RowT], needed: int) -> None:
-        buffer, room = self._buffer, min(2 * needed, 2 * self._size)
-        if room > len(buffer):
-            buffer = np.empty((room, *buffer.shape[1:]), buffer.dtype)
-        buffer[: len(kept)] = kept
-        self._buffer, self._end = buffer, len(kept)
-
-
 class Probe:
-    """The most recent examples, on which a plasticity sample is measured."""
+    """The most recent examples, on which a plasticity sample is measured.
+
+    They lie in a ring, which grows with them up to its size. `position` is where the ring goes on and how many examples
+    it holds; a compiled engine writes to all three arrays by their addresses.
+    """
 
     def __init__(
         self, size: int, features: NDArray[np.float32], targets: NDArray[np.int64] | NDArray[np.float32]
     ) -> None:
-        self._features: _Window[np.float32] = _Window(size, features)
-        self._targets: _Window[Any] = _Window(size, targets)
+        count = min(len(features), size)
+        self.size = size
+        self.feature_rows = features[len(features) - count :].copy()
+        """[rows, I]"""
+        self.target_rows: NDArray[Any] = targets[len(targets) - count :].copy()
+        """[rows] or [rows, C]"""
+        self.position = np.array([count, count])
+        """The row that is written next, and the rows that are filled."""
 
     def __len__(self) -> int:
-        return len(self.features)
+        return int(self.position[1])
 
     @property
     def features(self) -> NDArray[np.float32]:
         """[n, I], oldest first; valid until `extend`."""
-        return self._features.rows
+        return self._unrolled(self.feature_rows)
 
     @property
     def targets(self) -> NDArray[np.int64] | NDArray[np.float32]:
         """[n] or [n, C], oldest first; valid until `extend`."""
-        return self._targets.rows
+        return self._unrolled(self.target_rows)
+
+    def _unrolled(self, rows: NDArray[RowT]) -> NDArray[RowT]:
+        following, filled = self.position.tolist()
+        return rows[:filled] if following in (filled, 0) else np.concatenate([rows[following:], rows[:following]])
 
     def resized(self, size: int) -> "Probe":
         return Probe(size, self.features, self.targets)
 
+    def make_room(self, count: int) -> None:
+        """Lets the ring grow, if it is not as large as it gets and so many more examples do not fit."""
+        rows, filled = len(self.feature_rows), len(self)
+        if rows == self.size or filled + count <= rows:
+            return
+        rows = min(max(2 * rows, filled + count), self.size)
+        self.feature_rows = _grown(self.features, rows)
+        self.target_rows = _grown(self.targets, rows)
+        self.position[0] = filled
+
     def extend(self, features: NDArray[np.float32], targets: NDArray[np.int64] | NDArray[np.float32]) -> None:
-        self._features.extend(features)
-        self._targets.extend(targets)
+        if not len(features):
+            return
+        self.make_room(len(features))
+        rows = len(self.feature_rows)
+        features, targets = features[-rows:], targets[-rows:]
+        following, filled = self.position.tolist()
+        following %= rows
+        before_the_end = rows - following
+        for ring, new in ((self.feature_rows, features), (self.target_rows, targets)):
+            ring[following : following + len(new)] = new[:before_the_end]
+            ring[: max(len(new) - before_the_end, 0)] = new[before_the_end:]
+        self.position[:] = (following + len(features)) % rows, min(filled + len(features), rows)
+
+
+def _grown(rows: NDArray[RowT], count: int) -> NDArray[RowT]:
+    grown = np.empty((count, *rows.shape[1:]), rows.dtype)
+    grown[: len(rows)] = rows
+    return grown

@@ -4,9 +4,9 @@ Every number is of the prediction made *before* the example was learned from (te
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,29 +62,39 @@ class LearnerProgress:
         return cls(**{**plain, "tasks": tuple(TaskRecord(**record) for record in plain["tasks"])})
 
 
-@dataclass
+@dataclass(slots=True)
 class ExponentialAverage:
-    """Average in which an example's share falls by `decay` with every later one; corrected for its start at zero."""
+    """Average in which an example's share falls by a decay with every later one; corrected for its start at zero."""
 
     total: float = 0.0
     weight: float = 0.0
-
-    def extend(self, values: NDArray[np.float64], decay: float) -> None:
-        if len(values) == 1:  # the same numbers, without the price of arrays
-            self.total = self.total * decay + (1.0 - decay) * float(values[0])
-            self.weight = self.weight * decay + (1.0 - decay)
-            return
-        shares = (1.0 - decay) * decay ** np.arange(len(values) - 1, -1, -1, dtype=np.float64)
-        faded = decay ** len(values)
-        self.total = self.total * faded + float((shares * values).sum())
-        self.weight = self.weight * faded + (1.0 - faded)
 
     @property
     def value(self) -> float | None:
         return self.total / self.weight if self.weight else None
 
 
-@dataclass
+class Tally(NamedTuple):
+    """Sums over examples in the order they were applied."""
+
+    loss: float
+    accuracy: float | None
+    """None for regression."""
+    faded_loss: float
+    """Sum of (1 − δ) δᵏ times the loss, with k the number of examples after this one and δ the averages' decay."""
+    faded_accuracy: float
+
+    @classmethod
+    def of(cls, losses: NDArray[np.float64], accuracies: NDArray[np.float64] | None, decay: float) -> "Tally":
+        shares = (1.0 - decay) * decay ** np.arange(len(losses) - 1, -1, -1, dtype=np.float64)
+        with np.errstate(invalid="ignore"):  # an infinite loss may meet a share of 0
+            loss, faded_loss = float(losses.sum()), float((losses * shares).sum())
+            if accuracies is None:
+                return cls(loss, None, faded_loss, 0.0)
+            return cls(loss, float(accuracies.sum()), faded_loss, float((accuracies * shares).sum()))
+
+
+@dataclass(slots=True)
 class ProgressTracker:
     """Keeps the averages and the task records of one learner."""
 
@@ -94,51 +104,38 @@ class ProgressTracker:
     task_count: int = 0
     last_task: str = ""
 
-    def extend(
-        self,
-        losses: NDArray[np.float64],
-        accuracies: NDArray[np.float64] | None,
-        tasks: Sequence[tuple[str, int]],
-        first_step: int,
-        batch_size: int,
-        decay: float,
-    ) -> None:
-        """Accounts for examples in the order they were applied; tasks are (label, examples) runs over them.
+    def extend(self, tally: Tally, count: int, decay: float) -> None:
+        """Adds so many examples to the averages."""
+        faded = decay**count
+        average = self.loss
+        average.total = average.total * faded + tally.faded_loss
+        average.weight = average.weight * faded + (1.0 - faded)
+        if tally.accuracy is not None:
+            average = self.accuracy
+            average.total = average.total * faded + tally.faded_accuracy
+            average.weight = average.weight * faded + (1.0 - faded)
 
-        The first example was applied by step `first_step`, and each step applied `batch_size`.
+    def extend_task(
+        self, task: str, count: int, loss: float, accuracy: float | None, first_step: int, last_step: int
+    ) -> None:
+        """Accounts for the next examples, all of one task; loss and accuracy are their means.
+
+        Their first was applied by step `first_step`, counted from 1, and their last by step `last_step`.
         """
-        self.loss.extend(losses, decay)
-        if accuracies is not None:
-            self.accuracy.extend(accuracies, decay)
-        start = 0
-        for task, count in tasks:
-            end = start + count
-            self._extend_task(task, losses, accuracies, slice(start, end), first_step, batch_size)
-            start = end
-
-    def _extend_task(
-        self,
-        task: str,
-        losses: NDArray[np.float64],
-        accuracies: NDArray[np.float64] | None,
-        run: slice,
-        first_step: int,
-        batch_size: int,
-    ) -> None:
         continues = task == self.last_task
         self.last_task = task
         if not task:
             return
-        begins = first_step + run.start // batch_size
-        ends = first_step + (run.stop - 1) // batch_size
-        count = run.stop - run.start
-        loss = float(losses[run].mean())
-        accuracy = None if accuracies is None else float(accuracies[run].mean())
         if not (continues and self.tasks):
             self.task_count += 1
             self.tasks.append(
                 TaskRecord(
-                    task=task, first_step=begins, steps=ends - begins + 1, examples=count, loss=loss, accuracy=accuracy
+                    task=task,
+                    first_step=first_step,
+                    steps=last_step - first_step + 1,
+                    examples=count,
+                    loss=loss,
+                    accuracy=accuracy,
                 )
             )
             return
@@ -148,7 +145,7 @@ class ProgressTracker:
         self.tasks[-1] = TaskRecord(
             task=task,
             first_step=before.first_step,
-            steps=ends - before.first_step + 1,
+            steps=last_step - before.first_step + 1,
             examples=examples,
             loss=before.loss + share * (loss - before.loss),
             accuracy=None

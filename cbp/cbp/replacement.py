@@ -9,6 +9,7 @@ Nothing here reads from the device. How many units go at a step follows from cou
 (`ReplacementSchedule`); which ones go is decided, and acted on, by tensors alone.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -362,8 +363,9 @@ class ReplacementSchedule:
         self._maturity_threshold = maturity_threshold
         self._young: list[deque[tuple[int, int]]] = [deque() for _ in rates]  # (step of birth, units), oldest first
         self._mature = [0] * len(self._rates)
-        self.accumulated = list(accumulated)
-        """Per hidden layer, the fraction of a unit still owed, from 0 up to but not including 1."""
+        self.accumulated = array("d", accumulated)
+        """Per hidden layer, the fraction of a unit still owed, from 0 up to but not including 1. A compiled engine adds
+        to them by their address."""
 
     @classmethod
     def from_ages(

@@ -18,8 +18,8 @@ def train_together(
 
     Learners of engine "stacked" step together, up to a fixed number at a time, if they have the device, network, loss,
     size of step, kind of optimizer and utility in common, and all of them or none use momentum, and weight decay.
-    Others are trained one after another. Company changes nothing: results and learners are, bit for bit, those of any
-    other grouping.
+    Those of engine "compiled" are divided among as many threads as torch may use; others take turns. Company changes
+    nothing: results and learners are, bit for bit, those of any other grouping.
 
     A learner that diverges has its `DivergenceError` in place of a result; the others' stand. `between_steps` is
     called after every few steps, as in `Learner.train`, once for all learners. An exception from it stops training
@@ -45,15 +45,13 @@ def train_together(
 
 
 def _take_steps(begun: Sequence[tuple[Learner, Training]], between_steps: Callable[[], None] | None) -> None:
-    watched = between_steps is not None
-    going = [(learner, training) for learner, training in begun if training.total_steps]
+    going = [(learner, training) for learner, training in begun if learner._has_steps_left(training)]
     while going:
-        run_together(
-            [(training.work, learner._steps_to_take(training, watched=watched)) for learner, training in going]
-        )
+        watched = 0 if between_steps is None else len(going)
+        run_together([(training.work, learner._next_steps(training, watched)) for learner, training in going])
         for learner, training in going:
             learner._after_steps(training)
-        going = [(learner, training) for learner, training in going if learner._remaining_steps(training)]
+        going = [(learner, training) for learner, training in going if learner._has_steps_left(training)]
         if between_steps is not None and going:
             between_steps()
 

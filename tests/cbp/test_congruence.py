@@ -40,11 +40,11 @@ BATCH_SIZES = (1, 3, 16)
 
 
 def spec_of(make_spec: MakeSpec, case: int, **changes: Any) -> LearnerSpec:
-    """A network of three hidden layers of odd widths; the resets go round with the cases."""
+    """A network of three hidden layers, of odd widths unless given; the resets go round with the cases."""
     resets = {"replacement_rate": 0.03, "maturity_threshold": 8, "decay_rate": 0.9} | RESETS[case % len(RESETS)]
     utility = changes.pop("utility", "adaptable_contribution")
     return make_spec(
-        network__hidden=[9, 8, 7],
+        network__hidden=changes.pop("hidden", [9, 8, 7]),
         resets=resets | {"utility": utility},
         monitoring__interval=37,
         seed=case,
@@ -120,6 +120,80 @@ def test_every_loss_and_optimizer(
 def test_every_choice_of_layers(resets: int, optimizer: str, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
     batch_size = 1 + 2 * (resets % 2)
     assert_congruent(spec_of(make_spec, resets, optimizer=OPTIMIZERS[optimizer], batch_size=batch_size), make_batch)
+
+
+LARGE: dict[str, Any] = {"network__in_features": 515, "hidden": [513, 520, 512], "batch_size": 1}
+"""Layers whose weights and sums of magnitudes the compiled engine keeps in another way."""
+
+
+@pytest.mark.parametrize("resets", range(len(RESETS)))
+def test_large_layers(resets: int, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    spec = spec_of(make_spec, resets, optimizer__lr=0.002, utility=get_args(Utility)[resets], **LARGE)
+    assert_congruent(spec, make_batch)
+
+
+@pytest.mark.parametrize("factor", [4.0, 1e-3])
+def test_large_layers_of_any_magnitude(factor: float, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    """Beyond what sums in integers can hold; across that bound and back; and changed behind the engine's back."""
+    spec = spec_of(make_spec, 0, optimizer__lr=1e-4, **LARGE)
+    learners = [Learner(spec, engine=engine) for engine in get_args(EngineName)]
+    for learner in learners:
+        learner.train(make_batch(spec, 20))
+        learner._state.parameters.weights[1].mul_(factor)
+        learner.train(make_batch(spec, 20, seed=1))
+        learner._state.parameters.weights[1].div_(factor)
+        learner.train(make_batch(spec, 20, seed=2))
+    expected, *others = (learner.snapshot() for learner in learners)
+    for actual in others:
+        assert actual.metadata["replacements"] == expected.metadata["replacements"]
+        for name, tensor in expected.tensors.items():
+            torch.testing.assert_close(actual.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_large_layers_after_an_update_of_the_optimizer(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    """To one that needs the ordinary layout of the weights, and back."""
+    updates = [{"kind": "sgd", "lr": 0.001, "momentum": momentum} for momentum in (0.0, 0.5, 0.0)]
+    learners = [
+        Learner(spec_of(make_spec, 0, optimizer=updates[0], **LARGE), engine=engine) for engine in get_args(EngineName)
+    ]
+    for learner in learners:
+        for seed, optimizer in enumerate(updates):
+            learner.update(spec_of(make_spec, 0, optimizer=optimizer, **LARGE))
+            learner.train(make_batch(learner.spec, 20, seed=seed))
+    expected, *others = (learner.snapshot() for learner in learners)
+    for actual in others:
+        assert actual.metadata["replacements"] == expected.metadata["replacements"]
+        for name, tensor in expected.tensors.items():
+            torch.testing.assert_close(actual.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("engine", ["torch", "stacked"])
+def test_large_layers_after_a_change_of_engine(engine: EngineName, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    """To one that needs the ordinary layout of the weights, and back."""
+    spec = spec_of(make_spec, 0, optimizer__lr=0.001, **LARGE)
+    reference, switching = Learner(spec), Learner(spec, engine="compiled")
+    for seed in range(3):
+        switching.switch_engine(engine if seed == 1 else "compiled")
+        for learner in (reference, switching):
+            learner.train(make_batch(spec, 20, seed=seed))
+        assert_same_state(switching.snapshot(), reference.snapshot())
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_remembered_sums_are_those_made_anew(factor: float, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    """Restored at every few steps, or never: not one bit differs, within and beyond what integers can hold."""
+    spec = spec_of(make_spec, 0, optimizer__lr=0.01, **LARGE)
+    whole, resumed = (Learner(spec, engine="compiled") for _ in range(2))
+    for learner in (whole, resumed):
+        learner._state.parameters.weights[1].mul_(factor)
+    for seed, count in enumerate([1, 9, 30, 20]):
+        whole.train(make_batch(spec, count, seed=seed))
+        resumed = Learner.restore(LearnerSnapshot.from_bytes(resumed.snapshot().to_bytes()), engine="compiled")
+        resumed.train(make_batch(spec, count, seed=seed))
+    expected, actual = whole.snapshot(), resumed.snapshot()
+    assert sum(expected.metadata["replacements"]) > 0
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(actual.tensors[name], tensor), name
 
 
 @pytest.mark.parametrize("engine", ["compiled", "stacked"])

@@ -88,7 +88,7 @@ def test_the_schedule_knows(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
         assert learner.progress.replacements == replaced
         if step % 7 == 0:
             replaced["hidden_1"] += learner.reset_units([1], 0.3)["hidden_1"]
-            assert learner._state.schedules[0].accumulated == accumulated
+            assert list(learner._state.schedules[0].accumulated) == accumulated
     assert learner.progress.replacements == replaced
 
 

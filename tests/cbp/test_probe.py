@@ -35,12 +35,13 @@ def test_another_size_keeps_the_newest(size: int, resized: int, count: int) -> N
 
 def test_a_large_probe_is_not_copied_for_every_example() -> None:
     size = 1000
-    probe = Probe(size, *examples(0, size))
-    moves, before = 0, probe.features
-    for number in range(size, 11 * size):
+    probe = Probe(size, *examples(0, 0))
+    moves, before = 0, probe.feature_rows
+    for number in range(11 * size):
         probe.extend(*examples(number, 1))
-        moves += probe.features[0, 0] != before[1, 0] or not np.shares_memory(probe.features, before)
-        before = probe.features
+        moves += probe.feature_rows is not before
+        before = probe.feature_rows
+    assert len(probe) == len(before) == size
     assert moves <= 11
 
 

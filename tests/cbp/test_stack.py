@@ -3,6 +3,7 @@
 import gc
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, get_args
 
 import numpy as np
@@ -20,7 +21,7 @@ from cbp import (
     TrainResult,
     train_together,
 )
-from cbp.engines import stacked_engine
+from cbp.engines import compiled_engine, stacked_engine
 from cbp.engines.eager_engine import EngineName
 from cbp.engines.stacked_engine import stack_width
 from cbp.spec import Activation, LossKind, Utility
@@ -76,7 +77,7 @@ def assert_same_outcome(actual: Outcome, expected: Outcome) -> None:
     if isinstance(actual, DivergenceError) or isinstance(expected, DivergenceError):
         assert actual.args == expected.args  # type: ignore[union-attr]
         return
-    assert vars(actual) | {"outputs": None} == vars(expected) | {"outputs": None}
+    assert asdict(actual) | {"outputs": None} == asdict(expected) | {"outputs": None}
     np.testing.assert_array_equal(actual.outputs, expected.outputs)
 
 
@@ -188,6 +189,46 @@ def test_learners_of_every_kind_and_engine_in_one_call(make_spec: MakeSpec, make
     for learner, other, batch, outcome in zip(first, second, batches, outcomes, strict=True):
         assert_same_outcome(outcome, other.train(batch, return_outputs=True))
         assert_same(learner, other)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("utility", ["adaptable_contribution", "random"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_learners_of_the_compiled_engine(
+    batch_size: int,
+    utility: str,
+    threads: int,
+    make_spec: MakeSpec,
+    make_batch: MakeBatch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of any architecture, with any number of steps, on any number of threads."""
+    shapes = [[9, 8, 7], [5], [12, 3]]
+    first = [
+        learner
+        for place, name in enumerate([*OPTIMIZERS, "sgd", "adam"])
+        for learner in learners_of(
+            make_spec, 1, name, network__hidden=shapes[place % 3], resets__utility=utility, batch_size=batch_size
+        )
+    ]
+    by_themselves, together, watched = (copies(first, engine="compiled") for _ in range(3))
+    monkeypatch.setattr(compiled_engine, "_WORTH_THREADS", 0.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for seed in range(3):
+        batches = [
+            make_batch(learner.spec, (1 + 13 * (place + seed) % 61) * batch_size, seed=seed)
+            for place, learner in enumerate(first)
+        ]
+        expected = [alone(learner, batch) for learner, batch in zip(by_themselves, batches, strict=True)]
+        for learners, between_steps in ((together, None), (watched, lambda: None)):
+            pairs = list(zip(learners, batches, strict=True))
+            outcomes = train_together(pairs, return_outputs=True, between_steps=between_steps)
+            for outcome, reference in zip(outcomes, expected, strict=True):
+                assert_same_outcome(outcome, reference)
+    for one, other, reference in zip(together, watched, by_themselves, strict=True):
+        assert_same(one, reference)
+        assert_same(other, reference)
+    assert any(sum(learner.progress.replacements.values()) for learner in together)
 
 
 def test_settings_changed_in_between_are_noticed(make_spec: MakeSpec, make_batch: MakeBatch) -> None:

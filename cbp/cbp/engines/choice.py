@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 
 from cbp.engines.eager_engine import EagerEngine, EngineName, LearnerEngine, Work
-from cbp.engines.stacked_engine import StackedEngine, StackedWork, run_stacked
+from cbp.engines.stacked_engine import StackedEngine
 from cbp.engines.torch_engine import StackState
 from cbp.errors import CbpError, shown
 from cbp.replacement import DrawSource
@@ -67,11 +67,11 @@ def make_engine(
 
 def run_together(turns: Sequence[tuple[Work, int]]) -> None:
     """Takes the next steps, so many, of works of distinct learners: in as few engine calls as possible."""
-    stacked = [(work, steps) for work, steps in turns if isinstance(work, StackedWork)]
-    run_stacked(stacked)
-    for work, steps in turns:
-        if not isinstance(work, StackedWork):
-            work.run(steps)
+    by_kind: dict[type[Work], list[tuple[Work, int]]] = {}
+    for turn in turns:
+        by_kind.setdefault(type(turn[0]), []).append(turn)
+    for kind, its_turns in by_kind.items():
+        kind.run_together(its_turns)
 
 
 def compile_ahead() -> None:

@@ -8,9 +8,12 @@ Shapes: N examples of a message, I inputs, C outputs, U hidden units.
 
 import functools
 import importlib
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, get_args
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import numpy as np
 import threadpoolctl
@@ -19,27 +22,35 @@ from numpy.typing import NDArray
 
 from cbp import losses
 from cbp.engines import kernels
-from cbp.engines.eager_engine import EagerEngine, EngineName, Scores, Work
-from cbp.engines.kernels import Real, Table
+from cbp.engines.eager_engine import EagerEngine, EngineName, Work
+from cbp.engines.kernels import Real, Sum, Table
 from cbp.engines.torch_engine import StackState, initial_stack
-from cbp.networks import FlatLayers
+from cbp.networks import FlatLayers, initial_bounds, laid_out
 from cbp.optimizers import AdamState, SgdState
-from cbp.pending import Examples
+from cbp.pending import Examples, Probe
+from cbp.progress import Tally
 from cbp.replacement import DrawSource, ReplacementSchedule
 from cbp.spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, SgdSpec, Utility
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _RANDOM_VALUES = 2**20
 """Draws of the `random` utility that are made ahead at most."""
 _NANOSECONDS_BETWEEN_CALLS = 1e6
+_WORTH_THREADS = 5e5
+"""Nanoseconds of steps that are divided among threads, at least."""
 
 _CORRECTED = 18.0
 """1 − e⁻¹⁸ is 1 in float32."""
 _KNOWN_CORRECTIONS = 4096
+_SMALL_MESSAGE = 1024
+"""Examples; room for so many is kept whatever comes."""
 _NEVER = 2**62
-_DUE, _PARAMETER_SUM, _MOMENT_SUM = int(Table.DUE), int(Real.PARAMETER_SUM), int(Real.MOMENT_SUM)
-
 _NO_LABELS = np.empty(0, np.int64)
 _NO_VALUES = np.empty((0, 0), np.float32)
+_MOST_ONES = 1024
+_ONES = np.ones(_MOST_ONES, np.float32)
 
 
 class CompiledEngine(EagerEngine):
@@ -59,11 +70,18 @@ class CompiledEngine(EagerEngine):
     def configure(self, specs: Sequence[LearnerSpec]) -> None:
         super().configure(specs)
         widths = (self.spec.network.in_features, *self.spec.network.hidden, self.spec.network.out_features)
+        self.run_kernel, self.point_kernel = _direct(kernels.run), _direct(kernels.point_to)
         self.table = np.zeros(Table.WIDTHS + len(widths), np.int64)
+        self.table_address = self.table.ctypes.data
         self.table[Table.WIDTHS :] = widths
         self.reals = _reals(self.spec)
-        self._schedule = np.zeros((3, len(widths) - 2))
+        self._schedule = np.zeros((2, len(widths) - 2))
         self._room = np.empty(0, np.float32)
+        self._make_room(0)
+        self.tally = np.zeros(Sum.COUNT)
+        self.tally[Sum.DECAY] = self.spec.monitoring.average_decay
+        self._probe_rows: NDArray[np.float32] | None = None
+        self._probe_is_full_grown = False
         log_decay = float(self.reals[Real.LOG_DECAY])
         corrections = min(int(_CORRECTED / -log_decay) + 2, _KNOWN_CORRECTIONS)
         self._corrections = np.zeros(corrections, np.float32)
@@ -73,7 +91,9 @@ class CompiledEngine(EagerEngine):
         self._ripens_at = 0
         self._follows_ages = True
         self._step_size = -1
+        self._remember_large_layers(widths)
         self._draws_utilities = self.spec.resets.utility == "random"
+        self._drawn: NDArray[np.float32] | None = None
         self.labelled = self.spec.loss.kind == "cross_entropy"
         self.scores_accuracy = self.spec.loss.kind in ("cross_entropy", "binary_cross_entropy")
         self._fill_table()
@@ -88,6 +108,8 @@ class CompiledEngine(EagerEngine):
         table[Table.DECAYS_WEIGHTS] = optimizer.weight_decay > 0
         table[Table.EVALUATES] = 1
         table[Table.MATURITY] = spec.resets.maturity_threshold
+        table[Table.REALS] = self.reals.ctypes.data
+        table[Table.TALLY] = self.tally.ctypes.data
         table[Table.PARAMETERS] = _address(state.parameters)
         match state.optimizer:
             case SgdState(momentum=None):
@@ -109,23 +131,74 @@ class CompiledEngine(EagerEngine):
         slots = state.optimizer.slots().values()
         self._tensors = [state.parameters.flat, state.units.age, *(slot.flat for slot in slots)]
 
-    def begin(self, examples: Examples, step_size: int) -> Work:
-        self._make_room(step_size)
-        self._notice_changes()
-        if not self._follows_ages:
-            return super().begin(examples, step_size)
-        return _CompiledWork(self, examples, step_size)
+    def _remember_large_layers(self, widths: tuple[int, ...]) -> None:
+        """Lays out the weights as the kernels want them for this specification."""
+        spec, depth = self.spec, len(widths) - 1
+        optimizer = spec.optimizer
+        remembers = (
+            spec.batch_size == 1
+            and spec.network.activation == "relu"
+            and isinstance(optimizer, SgdSpec)
+            and not optimizer.momentum
+            and not optimizer.weight_decay
+        )
+        self._assumes = remembers or not isinstance(optimizer, SgdSpec)
+        self.table[Table.REMEMBERS] = remembers
+        turned = [
+            bool(kernels.is_turned(int(remembers), depth, layer, before, after))
+            for layer, (before, after) in enumerate(itertools.pairwise(widths))
+        ]
+        self.state.parameters = laid_out(self.state.parameters, turned)
+        self._magnitudes = np.zeros(depth + 2 * sum(widths[1:-1]), np.int64)
+        bounds = np.array(initial_bounds(spec.network))  # a weight may grow 64-fold before it becomes too large
+        self._fineness = (2.0 ** (24 - np.ceil(np.log2(bounds)))).astype(np.float32)
+        self.table[Table.MAGNITUDES] = self._magnitudes.ctypes.data
+        self.table[Table.FINENESS] = self._fineness.ctypes.data
 
-    def steps_between_calls(self, step_size: int) -> int:
+    def begin(self, examples: Examples, step_size: int, probe: Probe) -> Work:
+        if step_size != self._step_size:
+            self._prepare_for(step_size)
+        if self._assumes:
+            self._notice_changes()
+            if not self._follows_ages:
+                return super().begin(examples, step_size, probe)
+        count = len(examples.features)
+        if count > self._rows or (self._rows > _SMALL_MESSAGE and self._rows > 2 * count):
+            self._make_room(count)
+        if probe.feature_rows is not self._probe_rows or not self._probe_is_full_grown:
+            probe.make_room(count)
+            self._look_at(probe)
+        return CompiledWork(self, examples, step_size)
+
+    def steps_between_calls(self, step_size: int, learners: int) -> int:
+        return max(int(_NANOSECONDS_BETWEEN_CALLS / (self.step_nanoseconds(step_size) * learners)), 1)
+
+    def step_nanoseconds(self, step_size: int) -> float:
+        """What a step takes, about."""
         parameters = self.spec.parameter_count
         nanoseconds = 500.0 + 0.6 * parameters * step_size
         if self.table[Table.OPTIMIZER] >= kernels.ADAM:
             nanoseconds += 2.0 * parameters
-        return max(int(_NANOSECONDS_BETWEEN_CALLS / nanoseconds), 1)
+        return nanoseconds
 
-    def _make_room(self, step_size: int) -> None:
-        if step_size == self._step_size:
-            return
+    def _make_room(self, count: int) -> None:
+        """For what is to be known of so many examples."""
+        self._rows = count
+        self.outputs = np.empty((count, self.spec.network.out_features), np.float32)
+        self.scores = np.empty((2, count))
+        self.table[Table.OUTPUTS] = self.outputs.ctypes.data
+        self.table[Table.SCORES] = self.scores.ctypes.data
+        self.table[Table.SCORE_ROWS] = count
+
+    def _look_at(self, probe: Probe) -> None:
+        self._probe_rows = probe.feature_rows
+        self._probe_is_full_grown = len(probe.feature_rows) == probe.size
+        self.table[Table.PROBE_FEATURES] = probe.feature_rows.ctypes.data
+        self.table[Table.PROBE_TARGETS] = probe.target_rows.ctypes.data
+        self.table[Table.PROBE_POSITION] = probe.position.ctypes.data
+        self.table[Table.PROBE_ROWS] = len(probe.feature_rows)
+
+    def _prepare_for(self, step_size: int) -> None:
         self._step_size = step_size
         self.reals[Real.SCALE] = losses.gradient_scale(self.spec.loss, self.spec.network.out_features) / step_size
         widths = self.table[Table.WIDTHS :]
@@ -150,6 +223,7 @@ class CompiledEngine(EagerEngine):
         if versions != self._versions:
             self._versions = versions
             self._follows_ages = self._counts_follow_ages()
+            self._magnitudes[: len(self._fineness)] = 0
 
     def _counts_follow_ages(self) -> bool:
         """Whether Adam's count of every weight is the age of the younger of its two units, which the kernels assume.
@@ -173,69 +247,44 @@ class CompiledEngine(EagerEngine):
             before = after
         return True
 
-    def take_steps(
-        self,
-        features: NDArray[np.float32],
-        labels: NDArray[np.int64],
-        values: NDArray[np.float32],
-        weights: NDArray[np.float32],
-        outputs: NDArray[np.float32],
-        scores: NDArray[np.float64],
-        start: int,
-        steps: int,
-    ) -> None:
-        """Learns from the examples from `start` on; the arrays are as `kernels.run` wants them."""
-        state, table = self.state, self.table
-        schedule = state.schedules[0]
-        batch = self._step_size
-        while steps:
-            quiet = self._quiet_steps(schedule)
-            at_once = min(steps, quiet)
-            if self._draws_utilities:
-                at_once = self._until_due(min(at_once, max(_RANDOM_VALUES // self._layout.total, 1)))
-                drawn = torch.cat([self._draws.utilities() for _ in range(at_once)]).numpy()
-                table[Table.RANDOM] = drawn.ctypes.data
-            taken = kernels.run(
-                table,
-                self.reals,
-                features,
-                labels,
-                values,
-                weights,
-                outputs,
-                scores,
-                start,
-                at_once,
-            )
-            state.steps[0] += taken
-            schedule.accumulated[:] = self._schedule[0].tolist()
-            start += taken * batch
-            steps -= taken
-            if table[_DUE]:
-                counts = schedule.advance(state.steps[0])
-                assert counts is not None
-                self._replace([counts], published_order=self._published_order)
+    def _look_ahead(self, schedule: ReplacementSchedule, step: int) -> None:
+        """Finds when another unit ripens; the kernels know all that happens before."""
+        self._schedule_of = schedule
+        quiet = schedule.quiet_steps(step + 1)
+        self._ripens_at = _NEVER if quiet is None else step + 1 + quiet
+        self._schedule[:] = schedule.rates, schedule.mature
+        self.table[Table.OWED], _ = schedule.accumulated.buffer_info()
+        self.table[Table.STEPS] = step
 
-    def _quiet_steps(self, schedule: ReplacementSchedule) -> int:
-        """Steps to come until another unit ripens; the kernels know all that happens before."""
-        step = self.state.steps[0] + 1
-        if schedule is not self._schedule_of or step >= self._ripens_at:
-            self._schedule_of = schedule
-            quiet = schedule.quiet_steps(step)
-            self._ripens_at = _NEVER if quiet is None else step + quiet
-            self._schedule[:] = schedule.accumulated, schedule.rates, schedule.mature
-            self.table[Table.STEPS] = step - 1
-        return self._ripens_at - step
+    def steps_ahead(self, step: int, limit: int) -> int:
+        """How many of the next `limit` steps a kernel can take without asking."""
+        schedule = self.state.schedules[0]
+        if schedule is not self._schedule_of or step + 1 >= self._ripens_at:
+            self._look_ahead(schedule, step)
+        at_once = min(limit, self._ripens_at - 1 - step)
+        if not self._draws_utilities:
+            return at_once
+        at_once = self._until_due(schedule, min(at_once, max(_RANDOM_VALUES // self._layout.total, 1)))
+        drawn = torch.cat([self._draws.utilities() for _ in range(at_once)]).numpy()
+        self._drawn = drawn
+        self.table[Table.RANDOM] = drawn.ctypes.data
+        return at_once
 
-    def _until_due(self, limit: int) -> int:
+    def _until_due(self, schedule: ReplacementSchedule, limit: int) -> int:
         """Steps up to and including the next that replaces units, at most `limit`: no draw is made too early."""
-        owed, rates, mature = (row.tolist() for row in self._schedule)
+        owed, (rates, mature) = schedule.accumulated.tolist(), self._schedule.tolist()
         for step in range(limit):
             for layer, rate in enumerate(rates):
                 owed[layer] += rate * mature[layer]
                 if min(int(owed[layer]), mature[layer]) >= 1:
                     return step + 1
         return limit
+
+    def replace_due_units(self) -> None:
+        state = self.state
+        counts = state.schedules[0].advance(state.steps[0])
+        assert counts is not None
+        self._replace([counts], published_order=self._published_order)
 
     def _replace(self, counts: Sequence[tuple[int, ...]], *, published_order: bool) -> None:
         [counts_of_one] = counts
@@ -247,53 +296,134 @@ class CompiledEngine(EagerEngine):
             if count:
                 drawn.append(self._draws.incoming_weights(0, layer, count).reshape(-1))
         self._schedule_of = None
-        biases = kernels.replace(
+        kernels.replace(
             self.table,
-            self.reals,
             np.array(counts_of_one, np.int64),
             torch.cat(drawn).numpy() if len(drawn) > 1 else drawn[0].numpy(),
             published_order,
         )
-        self.reals[Real.PARAMETER_SUM] += biases
 
 
-class _CompiledWork:
+class CompiledWork:
+    """A message on its way through a `CompiledEngine`."""
+
+    __slots__ = ("_engine", "_features", "_labels", "_next", "_step_size", "_values", "_weights")
+
     def __init__(self, engine: CompiledEngine, examples: Examples, step_size: int) -> None:
         self._engine = engine
-        self._features, self._weights = _plain(examples.features), _plain(examples.weights)
-        self._step_size = step_size
-        targets: NDArray[Any] = _plain(examples.targets)
+        features, weights = examples.features, examples.weights
+        targets: NDArray[Any] = examples.targets
+        self._features = features if features.flags.carray else _plain(features)
+        if weights is None:
+            self._weights = _ONES if len(features) <= _MOST_ONES else np.ones(len(features), np.float32)
+        else:
+            self._weights = _plain(weights)
+        if not targets.flags.carray:
+            targets = _plain(targets)
         self._labels: NDArray[np.int64] = targets if engine.labelled else _NO_LABELS
         self._values: NDArray[np.float32] = _NO_VALUES if engine.labelled else targets
-        self._outputs = np.zeros((len(examples), engine.spec.network.out_features), np.float32)
-        self._scores = np.zeros((2, len(examples)))
+        self._step_size = step_size
         self._next = 0
 
     def run(self, steps: int) -> None:
-        self._engine.take_steps(
-            self._features,
-            self._labels,
-            self._values,
-            self._weights,
-            self._outputs,
-            self._scores,
-            self._next,
-            steps,
-        )
+        engine, step_size = self._engine, self._step_size
+        steps_taken = engine.state.steps
+        step = steps_taken[0]
+        end = step + steps
+        while step < end:
+            at_once = engine.steps_ahead(step, end - step)
+            taken = engine.run_kernel(
+                engine.table, self._features, self._labels, self._values, self._weights, self._next, at_once
+            )
+            due = taken < 0
+            if due:
+                taken = -taken
+            steps_taken[0] = step = step + taken
+            self._next += taken * step_size
+            if due:
+                engine.replace_due_units()
+
+    @staticmethod
+    def run_together(turns: Sequence[tuple["CompiledWork", int]]) -> None:
+        """On as many threads as torch may use; the learners share nothing, so it does not show in what they do."""
+        threads = min(torch.get_num_threads(), len(turns))
+        if threads == 1 or sum(work.nanoseconds(steps) for work, steps in turns) < _WORTH_THREADS:
+            _run_each(turns)
+        else:
+            shares = [turns[thread::threads] for thread in range(threads)]
+            list(_threads(os.getpid(), threads).map(_run_each, shares))
+
+    @property
+    def table_address(self) -> int:
+        return self._engine.table_address
+
+    def nanoseconds(self, steps: int) -> float:
+        """What so many steps take, about."""
+        return steps * self._engine.step_nanoseconds(self._step_size)
+
+    def lay_open(self) -> None:
+        """Writes the addresses of the examples into the engine's table, for the kernel of many learners."""
+        self._engine.point_kernel(self._engine.table, self._features, self._labels, self._values, self._weights)
+
+    def steps_ahead(self, limit: int) -> tuple[int, int]:
+        """The example to go on with, and how many steps from there, at most `limit`, a kernel can take on its own."""
+        engine = self._engine
+        return self._next, engine.steps_ahead(engine.state.steps[0], limit)
+
+    def account_for(self, taken: int) -> int:
+        """Follows up on what a kernel returned; returns the number of steps it took."""
+        steps = abs(taken)
+        self._engine.state.steps[0] += steps
         self._next += steps * self._step_size
+        if taken < 0:
+            self._engine.replace_due_units()
+        return steps
 
     def outputs(self) -> NDArray[np.float32]:
-        return self._outputs
+        outputs = self._engine.outputs[: len(self._features)].copy()
+        outputs[self._next :] = 0.0
+        return outputs
 
-    def scores(self, count: int) -> Scores:
-        measured, accuracies = self._scores[:, :count]
-        reals = self._engine.reals
-        numbers = float(np.add.reduce(measured)) + float(reals[_PARAMETER_SUM]) + float(reals[_MOMENT_SUM])
-        return Scores(measured, accuracies if self._engine.scores_accuracy else None, math.isfinite(numbers))
+    def tally(self) -> tuple[Tally, bool]:
+        engine = self._engine
+        _, loss, accuracy, faded_loss, faded_accuracy, parameters, moments = engine.tally.tolist()
+        tally = Tally(loss, accuracy if engine.scores_accuracy else None, faded_loss, faded_accuracy)
+        return tally, math.isfinite(loss + parameters + moments)
+
+    def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        losses, accuracies = self._engine.scores[:, : self._next]
+        return losses, accuracies if self._engine.scores_accuracy else None
+
+
+def _run_each(turns: Sequence[tuple[CompiledWork, int]]) -> None:
+    """All steps up to the next replacement of units are one call of compiled code; other threads run meanwhile."""
+    for work, _ in turns:
+        work.lay_open()
+    left = list(turns)
+    while left := [(work, count) for work, count in left if count]:
+        ahead = np.array([work.steps_ahead(count) for work, count in left])
+        kernels.run_each(np.array([work.table_address for work, _ in left]), ahead)
+        taken = ahead[:, 1].tolist()
+        left = [(work, count - work.account_for(took)) for (work, count), took in zip(left, taken, strict=True)]
+
+
+@functools.cache
+def _threads(process: int, count: int) -> ThreadPoolExecutor:
+    """A process that was forked has none of its parent's threads, and makes its own."""
+    del process
+    return ThreadPoolExecutor(count, thread_name_prefix="learners")
+
+
+def _direct(kernel: Callable[P, R]) -> Callable[P, R]:
+    """The kernel without numba's choice of code by its arguments' types, which takes as long as a small network's step;
+    once it is compiled. There is one code only: what it is called with must be of those very types."""
+    compiled = list(getattr(kernel, "overloads", {}).values())
+    direct: Callable[P, R] = compiled[0].entry_point if compiled else kernel
+    return direct
 
 
 def _plain(array: NDArray[Any]) -> NDArray[Any]:
-    """The array, copied if numba would take it for another type and compile anew: read-only, strided or unaligned."""
+    """The array, copied if it is not of the kind that the kernels are compiled for: read-only, strided or unaligned."""
     return array if array.flags.carray else np.array(array, order="C")
 
 
@@ -350,17 +480,21 @@ def compile_kernels() -> None:
     )
     engine = CompiledEngine(spec, initial_stack([spec], torch.device("cpu")))
     rows = np.ones((2, 1), np.float32)
-    engine.begin(Examples(rows, rows, np.ones(2, np.float32), (("", 2),)), 1).run(2)
+    examples = Examples(rows, rows, None, (("", 2),))
+    work = CompiledWork(engine, examples, 1)
+    engine.begin(examples, 1, Probe(1, rows, rows)).run(1)
+    CompiledWork.run_together([(work, 1)])
 
 
 def kernels_on_disk() -> bool:
-    """Whether numba finds the compiled steps on disk, made from this source for this processor.
+    """Whether numba finds on disk what `compile_kernels` compiles, made from this source for this processor."""
+    return all(map(_is_on_disk, kernels.ENTRY_POINTS))
 
-    It has no public way to ask.
-    """
-    run: Any = kernels.run
-    file = getattr(run._cache, "_cache_file", None)  # none if there is no place on disk
+
+def _is_on_disk(kernel: Any) -> bool:
+    """Numba has no public way to ask."""
+    file = getattr(kernel._cache, "_cache_file", None)  # none if there is no place on disk
     if file is None:
         return False
-    processor = run.targetctx.codegen().magic_tuple()
+    processor = kernel.targetctx.codegen().magic_tuple()
     return any(key[1] == processor for key in file._load_index())

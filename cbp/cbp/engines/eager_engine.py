@@ -1,10 +1,11 @@
 """What a learner asks of its engine, and the answer in eager PyTorch, on any device.
 
+Losses and accuracies are of predictions made before the examples were learned from.
+
 Shapes: N examples of a message, I inputs, C outputs.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -15,37 +16,34 @@ from torch import Tensor
 
 from cbp import losses
 from cbp.engines.torch_engine import StackState, TorchEngine
-from cbp.pending import Examples
+from cbp.pending import Examples, Probe
+from cbp.progress import Tally
 from cbp.replacement import DrawSource
 from cbp.spec import LearnerSpec
 
 EngineName = Literal["torch", "compiled", "stacked"]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Of predictions made before the examples were learned from."""
-
-    losses: NDArray[np.float64]
-    """[n]"""
-    accuracies: NDArray[np.float64] | None
-    """[n]; None for regression."""
-    finite: bool
-    """False if losses, parameters or the optimizer's state may be infinite or not numbers; numbers that are huge but
-    finite can make it so, too."""
-
-
 class Work(Protocol):
     """A message on its way through an engine; the steps are taken in the order of its examples."""
 
     def run(self, steps: int) -> None:
-        """Takes the next steps."""
+        """Takes the next steps, and shows their examples to the probe."""
+
+    @staticmethod
+    def run_together(turns: Sequence[tuple[Any, int]]) -> None:
+        """Takes the next steps, so many, of works of this class and of distinct learners; what each does is what its
+        own `run` does."""
 
     def outputs(self) -> NDArray[np.float32]:
         """[N, C] of all examples; 0 where no step was taken yet."""
 
-    def scores(self, count: int) -> Scores:
-        """Of the first examples, when they were learned from."""
+    def tally(self) -> tuple[Tally, bool]:
+        """Of the examples learned from so far; and whether all is finite: False if losses, parameters or the
+        optimizer's state may be infinite or not numbers. Numbers that are huge but finite can make it so, too."""
+
+    def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Losses [n] of the examples learned from so far, and their accuracies [n]; None for regression."""
 
 
 class LearnerEngine(Protocol):
@@ -62,11 +60,13 @@ class LearnerEngine(Protocol):
     def reset_units(self, wanted: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """See `TorchEngine.reset_units`."""
 
-    def begin(self, examples: Examples, step_size: int) -> Work:
-        """Takes up a message; nothing changes yet. The examples stay as they are until the work is done."""
+    def begin(self, examples: Examples, step_size: int, probe: Probe) -> Work:
+        """Takes up a message; nothing changes yet. The examples stay as they are until the work is done, and what comes
+        of it can be asked for until the next one begins."""
 
-    def steps_between_calls(self, step_size: int) -> int:
-        """How many steps to take at once where somebody wants to be called between them."""
+    def steps_between_calls(self, step_size: int, learners: int) -> int:
+        """How many steps to take at once where somebody wants to be called between those of so many learners that run
+        together."""
 
 
 class EagerEngine(TorchEngine):
@@ -90,11 +90,11 @@ class EagerEngine(TorchEngine):
         super().configure(specs)
         [self.spec] = specs
 
-    def begin(self, examples: Examples, step_size: int) -> Work:
-        return EagerWork(self, examples, step_size)
+    def begin(self, examples: Examples, step_size: int, probe: Probe) -> Work:
+        return EagerWork(self, examples, step_size, probe)
 
-    def steps_between_calls(self, step_size: int) -> int:
-        del step_size
+    def steps_between_calls(self, step_size: int, learners: int) -> int:
+        del step_size, learners
         return 1
 
 
@@ -104,38 +104,64 @@ def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 class EagerWork:
-    def __init__(self, engine: EagerEngine, examples: Examples, step_size: int) -> None:
+    def __init__(self, engine: EagerEngine, examples: Examples, step_size: int, probe: Probe) -> None:
         self._engine = engine
+        self._examples, self._step_size, self._probe = examples, step_size, probe
         self._loss = engine.spec.loss
         device, outputs = engine.device, engine.spec.network.out_features
         features = _tensor(examples.features, device).unsqueeze(0)
         targets = _tensor(examples.targets, device).unsqueeze(0)
-        weights = _tensor(examples.weights, device).reshape(1, -1, 1)
+        weights = _tensor(examples.known_weights(), device).reshape(1, -1, 1)
         scale = weights * (losses.gradient_scale(self._loss, outputs) / step_size)
         self._targets = losses.encode_targets(self._loss, targets, outputs)
         self._outputs = torch.zeros(1, len(examples), outputs, device=device)
         self._steps = _split((features, self._targets, scale, self._outputs), step_size)
+        self._applied = 0
+        self._read: tuple[int, NDArray[np.float64], bool] | None = None
 
     def run(self, steps: int) -> None:
-        for of_one_step in islice(self._steps, steps):
-            self._engine.step(*of_one_step)
+        begin = self._applied
+        try:
+            for of_one_step in islice(self._steps, steps):
+                self._engine.step(*of_one_step)
+                self._applied += self._step_size
+        finally:
+            applied = slice(begin, self._applied)
+            self._probe.extend(self._examples.features[applied], self._examples.targets[applied])
+
+    @staticmethod
+    def run_together(turns: Sequence[tuple["EagerWork", int]]) -> None:
+        for work, steps in turns:
+            work.run(steps)
 
     def outputs(self) -> NDArray[np.float32]:
         predicted: NDArray[np.float32] = self._outputs[0].cpu().numpy()
         return predicted
 
-    def scores(self, count: int) -> Scores:
-        """The one place where training reads from the device."""
-        outputs, targets = self._outputs[0, :count], self._targets[0, :count]
-        measured = [losses.example_losses(self._loss, outputs, targets)]
-        right = losses.example_accuracies(self._loss, outputs, targets)
-        if right is not None:
-            measured.append(right)
-        # A sum passes infinities and NaN on at the price of one pass, which is the cheapest way to look for them.
-        sums = [numbers.sum().reshape(1) for _, numbers in self._engine.state.checked_numbers()]
-        read = torch.cat([*measured, *sums]).cpu().to(torch.float64).numpy()
-        on_host = read[: len(measured) * count].reshape(len(measured), count)
-        return Scores(on_host[0], None if right is None else on_host[1], bool(np.isfinite(read).all()))
+    def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        on_host, _ = self._measured()
+        return on_host[0], on_host[1] if len(on_host) > 1 else None
+
+    def tally(self) -> tuple[Tally, bool]:
+        _, finite = self._measured()
+        return Tally.of(*self.scores(), self._engine.spec.monitoring.average_decay), finite
+
+    def _measured(self) -> tuple[NDArray[np.float64], bool]:
+        """[1 or 2, n] losses and accuracies, and whether all is finite. The one place where training reads from the
+        device."""
+        count = self._applied
+        if self._read is None or self._read[0] != count:
+            outputs, targets = self._outputs[0, :count], self._targets[0, :count]
+            measured = [losses.example_losses(self._loss, outputs, targets)]
+            right = losses.example_accuracies(self._loss, outputs, targets)
+            if right is not None:
+                measured.append(right)
+            # A sum passes infinities and NaN on at the price of one pass, the cheapest way to look for them.
+            sums = [numbers.sum().reshape(1) for _, numbers in self._engine.state.checked_numbers()]
+            read = torch.cat([*measured, *sums]).cpu().to(torch.float64).numpy()
+            on_host = read[: len(measured) * count].reshape(len(measured), count)
+            self._read = count, on_host, bool(np.isfinite(read).all())
+        return self._read[1:]
 
 
 def _split(parts: tuple[Tensor, ...], step_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Words = NDArray[np.int32]
 Number = Any
 """A scalar whose width matters: float32 here, unless said otherwise."""
 
@@ -47,13 +48,12 @@ class Table(IntEnum):
     update."""
     EVALUATES = 8
     """0 leaves ages and utilities alone: ordinary backprop, to compare with."""
-    DUE = 9
-    """Set by `run`: 1 if units are to be replaced after the last step it took."""
-    STEPS = 10
+    STEPS = 9
     """Steps the learner has taken so far; `run` counts on."""
-    MATURITY = 11
+    MATURITY = 10
+    REALS = 11
+    """Addresses from here on; this one is of the settings that `Real` lists."""
     PARAMETERS = 12
-    """Addresses from here on."""
     MOMENTUM = 13
     SECOND_MOMENT = 14
     COUNTS = 15
@@ -62,15 +62,60 @@ class Table(IntEnum):
     MEANS = 18
     FLOATS = 19
     """Room for float32."""
-    SCHEDULE = 20
-    """float64: per hidden layer what is owed, the rate, and how many units are mature."""
-    RANDOM = 21
+    OWED = 20
+    """float64, per hidden layer what is owed."""
+    SCHEDULE = 21
+    """float64: per hidden layer the rate, and how many units are mature."""
+    RANDOM = 22
     """[steps, U] draws for the `random` utility; 0 if there are none."""
-    CORRECTIONS = 22
+    CORRECTIONS = 23
     """1 − ηᵃ at every age a from 0 on, as far as `CORRECTION_COUNT`; float32."""
-    CORRECTION_COUNT = 23
-    WIDTHS = 24
+    OUTPUTS = 24
+    """[rows, C] of a message, with at least N rows."""
+    SCORES = 25
+    """float64 [2, rows], losses and accuracies."""
+    TALLY = 26
+    """float64, what `Sum` lists."""
+    PROBE_FEATURES = 27
+    """[rows, I], the ring of recent examples."""
+    PROBE_TARGETS = 28
+    PROBE_POSITION = 29
+    """int64: the row that is written next, and the rows that are filled."""
+    PROBE_ROWS = 30
+    SCORE_ROWS = 31
+    CORRECTION_COUNT = 32
+    REMEMBERS = 33
+    """1 if the weights of large layers lie as `is_turned` says, and the sums of their magnitudes are remembered; only
+    together with `SKIPS`."""
+    MAGNITUDES = 34
+    """int64 [depth + 2 U]: per layer 1 if its sums are right; the units' incoming sums; their outgoing sums."""
+    FINENESS = 35
+    """float32, per layer what a magnitude is multiplied by before it is rounded and summed; a power of two."""
+    FEATURES = 36
+    """What `run_each` takes of a message; the number of examples is `EXAMPLES`."""
+    LABELS = 37
+    VALUES = 38
+    WEIGHTS = 39
+    EXAMPLES = 40
+    WIDTHS = 41
     """I, hidden widths, C; to the end of the table."""
+
+
+class Sum(IntEnum):
+    """What stands where among the sums over a message, which are float64."""
+
+    DECAY = 0
+    """The decay δ of the averages."""
+    LOSS = 1
+    ACCURACY = 2
+    FADED_LOSS = 3
+    """Sum of (1 − δ) δᵏ times the loss, with k the number of examples after this one."""
+    FADED_ACCURACY = 4
+    PARAMETERS = 5
+    """All parameters' magnitudes after the last step; not finite if one of them is not."""
+    MOMENTS = 6
+    """Adam's second moments after the last step."""
+    COUNT = 7
 
 
 class Real(IntEnum):
@@ -92,11 +137,7 @@ class Real(IntEnum):
     DELTA = 13
     SCALE = 14
     """What the loss's residual is multiplied by, apart from the example's weight."""
-    PARAMETER_SUM = 15
-    """Set by `run`: sum of all parameters' magnitudes; not finite if one of them is not."""
-    MOMENT_SUM = 16
-    """Set by `run`: sum of Adam's second moments."""
-    COUNT = 17
+    COUNT = 15
 
 
 RELU, LEAKY_RELU, ELU, SELU, GELU, SILU, TANH, SIGMOID, IDENTITY = range(9)
@@ -106,19 +147,29 @@ CONTRIBUTION, ZERO_CONTRIBUTION, ADAPTABLE_CONTRIBUTION, WEIGHT, ADAPTATION, FEA
 
 _DEPTH, _BATCH, _ACTIVATION, _LOSS = int(Table.DEPTH), int(Table.BATCH), int(Table.ACTIVATION), int(Table.LOSS)
 _OPTIMIZER, _UTILITY, _DECAYS_WEIGHTS = int(Table.OPTIMIZER), int(Table.UTILITY), int(Table.DECAYS_WEIGHTS)
-_SKIPS, _EVALUATES = int(Table.SKIPS), int(Table.EVALUATES)
-_DUE, _STEPS, _MATURITY, _PARAMETERS = int(Table.DUE), int(Table.STEPS), int(Table.MATURITY), int(Table.PARAMETERS)
-_MOMENTUM, _SECOND_MOMENT, _COUNTS = int(Table.MOMENTUM), int(Table.SECOND_MOMENT), int(Table.COUNTS)
-_UTILITIES, _AGES, _MEANS, _FLOATS = int(Table.UTILITIES), int(Table.AGES), int(Table.MEANS), int(Table.FLOATS)
-_SCHEDULE, _RANDOM, _WIDTHS = int(Table.SCHEDULE), int(Table.RANDOM), int(Table.WIDTHS)
-_CORRECTIONS, _CORRECTION_COUNT = int(Table.CORRECTIONS), int(Table.CORRECTION_COUNT)
+_SKIPS, _EVALUATES, _STEPS, _MATURITY = int(Table.SKIPS), int(Table.EVALUATES), int(Table.STEPS), int(Table.MATURITY)
+_REALS, _PARAMETERS, _MOMENTUM = int(Table.REALS), int(Table.PARAMETERS), int(Table.MOMENTUM)
+_SECOND_MOMENT, _COUNTS, _UTILITIES = int(Table.SECOND_MOMENT), int(Table.COUNTS), int(Table.UTILITIES)
+_AGES, _MEANS, _FLOATS, _OWED = int(Table.AGES), int(Table.MEANS), int(Table.FLOATS), int(Table.OWED)
+_SCHEDULE, _RANDOM, _CORRECTIONS = int(Table.SCHEDULE), int(Table.RANDOM), int(Table.CORRECTIONS)
+_OUTPUTS, _SCORES, _TALLY = int(Table.OUTPUTS), int(Table.SCORES), int(Table.TALLY)
+_PROBE_FEATURES, _PROBE_TARGETS = int(Table.PROBE_FEATURES), int(Table.PROBE_TARGETS)
+_PROBE_POSITION, _PROBE_ROWS = int(Table.PROBE_POSITION), int(Table.PROBE_ROWS)
+_SCORE_ROWS, _CORRECTION_COUNT, _WIDTHS = int(Table.SCORE_ROWS), int(Table.CORRECTION_COUNT), int(Table.WIDTHS)
+_FEATURES, _LABELS, _VALUES = int(Table.FEATURES), int(Table.LABELS), int(Table.VALUES)
+_WEIGHTS, _EXAMPLES = int(Table.WEIGHTS), int(Table.EXAMPLES)
+_REMEMBERS, _MAGNITUDES, _FINENESS = int(Table.REMEMBERS), int(Table.MAGNITUDES), int(Table.FINENESS)
+
+_AVERAGE_DECAY, _LOSS_SUM, _ACCURACY_SUM = int(Sum.DECAY), int(Sum.LOSS), int(Sum.ACCURACY)
+_FADED_LOSS, _FADED_ACCURACY = int(Sum.FADED_LOSS), int(Sum.FADED_ACCURACY)
+_PARAMETER_SUM, _MOMENT_SUM, _SUMS = int(Sum.PARAMETERS), int(Sum.MOMENTS), int(Sum.COUNT)
 
 _NEGATIVE_LR, _MU, _WEIGHT_DECAY = int(Real.NEGATIVE_LR), int(Real.MOMENTUM), int(Real.WEIGHT_DECAY)
 _ONE_MINUS_BETA1, _BETA2, _ONE_MINUS_BETA2 = int(Real.ONE_MINUS_BETA1), int(Real.BETA2), int(Real.ONE_MINUS_BETA2)
 _LOG_BETA1, _LOG_BETA2, _EPSILON = int(Real.LOG_BETA1), int(Real.LOG_BETA2), int(Real.EPSILON)
 _SHRINKAGE, _ONE_MINUS_DECAY, _LOG_DECAY = int(Real.SHRINKAGE), int(Real.ONE_MINUS_DECAY), int(Real.LOG_DECAY)
 _BIAS_COMPENSATION, _DELTA, _SCALE = int(Real.BIAS_COMPENSATION), int(Real.DELTA), int(Real.SCALE)
-_PARAMETER_SUM, _MOMENT_SUM = int(Real.PARAMETER_SUM), int(Real.MOMENT_SUM)
+_REAL_COUNT = int(Real.COUNT)
 
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
 _LEAKY_SLOPE = np.float32(0.01)
@@ -131,7 +182,13 @@ _LAST_COUNT = np.float32(2.0**24)
 """Where a float32 count of Adam stops."""
 
 _LONG_ROW = 512
-"""From here on a library's product is faster than ours, which is for networks that fit a cache."""
+"""From here on a library's product is faster than ours, which is for networks that fit a cache; and layers are large.
+"""
+_TOO_LARGE = np.float32(2**30)
+"""No multiple of a remembered weight's magnitude."""
+_MOST_CHANGE_OF_WEIGHT = np.float32(2**29)
+_MOST_CHANGE_OF_SUM = np.float32(1.9e9)
+"""Less than 2³¹, with room for the rounding of each summand."""
 
 
 def _compiled(*fastmath: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -198,7 +255,9 @@ def _view(element: Any, dimensions: int) -> Any:
 _row: Callable[[int, int], Floats] = _view(types.float32, 1)
 _rows: Callable[[int, int, int], Floats] = _view(types.float32, 2)
 _doubles: Callable[[int, int], Doubles] = _view(types.float64, 1)
+_double_rows: Callable[[int, int, int], Doubles] = _view(types.float64, 2)
 _integers: Callable[[int, int], Integers] = _view(types.int64, 1)
+_words: Callable[[int, int], Words] = _view(types.int32, 1)
 
 
 # --- Nonlinearities ---------------------------------------------------------------------------------------------------
@@ -362,6 +421,15 @@ def _affine(weight: Floats, bias: Floats, inputs: Floats, outputs: Floats) -> No
         for i in range(into):
             total += weight[o, i] * inputs[i]
         outputs[o] = bias[o] + total
+
+
+@_exactly
+def _turned_affine(weight: Floats, bias: Floats, inputs: Floats, outputs: Floats) -> None:
+    """The same for weight [in, out]."""
+    outputs[:] = bias
+    for i in range(len(inputs)):
+        if inputs[i] != _ZERO:
+            _add_scaled(weight[i], inputs[i], outputs)
 
 
 @_exactly
@@ -540,32 +608,254 @@ def _skipped_row(row: Floats, columns: Floats) -> Number:
     return total
 
 
+# --- Large layers, one example a step, ReLU and plain SGD -------------------------------------------------------------
+#
+# Their time is that of moving weights, so units that are silent are passed over: with a unit's outgoing weights side by
+# side (`is_turned`), a silent one costs nothing, forward or backward. What its utility needs of it, sums of magnitudes,
+# is remembered: every magnitude is rounded to a multiple of 1 / fineness, and the multiples are summed as integers.
+# Those sums do not depend on the order, nor on whether they were made anew or brought up to date at every change; so a
+# learner restored from a snapshot, where they are not kept, has the same ones.
+#
+# A multiple has 30 bits, and a sum can change by 31 in one step. If a weight is larger, all sums of its layer are made
+# in floating point at every step: slower, and just as independent of what was before. If a step could change more, they
+# are made anew after it.
+
+
+@_as_written
+def is_turned(remembers: int, depth: int, layer: int, before: int, after: int) -> int:
+    """1 if the weights of a layer lie [in, out] in memory instead of [out, in]."""
+    return 1 if remembers and 0 < layer < depth - 1 and before >= _LONG_ROW and after >= _LONG_ROW else 0
+
+
+@_as_written
+def _is_remembered(table: Integers, layer: int) -> int:
+    before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+    if table[_REMEMBERS] and layer == 0 and before >= _LONG_ROW:
+        return 1
+    return is_turned(table[_REMEMBERS], table[_DEPTH], layer, before, after)
+
+
+@_as_written
+def _multiples(weight: Number, fineness: Number) -> Number:
+    """int32; the product is exact, for fineness is a power of two."""
+    return np.int32(abs(weight) * fineness + _HALF)
+
+
+@_in_any_order
+def _turned_row(
+    row: Floats, delta: Floats, value: Number, negative_lr: Number, fineness: Number, changes: Words
+) -> tuple[Number, Number, Number]:
+    """SGD by one example on what a unit hands on; `changes` gathers those of the readers' sums.
+
+    Returns the gradient in the unit's activation, the change of its own sum, and all new multiples or-ed together.
+    """
+    back = _ZERO
+    change = bits = np.int32(0)
+    for o in range(len(row)):
+        old, slope = row[o], delta[o]
+        back += old * slope
+        new = old + (slope * value) * negative_lr
+        row[o] = new
+        multiples = np.int32(abs(new) * fineness + _HALF)
+        more = np.int32(multiples - np.int32(abs(old) * fineness + _HALF))
+        changes[o] = np.int32(changes[o] + more)
+        change = np.int32(change + more)
+        bits = np.int32(bits | multiples)
+    return back, change, bits
+
+
+@_in_any_order
+def _turned_row_alone(row: Floats, delta: Floats, value: Number, negative_lr: Number) -> Number:
+    """The same without sums, for ordinary backprop."""
+    back = _ZERO
+    for o in range(len(row)):
+        old, slope = row[o], delta[o]
+        back += old * slope
+        row[o] = old + (slope * value) * negative_lr
+    return back
+
+
+@_in_any_order
+def _first_row(
+    row: Floats, inputs: Floats, delta: Number, negative_lr: Number, fineness: Number
+) -> tuple[Number, Number]:
+    """The same for what a unit of the first layer reads. Returns the last 32 bits of its sum instead of its change."""
+    total = bits = np.int32(0)
+    for i in range(len(row)):
+        new = row[i] + (delta * inputs[i]) * negative_lr
+        row[i] = new
+        multiples = np.int32(abs(new) * fineness + _HALF)
+        total = np.int32(total + multiples)
+        bits = np.int32(bits | multiples)
+    return total, bits
+
+
+@_in_any_order
+def _largest_and_sum(values: Floats) -> tuple[Number, Number]:
+    """Of the magnitudes; a NaN makes the sum one."""
+    largest = total = _ZERO
+    for k in range(len(values)):
+        magnitude = abs(values[k])
+        largest = max(largest, magnitude)
+        total += magnitude
+    return largest, total
+
+
+@_as_written
+def _change_fits(delta: Floats, inputs: Floats, negative_lr: Number, fineness: Number) -> int:
+    """1 if the step changes no weight, and no sum, by more than there is room for."""
+    largest_delta, all_deltas = _largest_and_sum(delta)
+    largest_input, all_inputs = _largest_and_sum(inputs)
+    unit = abs(negative_lr) * fineness
+    weight_fits = largest_delta * largest_input * unit < _MOST_CHANGE_OF_WEIGHT
+    sum_fits = max(largest_delta * all_inputs, largest_input * all_deltas) * unit < _MOST_CHANGE_OF_SUM
+    return 1 if weight_fits and sum_fits and all_deltas + all_inputs < np.inf else 0
+
+
+@_as_written
+def _sums_anew(weight: Floats, fineness: Number, of_rows: Integers, of_columns: Integers) -> int:
+    """Sums of the multiples of every row and, if there is room for them, of every column; 1 if no multiple is too
+    large."""
+    fits = 1
+    of_columns[:] = 0
+    for r in range(len(weight)):
+        of_rows[r] = 0
+        for c in range(weight.shape[1]):
+            if not abs(weight[r, c]) * fineness + _HALF < _TOO_LARGE:
+                fits = 0
+                continue
+            multiples = np.int64(_multiples(weight[r, c], fineness))
+            of_rows[r] += multiples
+            if c < len(of_columns):
+                of_columns[c] += multiples
+    return fits
+
+
+@_as_written
+def _read_sums(sums: Integers, fineness: Number, magnitudes: Floats) -> None:
+    unit = 1.0 / np.float64(fineness)
+    for u in range(len(sums)):
+        magnitudes[u] = np.float64(sums[u]) * unit
+
+
+@_exactly
+def _turned_backward(
+    weight: Floats,
+    inputs: Floats,
+    delta: Floats,
+    negative_lr: Number,
+    evaluates: int,
+    fineness: Number,
+    known: Integers,
+    incoming_sums: Integers,
+    outgoing_sums: Integers,
+    changes: Words,
+    back: Floats,
+    incoming: Floats,
+    outgoing: Floats,
+) -> Number:
+    """Backward and update for weight [in, out]. known [1]: whether the sums are right; changes: room.
+
+    Returns the sum of all magnitudes if it may be infinite, or else 0.
+    """
+    if not evaluates:
+        for i in range(len(inputs)):
+            active = inputs[i] != _ZERO
+            back[i] = _turned_row_alone(weight[i], delta, inputs[i], negative_lr) if active else _ZERO
+        return _ZERO
+    fits = _change_fits(delta, inputs, negative_lr, fineness)
+    bits = np.int32(0)
+    changes[:] = 0
+    for i in range(len(inputs)):
+        if inputs[i] != _ZERO:
+            back[i], change, new_bits = _turned_row(weight[i], delta, inputs[i], negative_lr, fineness, changes)
+            outgoing_sums[i] += np.int64(change)
+            bits = np.int32(bits | new_bits)
+        else:
+            back[i] = _ZERO
+    if fits and known[0]:
+        for o in range(len(delta)):
+            incoming_sums[o] += np.int64(changes[o])
+        known[0] = 1 if bits < _TOO_LARGE else 0
+    else:
+        known[0] = _sums_anew(weight, fineness, outgoing_sums, incoming_sums)
+    if known[0]:
+        _read_sums(incoming_sums, fineness, incoming)
+        _read_sums(outgoing_sums, fineness, outgoing)
+        return _ZERO
+    incoming[:] = _ZERO
+    total = _ZERO
+    for i in range(len(inputs)):
+        outgoing[i] = _skipped_row(weight[i], incoming)
+        total += outgoing[i]
+    return total
+
+
+@_exactly
+def _first_backward(
+    weight: Floats,
+    inputs: Floats,
+    delta: Floats,
+    negative_lr: Number,
+    fineness: Number,
+    known: Integers,
+    incoming_sums: Integers,
+    incoming: Floats,
+) -> Number:
+    """The same for weight [out, in] of the first layer, where only the incoming sums are needed."""
+    fits = _change_fits(delta, inputs, negative_lr, fineness)
+    bits = np.int32(0)
+    for o in range(len(delta)):
+        if delta[o] != _ZERO:
+            last_bits, new_bits = _first_row(weight[o], inputs, delta[o], negative_lr, fineness)
+            incoming_sums[o] += np.int64(np.int32(np.int64(last_bits) - incoming_sums[o]))
+            bits = np.int32(bits | new_bits)
+    if fits and known[0]:
+        known[0] = 1 if bits < _TOO_LARGE else 0
+    else:
+        known[0] = _sums_anew(weight, fineness, incoming_sums, incoming_sums[:0])
+    if known[0]:
+        _read_sums(incoming_sums, fineness, incoming)
+        return _ZERO
+    total = _ZERO
+    for o in range(len(delta)):
+        incoming[o] = _sum_of_magnitudes(weight[o])
+        total += incoming[o]
+    return total
+
+
 # --- Units ------------------------------------------------------------------------------------------------------------
 
 
 @_exactly
 def _evaluate(
-    utility_kind: int,
-    activations: Floats,
-    incoming: Floats,
-    outgoing: Floats,
-    fan_in: int,
-    fan_out: int,
+    table: Integers,
     reals: Floats,
-    ages: Integers,
-    means: Floats,
-    utilities: Floats,
-    random: Floats,
-    activity: Floats,
-    corrections: Floats,
-    known_corrections: Floats,
+    layer: int,
+    unit: int,
+    post_at: int,
+    incoming_at: int,
+    outgoing_at: int,
+    random_at: int,
+    activity_at: int,
+    corrections_at: int,
 ) -> None:
-    """`cbp.replacement.evaluate_units` for one layer.
+    """`cbp.replacement.evaluate_units` for one hidden layer, whose first unit is `unit`.
 
-    activations [B, units]; incoming and outgoing: per unit, sums of its weights' magnitudes; random: this step's draws;
-    activity and corrections: room for one value per unit.
+    By address: the layer's activations [B, units]; per unit, sums of its weights' magnitudes, and this step's draws;
+    and twice room for one value per unit.
     """
-    examples, units = activations.shape
+    units, fan_in, fan_out = table[_WIDTHS + layer + 1], table[_WIDTHS + layer], table[_WIDTHS + layer + 2]
+    utility_kind = table[_UTILITY]
+    activations = _rows(post_at, table[_BATCH], units)
+    incoming, outgoing = _row(incoming_at, units), _row(outgoing_at, units)
+    ages = _integers(table[_AGES] + 8 * unit, units)
+    means = _row(table[_MEANS] + 4 * unit, units)
+    utilities = _row(table[_UTILITIES] + 4 * unit, units)
+    random = _row(random_at, units)
+    activity, corrections = _row(activity_at, units), _row(corrections_at, units)
+    known_corrections = _row(table[_CORRECTIONS], table[_CORRECTION_COUNT])
+    examples = table[_BATCH]
     share, log_decay = reals[_ONE_MINUS_DECAY], reals[_LOG_DECAY]
     known_age, correction = np.int64(-1), _ZERO
     for u in range(units):
@@ -783,10 +1073,11 @@ def _skipping_backward(
     back_at: int,
     incoming_at: int,
     outgoing_at: int,
+    changes_at: int,
 ) -> Number:
     """For ReLU, plain SGD and one example: a unit that was silent has no gradient, and its weights stay as they are.
 
-    Returns the sum of the parameters' magnitudes: of all that changed, or of all.
+    Returns the sum of the parameters' magnitudes: of all, or at least of those that may not be finite.
     """
     depth, width = table[_DEPTH], table[_WIDTHS]
     negative_lr, evaluates = reals[_NEGATIVE_LR], table[_EVALUATES]
@@ -807,27 +1098,52 @@ def _skipping_backward(
         delta, back = _row(delta_at, after), _row(back_at, before)
         incoming = _row(incoming_at + 4 * (unit - width), after)
         columns = _row(outgoing_at + 4 * (unit - before if layer else 0), before)
-        if layer:
-            layer_input = _row(post_at + 4 * (unit - width - before), before)
-            back[:] = _ZERO
-            columns[:] = _ZERO
-        else:
-            layer_input = features
-        for o in range(after):
-            slope = delta[o]
-            if slope != _ZERO:
-                if layer:
-                    incoming[o] = _skip_row(weight[o], layer_input, slope, negative_lr, back, columns)
-                else:
-                    incoming[o] = _skip_first_row(weight[o], layer_input, slope, negative_lr)
-                bias[o] += slope * negative_lr
-            elif not evaluates:
-                incoming[o] = _ZERO
-            elif layer:
-                incoming[o] = _skipped_row(weight[o], columns)
+        layer_input = _row(post_at + 4 * (unit - width - before), before) if layer else features
+        if _is_remembered(table, layer):
+            known = _integers(table[_MAGNITUDES] + 8 * layer, 1)
+            fineness, incoming_sums, outgoing_sums = _sums_of(table, layer)
+            if layer:
+                parameter_sum += _turned_backward(
+                    _rows(table[_PARAMETERS] + 4 * place, before, after),
+                    layer_input,
+                    delta,
+                    negative_lr,
+                    evaluates,
+                    fineness,
+                    known,
+                    incoming_sums,
+                    outgoing_sums,
+                    _words(changes_at, after),
+                    back,
+                    incoming,
+                    columns,
+                )
             else:
-                incoming[o] = _sum_of_magnitudes(weight[o])
-            parameter_sum += incoming[o] + abs(bias[o])
+                parameter_sum += _first_backward(
+                    weight, layer_input, delta, negative_lr, fineness, known, incoming_sums, incoming
+                )
+            for o in range(after):
+                bias[o] += delta[o] * negative_lr
+                parameter_sum += abs(bias[o])
+        else:
+            if layer:
+                back[:] = _ZERO
+                columns[:] = _ZERO
+            for o in range(after):
+                slope = delta[o]
+                if slope != _ZERO:
+                    if layer:
+                        incoming[o] = _skip_row(weight[o], layer_input, slope, negative_lr, back, columns)
+                    else:
+                        incoming[o] = _skip_first_row(weight[o], layer_input, slope, negative_lr)
+                    bias[o] += slope * negative_lr
+                elif not evaluates:
+                    incoming[o] = _ZERO
+                elif layer:
+                    incoming[o] = _skipped_row(weight[o], columns)
+                else:
+                    incoming[o] = _sum_of_magnitudes(weight[o])
+                parameter_sum += incoming[o] + abs(bias[o])
         if layer:
             for i in range(before):
                 if layer_input[i] <= _ZERO:
@@ -862,26 +1178,58 @@ def _falls_due(owed: Doubles, rates: Doubles, mature: Doubles) -> int:
     return 0
 
 
+@_exactly
+def _show_to_probe(table: Integers, features: Floats, labels: Integers, values: Floats) -> None:
+    """`cbp.pending.Probe.extend`, where there is room."""
+    rows, width, outputs = table[_PROBE_ROWS], features.shape[1], values.shape[1]
+    position = _integers(table[_PROBE_POSITION], 2)
+    following = position[0]
+    for b in range(len(features)):
+        if following >= rows:
+            following = 0
+        seen = _row(table[_PROBE_FEATURES] + 4 * following * width, width)
+        for i in range(width):
+            seen[i] = features[b, i]
+        if table[_LOSS] == CROSS_ENTROPY:
+            _integers(table[_PROBE_TARGETS] + 8 * following, 1)[0] = labels[b]
+        else:
+            seen_values = _row(table[_PROBE_TARGETS] + 4 * following * outputs, outputs)
+            for c in range(outputs):
+                seen_values[c] = values[b, c]
+        following += 1
+    position[0] = following
+    position[1] = min(position[1] + len(features), rows)
+
+
+@_as_written
+def _add_to_tally(tally: Doubles, loss: Number, accuracy: Number) -> None:
+    decay = tally[_AVERAGE_DECAY]
+    share = 1.0 - decay
+    tally[_LOSS_SUM] += np.float64(loss)
+    tally[_ACCURACY_SUM] += np.float64(accuracy)
+    tally[_FADED_LOSS] = tally[_FADED_LOSS] * decay + share * np.float64(loss)
+    tally[_FADED_ACCURACY] = tally[_FADED_ACCURACY] * decay + share * np.float64(accuracy)
+
+
 # --- What Python calls ------------------------------------------------------------------------------------------------
 
 
 @_exactly
 def run(
     table: Integers,
-    reals: Floats,
     features: Floats,
     labels: Integers,
     values: Floats,
     weights: Floats,
-    outputs: Floats,
-    scores: Doubles,
     start: int,
     steps: int,
 ) -> int:
-    """Takes up to `steps` steps, and stops early after one at which units are to be replaced; returns how many.
+    """Takes up to `steps` steps, and stops early after one at which units are to be replaced.
+
+    Returns how many it took; negative if units are to be replaced now.
 
     features [N, I], of which the examples from `start` on are learned from; labels [N] or values [N, C], the other one
-    empty; weights [N]; outputs [N, C] and scores [2, N] (losses and accuracies) are written.
+    empty; weights, at least N. What it counts and adds up over a message goes to where `table` says.
 
     No unit may ripen within these steps: `table` says how many are mature.
     """
@@ -895,6 +1243,12 @@ def run(
             units += table[_WIDTHS + layer]
     classes = table[_WIDTHS + depth]
     skips, evaluates, loss_kind = table[_SKIPS], table[_EVALUATES], table[_LOSS]
+    reals = _row(table[_REALS], _REAL_COUNT)
+    outputs = _rows(table[_OUTPUTS], table[_SCORE_ROWS], classes)
+    scores = _double_rows(table[_SCORES], 2, table[_SCORE_ROWS])
+    tally = _doubles(table[_TALLY], _SUMS)
+    if start == 0:
+        tally[_LOSS_SUM] = tally[_ACCURACY_SUM] = tally[_FADED_LOSS] = tally[_FADED_ACCURACY] = 0.0
     is_adam = table[_OPTIMIZER] >= ADAM
     saves_pre = table[_ACTIVATION] != RELU and table[_ACTIVATION] != TANH and table[_ACTIVATION] != SIGMOID
 
@@ -912,14 +1266,14 @@ def run(
     if not saves_pre:
         pre_at = post_at
 
-    owed = _doubles(table[_SCHEDULE], hidden)
-    rates = _doubles(table[_SCHEDULE] + 8 * hidden, hidden)
-    mature = _doubles(table[_SCHEDULE] + 16 * hidden, hidden)
+    owed = _doubles(table[_OWED], hidden)
+    rates = _doubles(table[_SCHEDULE], hidden)
+    mature = _doubles(table[_SCHEDULE] + 8 * hidden, hidden)
 
-    table[_DUE] = 0
     done = 0
+    due = 0
     parameter_sum = moment_sum = _ZERO
-    while done < steps and not table[_DUE]:
+    while done < steps and not due:
         begin = start + done * batch
         address = table[_PARAMETERS]
 
@@ -929,6 +1283,7 @@ def run(
         offset = 0
         for layer in range(depth):
             after = table[_WIDTHS + layer + 1]
+            address_of_layer = address
             weight = _rows(address, after, before)
             bias = _row(address + 4 * after * before, after)
             address += 4 * after * (before + 1)
@@ -936,7 +1291,9 @@ def run(
                 layer_output = _rows(pre_at + 4 * batch * offset, batch, after)
             else:
                 layer_output = outputs[begin : begin + batch]
-            if batch == 1 and before < _LONG_ROW:
+            if is_turned(table[_REMEMBERS], depth, layer, before, after):
+                _turned_affine(_rows(address_of_layer, before, after), bias, layer_input[0], layer_output[0])
+            elif batch == 1 and before < _LONG_ROW:
                 _affine(weight, bias, layer_input[0], layer_output[0])
             elif batch == 1:
                 np.dot(weight, layer_input[0], layer_output[0])
@@ -965,12 +1322,13 @@ def run(
                 )
             scores[0, begin + b] = loss
             scores[1, begin + b] = right
+            _add_to_tally(tally, loss, right)
 
         # Backward and update, layer by layer from the last
         parameter_sum = moment_sum = _ZERO
         if skips:
             parameter_sum = _skipping_backward(
-                table, reals, features[begin], post_at, delta_at, back_at, incoming_at, outgoing_at
+                table, reals, features[begin], post_at, delta_at, back_at, incoming_at, outgoing_at, activity_at
             )
         else:
             first_factors = _row(first_factors_at, width + units + classes)
@@ -999,44 +1357,74 @@ def run(
         if not evaluates:
             continue
         offset = 0
-        before = width
         for layer in range(hidden):
-            after = table[_WIDTHS + layer + 1]
             _evaluate(
-                table[_UTILITY],
-                _rows(post_at + 4 * batch * offset, batch, after),
-                _row(incoming_at + 4 * offset, after),
-                _row(outgoing_at + 4 * (width + offset), after),
-                before,
-                table[_WIDTHS + layer + 2],
+                table,
                 reals,
-                _integers(table[_AGES] + 8 * offset, after),
-                _row(table[_MEANS] + 4 * offset, after),
-                _row(table[_UTILITIES] + 4 * offset, after),
-                _row(table[_RANDOM] + 4 * ((done - 1) * units + offset), after),
-                _row(activity_at, after),
-                _row(corrections_at, after),
-                _row(table[_CORRECTIONS], table[_CORRECTION_COUNT]),
+                layer,
+                offset,
+                post_at + 4 * batch * offset,
+                incoming_at + 4 * offset,
+                outgoing_at + 4 * (width + offset),
+                table[_RANDOM] + 4 * ((done - 1) * units + offset),
+                activity_at,
+                corrections_at,
             )
-            offset += after
-            before = after
-        table[_DUE] = _falls_due(owed, rates, mature)
+            offset += table[_WIDTHS + layer + 1]
+        due = _falls_due(owed, rates, mature)
 
     if is_adam and done:
         _count_steps(table, done)
-    reals[_PARAMETER_SUM] = parameter_sum
-    reals[_MOMENT_SUM] = moment_sum
-    return done
+    _show_to_probe(
+        table,
+        features[start : start + done * batch],
+        labels[start : start + done * batch],
+        values[start : start + done * batch],
+    )
+    tally[_PARAMETER_SUM] = parameter_sum
+    tally[_MOMENT_SUM] = moment_sum
+    return -done if due else done
+
+
+@_as_written
+def point_to(table: Integers, features: Floats, labels: Integers, values: Floats, weights: Floats) -> None:
+    """Lets `run_each` find what `run` gets."""
+    table[_FEATURES], table[_LABELS] = features.ctypes.data, labels.ctypes.data
+    table[_VALUES], table[_WEIGHTS] = values.ctypes.data, weights.ctypes.data
+    table[_EXAMPLES] = len(features)
+
+
+@_as_written
+def run_each(tables: Integers, ahead: Integers) -> None:
+    """`run` for one learner after another, found by the addresses of their tables.
+
+    ahead [learners, 2]: the example to start with and the steps to take, in whose place comes what `run` returns.
+    """
+    for k in range(len(tables)):
+        depth = _integers(tables[k], 1)[_DEPTH]
+        table = _integers(tables[k], _WIDTHS + depth + 1)
+        examples = table[_EXAMPLES]
+        labels, values = (examples, 0) if table[_LOSS] == CROSS_ENTROPY else (0, examples)
+        ahead[k, 1] = run(
+            table,
+            _rows(table[_FEATURES], examples, table[_WIDTHS]),
+            _integers(table[_LABELS], labels),
+            _rows(table[_VALUES], values, table[_WIDTHS + depth]),
+            _row(table[_WEIGHTS], examples),
+            ahead[k, 0],
+            ahead[k, 1],
+        )
 
 
 @_exactly
-def replace(table: Integers, reals: Floats, counts: Integers, drawn: Floats, published_order: bool) -> Number:
+def replace(table: Integers, counts: Integers, drawn: Floats, published_order: bool) -> None:
     """`cbp.replacement.select_units` and `replace_units`: counts[layer] units of every hidden layer.
 
-    drawn: the incoming weights of all of them, one after another. Returns the sum of the biases' magnitudes: bias
-    compensation may overflow them.
+    drawn: the incoming weights of all of them, one after another. What it adds to the sum of the parameters' magnitudes
+    are those of the biases: bias compensation may overflow them.
     """
     depth = table[_DEPTH]
+    reals = _row(table[_REALS], _REAL_COUNT)
     chosen = np.empty((depth - 1, max(counts)), np.int64)
     place = 0
     unit = 0
@@ -1044,30 +1432,32 @@ def replace(table: Integers, reals: Floats, counts: Integers, drawn: Floats, pub
     for layer in range(depth - 1):
         before, after, readers = table[_WIDTHS + layer], table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
         next_place = place + after * (before + 1)
-        _select(
-            _row(table[_UTILITIES] + 4 * unit, after),
-            _integers(table[_AGES] + 8 * unit, after),
-            table[_MATURITY],
-            reals[_LOG_DECAY],
-            chosen[layer, : counts[layer]],
-        )
+        turned = is_turned(table[_REMEMBERS], depth, layer + 1, after, readers)
+        if counts[layer]:
+            _select(
+                _row(table[_UTILITIES] + 4 * unit, after),
+                _integers(table[_AGES] + 8 * unit, after),
+                table[_MATURITY],
+                reals[_LOG_DECAY],
+                chosen[layer, : counts[layer]],
+            )
         if counts[layer] and reals[_BIAS_COMPENSATION] != _ZERO:
             _compensate(
                 chosen[layer, : counts[layer]],
                 _integers(table[_AGES] + 8 * unit, after),
                 _row(table[_MEANS] + 4 * unit, after),
-                _rows(table[_PARAMETERS] + 4 * next_place, readers, after),
+                _rows(table[_PARAMETERS] + 4 * next_place, after if turned else readers, readers if turned else after),
+                turned,
                 _row(table[_PARAMETERS] + 4 * (next_place + readers * after), readers),
                 reals[_LOG_DECAY],
             )
         for rank in range(counts[layer]):
             j = chosen[layer, rank]
-            row = _row(table[_PARAMETERS] + 4 * (place + j * before), before)
-            row[:] = drawn[start : start + before]
+            _put_incoming(table, layer, place, j, drawn[start : start + before])
             start += before
             _row(table[_PARAMETERS] + 4 * (place + after * before + j), 1)[0] = _ZERO
             for slot in (table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
-                if slot:
+                if slot:  # then no layer is turned
                     _row(slot + 4 * (place + j * before), before)[:] = _ZERO
                     _row(slot + 4 * (place + after * before + j), 1)[0] = _ZERO
             _row(table[_UTILITIES] + 4 * (unit + j), 1)[0] = _ZERO
@@ -1091,7 +1481,7 @@ def replace(table: Integers, reals: Floats, counts: Integers, drawn: Floats, pub
         before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
         bias_sum += _sum_of_magnitudes(_row(table[_PARAMETERS] + 4 * (place + after * before), after))
         place += after * (before + 1)
-    return bias_sum
+    _doubles(table[_TALLY], _SUMS)[_PARAMETER_SUM] += bias_sum
 
 
 @_exactly
@@ -1113,13 +1503,24 @@ def _select(utilities: Floats, ages: Integers, maturity: int, log_decay: Number,
 
 @_exactly
 def _compensate(
-    chosen: Integers, ages: Integers, means: Floats, readers: Floats, readers_bias: Floats, log_decay: Number
+    chosen: Integers,
+    ages: Integers,
+    means: Floats,
+    readers: Floats,
+    turned: int,
+    readers_bias: Floats,
+    log_decay: Number,
 ) -> None:
+    """readers: the weights of the next layer, [in, out] if turned."""
+    corrected = np.empty(len(chosen), np.float32)
+    for rank in range(len(chosen)):
+        j = chosen[rank]
+        corrected[rank] = means[j] / _bias_correction(ages[j], log_decay)
     for o in range(len(readers_bias)):
         handed_on = _ZERO
         for rank in range(len(chosen)):
             j = chosen[rank]
-            handed_on += readers[o, j] * (means[j] / _bias_correction(ages[j], log_decay))
+            handed_on += (readers[j, o] if turned else readers[o, j]) * corrected[rank]
         readers_bias[o] += handed_on
 
 
@@ -1127,9 +1528,60 @@ def _compensate(
 def _forget_outgoing(table: Integers, layer: int, place: int, chosen: Integers) -> None:
     """Zeroes what the next layer, its weights at `place`, reads of the chosen units."""
     after, readers = table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
+    if is_turned(table[_REMEMBERS], table[_DEPTH], layer + 1, after, readers):
+        weight = _rows(table[_PARAMETERS] + 4 * place, after, readers)
+        fineness, incoming, outgoing = _sums_of(table, layer + 1)
+        for j in chosen:
+            for o in range(readers):
+                incoming[o] -= np.int64(_multiples(weight[j, o], fineness))
+                weight[j, o] = _ZERO
+            outgoing[j] = 0
+        return
     for slot in (table[_PARAMETERS], table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
         if slot:
             weight = _rows(slot + 4 * place, readers, after)
             for o in range(readers):
                 for j in chosen:
                     weight[o, j] = _ZERO
+
+
+@_exactly
+def _put_incoming(table: Integers, layer: int, place: int, j: int, drawn: Floats) -> None:
+    """Gives unit j of a hidden layer, whose incoming weights are at `place`, the drawn ones."""
+    before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+    turned = is_turned(table[_REMEMBERS], table[_DEPTH], layer, before, after)
+    if not turned:
+        _row(table[_PARAMETERS] + 4 * (place + j * before), before)[:] = drawn
+    if not _is_remembered(table, layer):
+        return
+    fineness, incoming, outgoing = _sums_of(table, layer)
+    incoming[j] = 0
+    for i in range(before):
+        incoming[j] += np.int64(_multiples(drawn[i], fineness))
+    if turned:
+        weight = _rows(table[_PARAMETERS] + 4 * place, before, after)
+        for i in range(before):
+            outgoing[i] += np.int64(_multiples(drawn[i], fineness)) - np.int64(_multiples(weight[i, j], fineness))
+            weight[i, j] = drawn[i]
+
+
+@_exactly
+def _sums_of(table: Integers, layer: int) -> tuple[Number, Integers, Integers]:
+    """A layer's fineness, the sums of its units' incoming weights, and of what the units before hand on to it; these
+    are empty for the first layer."""
+    depth = table[_DEPTH]
+    units = first = 0
+    for other in range(1, depth):
+        if other <= layer:
+            first += table[_WIDTHS + other]
+        units += table[_WIDTHS + other]
+    before, after = table[_WIDTHS + layer] if layer else 0, table[_WIDTHS + layer + 1]
+    return (
+        _row(table[_FINENESS], depth)[layer],
+        _integers(table[_MAGNITUDES] + 8 * (depth + first), after),
+        _integers(table[_MAGNITUDES] + 8 * (depth + units + first - before), before),
+    )
+
+
+ENTRY_POINTS = (run, run_each, point_to, replace, fill_corrections, is_turned)
+"""All that Python calls."""

@@ -10,6 +10,7 @@ Shapes: W rows, B examples in a step, I inputs, C outputs, U hidden units, K ste
 import math
 import threading
 import weakref
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,10 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cbp import losses, optimizers
-from cbp.engines.eager_engine import EagerEngine, EngineName, Scores, Work
+from cbp.engines.eager_engine import EagerEngine, EngineName, Work
 from cbp.engines.torch_engine import StackState, TorchEngine
 from cbp.networks import flat_layers
-from cbp.pending import Examples
+from cbp.pending import Examples, Probe
+from cbp.progress import Tally
 from cbp.replacement import DrawSource, UnitState
 from cbp.spec import LearnerSpec, LossSpec, MlpSpec, Utility
 
@@ -79,12 +81,12 @@ class StackedEngine(EagerEngine):
         super().configure(specs)
         self._stack = None
 
-    def begin(self, examples: Examples, step_size: int) -> Work:
+    def begin(self, examples: Examples, step_size: int, probe: Probe) -> Work:
         if self._stack is None or self._stack.kind.step_size != step_size:
             if stack_width(self.spec.network, step_size, self.device) == 1:
-                return super().begin(examples, step_size)
+                return super().begin(examples, step_size, probe)
             self._stack = _stack_of(self._kind(step_size), self.spec)
-        return StackedWork(self, self._stack, examples)
+        return StackedWork(self, self._stack, examples, probe)
 
     def _kind(self, step_size: int) -> _Kind:
         spec = self.spec
@@ -101,23 +103,24 @@ class StackedEngine(EagerEngine):
             published_order=self._published_order,
         )
 
-    def steps_between_calls(self, step_size: int) -> int:
-        del step_size
+    def steps_between_calls(self, step_size: int, learners: int) -> int:
+        del step_size, learners
         return _CUDA_STEPS_BETWEEN_CALLS if self.device.type == "cuda" else 1
 
 
 class StackedWork:
     """A message of one learner on its way through the stack."""
 
-    def __init__(self, engine: StackedEngine, stack: "_Stack", examples: Examples) -> None:
+    def __init__(self, engine: StackedEngine, stack: "_Stack", examples: Examples, probe: Probe) -> None:
         self.engine = engine
         self.stack = stack
+        self._examples, self._probe = examples, probe
         spec, step_size = engine.spec, stack.kind.step_size
         outputs = spec.network.out_features
         steps = len(examples) // step_size
         targets = examples.targets if examples.targets.flags.writeable else examples.targets.copy()
         encoded = losses.encode_targets(spec.loss, torch.from_numpy(targets), outputs).numpy()
-        scale = examples.weights * np.float32(losses.gradient_scale(spec.loss, outputs) / step_size)
+        scale = examples.known_weights() * np.float32(losses.gradient_scale(spec.loss, outputs) / step_size)
         self._feed = (
             examples.features.reshape(steps, step_size, spec.network.in_features),
             encoded.reshape(steps, step_size, outputs),
@@ -129,9 +132,18 @@ class StackedWork:
         self._finite = True
         self._fed = 0
         self._received = 0
+        self._applied = 0
 
     def run(self, steps: int) -> None:
-        run_stacked([(self, steps)])
+        self.run_together([(self, steps)])
+
+    @staticmethod
+    def run_together(turns: Sequence[tuple["StackedWork", int]]) -> None:
+        by_stack: dict[_Stack, list[tuple[StackedWork, int]]] = {}
+        for work, steps in turns:
+            by_stack.setdefault(work.stack, []).append((work, steps))
+        for stack, its_turns in by_stack.items():
+            stack.run(its_turns)
 
     def feed(self, row: int, steps: int, room: Sequence[NDArray[np.float32]]) -> None:
         """Writes the next steps' inputs, targets and scale to a row of [K, W, B, …]."""
@@ -150,23 +162,24 @@ class StackedWork:
         self._received += steps
         self._finite = bool(np.isfinite(sums[:, row]).all())
 
+    def account_for(self, steps: int) -> None:
+        """So many steps are in the learner's state now."""
+        self.engine.state.steps[0] += steps
+        applied = slice(self._applied, self._applied + steps * self.stack.kind.step_size)
+        self._probe.extend(self._examples.features[applied], self._examples.targets[applied])
+        self._applied = applied.stop
+
     def outputs(self) -> NDArray[np.float32]:
         return self._outputs.reshape(-1, self._outputs.shape[2])
 
-    def scores(self, count: int) -> Scores:
-        measured = self._losses.reshape(-1)[:count]
+    def tally(self) -> tuple[Tally, bool]:
+        tally = Tally.of(*self.scores(), self.engine.spec.monitoring.average_decay)
+        return tally, self._finite and math.isfinite(tally.loss)
+
+    def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         labelled = self.engine.spec.loss.kind in ("cross_entropy", "binary_cross_entropy")
-        accuracies = self._accuracies.reshape(-1)[:count] if labelled else None
-        return Scores(measured, accuracies, self._finite and bool(np.isfinite(measured).all()))
-
-
-def run_stacked(turns: Sequence[tuple[StackedWork, int]]) -> None:
-    """Takes the next steps of every work; distinct learners."""
-    by_stack: dict[_Stack, list[tuple[StackedWork, int]]] = {}
-    for work, steps in turns:
-        by_stack.setdefault(work.stack, []).append((work, steps))
-    for stack, its_turns in by_stack.items():
-        stack.run(its_turns)
+        accuracies = self._accuracies.reshape(-1)[: self._applied] if labelled else None
+        return self._losses.reshape(-1)[: self._applied], accuracies
 
 
 class _RowDraws:
@@ -324,11 +337,10 @@ class _Stack(TorchEngine):
                     rows[row].copy_(setting[0])
 
     def _give_back(self, works: Sequence[StackedWork], first_row: int, steps: int) -> None:
-        engines = [work.engine for work in works]
         rows = [of_part[first_row:] for of_part in self._rows]
-        _copy_rows(rows, [_changing(engine.state) for engine in engines], into_stack=False)
-        for engine in engines:
-            engine.state.steps[0] += steps
+        _copy_rows(rows, [_changing(work.engine.state) for work in works], into_stack=False)
+        for work in works:
+            work.account_for(steps)
 
     def _take_steps(self, works: Sequence[StackedWork], taken: int, steps: int) -> None:
         """So many steps of the learners in the first rows, which have taken so many since they came."""
@@ -435,7 +447,7 @@ def _replacements_due(states: Sequence[StackState], taken: int, steps: int) -> l
         replacing: list[tuple[int, tuple[int, ...]]] = []
         for row in np.flatnonzero((grown >= 1.0).any(axis=1)).tolist():
             schedule = schedules[row]
-            schedule.accumulated[:] = owed[row].tolist()
+            schedule.accumulated[:] = array("d", owed[row].tobytes())
             counts = schedule.advance(first[row] + step)
             grown[row] = schedule.accumulated
             if counts is not None:
@@ -443,8 +455,8 @@ def _replacements_due(states: Sequence[StackState], taken: int, steps: int) -> l
                 ripens[row] = step + 1
         owed = grown
         due.append(replacing)
-    for schedule, of_row in zip(schedules, owed.tolist(), strict=True):
-        schedule.accumulated[:] = of_row
+    for schedule, of_row in zip(schedules, owed, strict=True):
+        schedule.accumulated[:] = array("d", of_row.tobytes())
     return due
 
 

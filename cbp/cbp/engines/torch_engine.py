@@ -16,7 +16,7 @@ from torch import Tensor
 from cbp import optimizers
 from cbp.errors import Diverged
 from cbp.losses import output_gradient
-from cbp.networks import FlatLayers, Mlp, draw_uniform, flat_layers, initial_bounds, layer_shapes
+from cbp.networks import FlatLayers, Mlp, draw_uniform, flat_layers, initial_bounds, laid_out, layer_shapes
 from cbp.optimizers import OptimizerState
 from cbp.replacement import (
     DrawSource,
@@ -122,6 +122,7 @@ class TorchEngine:
         `published_order` is handed to `replace_units`."""
         network = specs[0].network
         self._network_spec = network
+        state.parameters = laid_out(state.parameters, [False] * len(state.parameters.weights))
         self.state = state
         self.device = device
         self._loss = specs[0].loss
