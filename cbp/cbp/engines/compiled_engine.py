@@ -376,7 +376,8 @@ def run_together(works: Sequence[CompiledWork], steps: Sequence[int]) -> None:
     """Takes the next steps[k] steps of works[k], of one learner each; what each does is what its own `run` does.
 
     All steps up to the next replacement of units are one call of compiled code, during which other threads run; several
-    threads may each do so with works of their own.
+    threads may each do so with works of their own. Where `CompiledEngine.begin` falls back on eager code, its work
+    cannot take part.
     """
     for work in works:
         work.lay_open()
