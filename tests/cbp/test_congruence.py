@@ -187,6 +187,8 @@ def test_remembered_sums_are_those_made_anew(factor: float, make_spec: MakeSpec,
     for learner in (whole, resumed):
         learner._state.parameters.weights[1].mul_(factor)
     for seed, count in enumerate([1, 9, 30, 20]):
+        for learner in (whole, resumed):
+            learner.reset_units([0, 1, 2], 0.1)
         whole.train(make_batch(spec, count, seed=seed))
         resumed = Learner.restore(LearnerSnapshot.from_bytes(resumed.snapshot().to_bytes()), engine="compiled")
         resumed.train(make_batch(spec, count, seed=seed))
