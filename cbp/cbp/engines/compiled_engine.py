@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, ParamSpec, TypeVar, get_args
 
 import numpy as np
@@ -346,12 +346,17 @@ class CompiledWork:
     @staticmethod
     def run_together(turns: Sequence[tuple["CompiledWork", int]]) -> None:
         """On as many threads as torch may use; the learners share nothing, so it does not show in what they do."""
-        threads = min(torch.get_num_threads(), len(turns))
-        if threads == 1 or sum(work.nanoseconds(steps) for work, steps in turns) < _WORTH_THREADS:
+        threads = torch.get_num_threads()
+        if min(threads, len(turns)) == 1 or sum(work.nanoseconds(steps) for work, steps in turns) < _WORTH_THREADS:
             _run_each(turns)
-        else:
-            shares = [turns[thread::threads] for thread in range(threads)]
-            list(_threads(os.getpid(), threads).map(_run_each, shares))
+            return
+        pool = _threads(os.getpid(), threads)
+        shares = [pool.submit(_run_each, turns[thread::threads]) for thread in range(min(threads, len(turns)))]
+        try:
+            for share in shares:
+                share.result()
+        finally:  # a learner that still steps must not be accounted for
+            wait(shares)
 
     @property
     def table_address(self) -> int:
