@@ -159,9 +159,10 @@ class Learner:
         """Learns from the examples, in steps of `batch_size`; a remainder waits for the next call.
 
         `between_steps` runs after every step but the last; with the compiled engine after every few steps, which take
-        about a millisecond at most, and with the stacked engine on a GPU after every eight. The learner is whole at
-        that moment and may predict; it refuses to change. An exception from it stops training there: the steps taken
-        are accounted for, and the examples not yet applied wait.
+        about a millisecond at most, and with the stacked engine on a GPU after every eight. It also runs between two
+        layers of a plasticity sample, which can take longer than steps. The learner is whole at that moment and may
+        predict; it refuses to change. An exception from it stops training there: the steps taken are accounted for, the
+        examples not yet applied wait, and the sample that was being taken is left out.
 
         Raises `DivergenceError` if outputs, losses, parameters or the optimizer's state are no longer finite when the
         steps are taken (also where `between_steps` raised; its exception is then the context). The learner is in no
@@ -173,7 +174,7 @@ class Learner:
         try:
             while self._has_steps_left(training):
                 training.work.run(self._next_steps(training, watched))
-                self._after_steps(training)
+                self._after_steps(training, between_steps)
                 if between_steps is not None and self._has_steps_left(training):
                     between_steps()
         finally:
@@ -212,12 +213,12 @@ class Learner:
             steps = min(steps, interval - step % interval)
         return min(steps, self._engine.steps_between_calls(training.step_size, watched)) if watched else steps
 
-    def _after_steps(self, training: Training) -> None:
+    def _after_steps(self, training: Training, between_steps: Callable[[], None] | None) -> None:
         """Counts the examples of the steps taken, and takes the plasticity sample that is due."""
         step, interval = self._state.steps[0], self._interval
         self._examples = training.examples_before + (step - training.steps_before) * training.step_size
         if interval and step % interval == 0:
-            self._samples.append(self.sample_plasticity())
+            self._samples.append(self._sample(between_steps))
 
     def _finish(self, training: Training, return_outputs: bool) -> TrainResult:
         """Accounts for the steps taken; the examples of the others wait. Raises `DivergenceError`."""
@@ -392,9 +393,12 @@ class Learner:
         if violations:
             raise SpecError(violations)
 
-    @torch.inference_mode()
     def sample_plasticity(self) -> PlasticitySample:
         """Measures every layer now, on the recent examples; changes nothing."""
+        return self._sample()
+
+    @torch.inference_mode()
+    def _sample(self, between_layers: Callable[[], None] | None = None) -> PlasticitySample:
         network = self._spec.network
         return PlasticitySample(
             step=self._state.steps[0],
@@ -410,6 +414,7 @@ class Learner:
                 self._state.replacements[0],
                 self._probe_network(),
                 self._spec.monitoring.dormant_threshold,
+                between_layers,
             ),
         )
 

@@ -5,7 +5,7 @@ by index).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -105,10 +105,13 @@ def measure_layers(
     replacements: Sequence[int],
     probed: Probed,
     dormant_threshold: float,
+    between_layers: Callable[[], None] | None = None,
 ) -> tuple[LayerPlasticity, ...]:
     """Every layer of one learner in a stack."""
-    measured = []
+    measured: list[LayerPlasticity] = []
     for layer, name in enumerate(names):
+        if measured and between_layers is not None:
+            between_layers()
         weight = parameters.weights[layer][learner]
         whole_layer: dict[str, Any] = {
             "layer": name,

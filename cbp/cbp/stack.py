@@ -50,7 +50,7 @@ def _take_steps(begun: Sequence[tuple[Learner, Training]], between_steps: Callab
         watched = 0 if between_steps is None else len(going)
         run_together([(training.work, learner._next_steps(training, watched)) for learner, training in going])
         for learner, training in going:
-            learner._after_steps(training)
+            learner._after_steps(training, between_steps)
         going = [(learner, training) for learner, training in going if learner._has_steps_left(training)]
         if between_steps is not None and going:
             between_steps()

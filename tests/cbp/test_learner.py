@@ -166,6 +166,22 @@ def test_predictions_between_steps_see_a_whole_state(make_spec: MakeSpec, make_b
     assert torch.equal(plain._state.parameters.flat, watched._state.parameters.flat)
 
 
+def test_predictions_need_not_wait_for_a_plasticity_sample(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    spec = make_spec(monitoring={"interval": 5})
+    batch = make_batch(spec, 5 * (spec.batch_size or 1))
+    learner, undisturbed = Learner(spec), Learner(spec)
+    steps: list[int] = []
+
+    def look() -> None:
+        learner.predict(batch.features)
+        steps.append(learner.progress.step)
+
+    learner.train(batch, between_steps=look)
+    undisturbed.train(batch)
+    assert steps.count(5) == len(spec.network.hidden)  # between its layers and the output's, behind the last step
+    assert learner.take_samples() == undisturbed.take_samples()
+
+
 @pytest.mark.parametrize("change", ["train", "update", "snapshot"])
 def test_nothing_but_predictions_may_come_between_steps(
     change: str, make_spec: MakeSpec, make_batch: MakeBatch
