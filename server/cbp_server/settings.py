@@ -46,7 +46,12 @@ class Settings(BaseSettings):
         "auto",
         description="what executes the steps; auto: compiled code on the CPU, the stacked torch engine on a GPU",
     )
-    engine_threads: int = Field(1, ge=1, le=1024, description="threads torch uses within one operation on the CPU")
+    engine_threads: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="threads on the CPU: compiled learners are spread over them, torch uses them in one operation",
+    )
     group_wait: float = Field(
         0.0,
         ge=0,

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 from cbp import Batch, LearnerSpec, train_together
 from cbp_server.engine import messages, training
@@ -59,6 +60,31 @@ def train(uid, value):
     features = np.full((5, 3), value, np.float32)
     batch = Batch.validate(SPEC, features, np.zeros((5, 2), np.float32))
     return messages.Train(uid, 1, "web", 1, 1, "hash", batch, return_outputs=False)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "compiled"])
+@pytest.mark.usefixtures("two_threads")
+def test_learners_of_one_engine_share_calls(tmp_path, monkeypatch, engine):
+    companies = []
+
+    def counted(pairs, **options):
+        companies.append({learner.engine for learner, _ in pairs} | {len(pairs)})
+        return train_together(pairs, **options)
+
+    monkeypatch.setattr(training, "train_together", counted)
+    with Front(tmp_path) as front:
+        front.ask(*(messages.Create(uid, SPEC, engine) for uid in "ab"), messages.Create("c", SPEC, "torch"))
+        answers = front.ask(train("a", 1.0), train("c", 2.0), train("b", 3.0))
+    assert [answer.value.result.steps for answer in answers] == [5, 5, 5]
+    assert companies == [{engine, 2}, {"torch", 1}]
 
 
 def test_after_a_failure_in_company_each_learns_alone(tmp_path, monkeypatch):

@@ -56,8 +56,10 @@ from cbp_server.store.checkpoints import CheckpointFiles
 _PROGRESS_INTERVAL = 0.25
 #: Newest plasticity samples saved with each checkpoint, so that a restart does not blind its watchers.
 _SAMPLES_SAVED = 100
-#: Learners that share an engine call at most.
+#: Learners that share a call of the stacked engine at most.
 _LARGEST_GROUP = 1024
+#: Learners of a call of compiled code that one thread goes through, one after another; others wait meanwhile.
+_SHARES_OF_A_THREAD = 4
 _SERVICE_KEY = "cbp_server"
 
 log = structlog.get_logger("cbp_server.engine")
@@ -164,9 +166,7 @@ class EngineWorker:
     def _train(self, first: messages.Call) -> None:
         """Learns a batch, or the next part of one that has begun, together with batches of other learners that wait
         and can share an engine call with it; answers those that are finished."""
-        calls = [first]
-        if self._gains_from_company(first.request.learner):
-            calls += self._inbox.take_company(first, self._gains_from_company, _LARGEST_GROUP - 1)
+        calls = [first, *self._company(first)]
         under_way: list[tuple[messages.Call, TrainingJob]] = []
         for call in calls:
             try:
@@ -187,9 +187,21 @@ class EngineWorker:
             job.seconds += seconds
             self._settle(call, job, stopped=stopped)
 
-    def _gains_from_company(self, uid: str) -> bool:
+    def _company(self, first: messages.Call) -> list[messages.Call]:
+        """Batches of other learners that gain from sharing a call with this one."""
+        engine = self._shared_engine(first.request.learner)
+        if engine == "stacked":
+            most = _LARGEST_GROUP - 1
+        elif engine == "compiled" and torch.get_num_threads() > 1:
+            most = _SHARES_OF_A_THREAD * torch.get_num_threads() - 1
+        else:
+            return []
+        return self._inbox.take_company(first, lambda uid: self._shared_engine(uid) == engine, most)
+
+    def _shared_engine(self, uid: str) -> EngineName | None:
+        """The engine whose calls the learner may share with others."""
         hosted = self._hosted.get(uid)
-        return hosted is not None and uid not in self._loners and hosted.learner.engine == "stacked"
+        return None if hosted is None or uid in self._loners else hosted.learner.engine
 
     def _job(self, request: messages.Train) -> TrainingJob:
         job = self._begun.pop(request.learner, None)
