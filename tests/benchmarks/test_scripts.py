@@ -19,7 +19,7 @@ SCRIPTS = {
     "durability": ["--quick", "--part", "ingest"],
 }
 #: Too long, even so, to be run with every change.
-LONG = {"service_latency", "many_learners", "durability"}
+LONG = {"service_throughput", "service_latency", "many_learners", "durability"}
 #: Started by others.
 HELPERS = {"echo"}
 

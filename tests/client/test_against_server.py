@@ -167,7 +167,7 @@ def test_rejections_in_a_full_pipeline_change_nothing(client: Client, learner: L
     np.testing.assert_array_equal(outputs_after(learner), outputs_after(twin))
 
 
-@pytest.mark.parametrize("way", ["stop", "kill"])
+@pytest.mark.parametrize("way", [pytest.param("stop", marks=pytest.mark.torture), "kill"])
 def test_a_restarted_server_ends_up_where_an_undisturbed_one_does(
     start_server: Callable[..., Server], learner: Learner, way: str
 ) -> None:

@@ -502,6 +502,7 @@ def patch(tmp_path, monkeypatch, code):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
 
 
+@pytest.mark.torture
 def test_a_batch_that_the_engine_dies_of_is_found_whenever_it_is_replayed(
     start_server, connect, small_spec, examples, tmp_path, monkeypatch
 ):
