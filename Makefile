@@ -25,7 +25,7 @@ demo: .venv/installed ## stream digits to three learners and plot who keeps lear
 test: .venv/installed ## run the tests, two at a time
 	$(BIN)/pytest -n 2 --dist worksteal
 
-torture: .venv/installed ## kills at every point and power losses, then KILLS kills at random (an hour; SEED=n repeats, POWER=1 cuts the power)
+torture: .venv/installed ## the longer tests: kills at every point, power losses, then KILLS kills at random (an hour; SEED=n repeats, POWER=1 cuts the power)
 	$(BIN)/pytest -m torture
 	PYTHONPATH=tests $(BIN)/python tests/torture.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(if $(POWER),--power)
 
