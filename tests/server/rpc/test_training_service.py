@@ -195,7 +195,7 @@ def test_a_live_update_takes_effect_between_the_batches_around_it(wire, learner_
 
 def test_predictions_come_while_a_long_message_is_being_learnt(wire, learner_id, examples):
     """One message of many steps does not hold predictions up, and each sees a state between two of its steps."""
-    wire.create(learner_id)
+    wire.create(learner_id, monitoring={"interval": 20})  # samples take longer than the steps between them
     probe, _ = examples(1)
     wire.predict(learner_id, probe)
     stream = wire.stream(learner_id)
