@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, cast
@@ -14,17 +14,17 @@ import structlog
 from cbp import Batch, CbpError, EngineName, LearnerSpec, SnapshotError
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
-from cbp_server.errors import BatchNotLearnt, EngineUnavailable, JournalDamaged, ServerDraining
+from cbp_server.errors import BatchNotLearnt, EngineUnavailable, JournalDamaged, NotInEngine, ServerDraining
 from cbp_server.records import Quarantine, SampleRecord
 from cbp_server.storage import Storage
 from cbp_server.store.catalog import StoredLearner
 from cbp_server.store.journal import Entry, EntryKind
 
-#: Entries read and decoded at a time, few because the engine has nothing to do before it has the first ones; and the
-#: most that are under way to the engine meanwhile.
+#: Entries read and decoded at a time, few because the engine has nothing to do before it has the first ones; and how
+#: many such parts are under way to the engine meanwhile.
 _DECODED_AT_ONCE = 64
 _BYTES_AT_ONCE = 4 * 2**20
-_UNDER_WAY = 128
+_PARTS_UNDER_WAY = 4
 _BYTES_UNDER_WAY = 64 * 2**20
 #: Deaths of the engine process while it applied one and the same entry, and nothing else, that convict the entry.
 _DEATHS_THAT_CONVICT = 3
@@ -145,6 +145,8 @@ class Recovery:
                 report = await self.replay(stored, uid, report, last, carefully=carefully)
                 await self._check_whole(uid, report, last)
                 break
+            except NotInEngine:  # lost with others that it shared an engine call with; it goes on alone
+                in_engine = False
             except BatchNotLearnt as failure:
                 in_engine = False
                 quarantine = failure.quarantine(failure.position)
@@ -216,13 +218,12 @@ class Recovery:
         storage, started, told = self._storage, time.monotonic(), time.monotonic()
         if restores := await storage.run(storage.journal.restores, stored.uid, report.journal_position, last):
             report = await self._restored(stored, uid, report, restores[-1])  # whatever lies before it
-        replaying = _Replaying(self, stored, uid, report, 1 if carefully else _UNDER_WAY)
+        replaying = _Replaying(self, stored, uid, report, carefully=carefully)
         resumes = await storage.run(storage.journal.resumes, stored.uid, report.journal_position)
         replaying.resumptions = [Resumption.from_payload(entry.payload) for entry in resumes]
         entries = storage.journal.read(stored.uid, report.journal_position, last)
         while chunk := await storage.run(self._decoded, entries, report.spec):
-            for entry, batch in chunk:
-                await replaying.apply(entry, batch)
+            await replaying.apply(chunk)
             if time.monotonic() - told > _PROGRESS_SECONDS:
                 told = time.monotonic()
                 log.info("replaying the journal", learner=stored.learner_id, entries=replaying.applied)
@@ -312,64 +313,87 @@ class Recovery:
 
 
 class _Replaying:
-    """One replay under way."""
+    """One replay under way.
+
+    Args:
+        carefully: one entry at a time, so that it is known which one the engine process dies of.
+    """
 
     def __init__(
-        self, recovery: Recovery, stored: StoredLearner, uid: str, report: messages.LearnerReport, most_under_way: int
+        self, recovery: Recovery, stored: StoredLearner, uid: str, report: messages.LearnerReport, *, carefully: bool
     ) -> None:
         self._recovery = recovery
         self._engine = recovery._engine
         self._stored = stored
         self._uid = uid
         self._spec = report.spec
-        self._most_under_way = most_under_way
-        self._under_way: deque[tuple[Entry, asyncio.Future[Any]]] = deque()
+        self._carefully = carefully
+        self._part: list[tuple[Entry, messages.Change[Any]]] = []  # what goes to the engine next, together
+        self._under_way: deque[tuple[Sequence[Entry], asyncio.Future[Mapping[int, Exception]]]] = deque()
         self._bytes_under_way = 0
         self.resumptions: list[Resumption] = []
         self.applied = 0
 
-    async def apply(self, entry: Entry, batch: Batch | None) -> None:
-        resumptions = [resumption for resumption in self.resumptions if resumption.at == entry.position]
-        for resumption in resumptions:
-            await self._revise(resumption)
-        skip = any(resumption.skip for resumption in resumptions)
-        self._bytes_under_way += len(entry.payload)
-        self._under_way.append((entry, self._engine.submit(self._request(entry, batch, skip=skip))))
-        self.applied += 1
-        while len(self._under_way) >= self._most_under_way or self._bytes_under_way > _BYTES_UNDER_WAY:
+    async def apply(self, chunk: Sequence[tuple[Entry, Batch | None]]) -> None:
+        """Has the engine apply these entries, while the caller gets the next ones."""
+        for entry, batch in chunk:
+            resumptions = [resumption for resumption in self.resumptions if resumption.at == entry.position]
+            for resumption in resumptions:
+                await self._revise(resumption)
+            skip = any(resumption.skip for resumption in resumptions)
+            self._part.append((entry, self._request(entry, batch, skip=skip)))
+            if self._carefully:
+                await self.finish()
+        self._send_part()
+        while self._bytes_under_way > _BYTES_UNDER_WAY or len(self._under_way) > _PARTS_UNDER_WAY:
             await self._settle_oldest()
 
     async def finish(self) -> None:
         """Returns when everything has been applied."""
+        self._send_part()
         while self._under_way:
             await self._settle_oldest()
 
+    def _send_part(self) -> None:
+        if not self._part:
+            return
+        part, self._part = self._part, []
+        entries = [entry for entry, _ in part]
+        self._under_way.append((entries, self._engine.submit_all([change for _, change in part])))
+        self._bytes_under_way += _size_bytes(entries)
+        self.applied += len(entries)
+
     async def _settle_oldest(self) -> None:
-        entry, answer = self._under_way[0]
+        entries, outcome = self._under_way[0]
         try:
-            await answer
+            failures = await outcome
+            for index in sorted(failures):
+                self._take_failure(entries[index], failures[index])
         except EngineUnavailable:
             self._abandon()
-            if self._most_under_way == 1 and self._recovery.engine_died_at(self._uid, entry.position):
+            entry = entries[0]
+            if self._carefully and self._recovery.engine_died_at(self._uid, entry.position):
                 raise BatchNotLearnt(
                     entry.position, entry.producer or "", entry.sequence or 0, "the engine process ended at it"
                 ) from None
             raise
-        except (BatchNotLearnt, ServerDraining):
+        except CbpError:
             self._abandon()
             raise
-        except CbpError as error:
-            if entry.kind is EntryKind.BATCH:
-                self._abandon()
-                raise JournalDamaged(self._stored.uid, entry.position) from error
-            log.info("entry without effect", learner=self._stored.learner_id, kind=entry.kind, error=str(error))
         self._under_way.popleft()
-        self._bytes_under_way -= len(entry.payload)
+        self._bytes_under_way -= _size_bytes(entries)
+
+    def _take_failure(self, entry: Entry, error: Exception) -> None:
+        if isinstance(error, BatchNotLearnt | NotInEngine | ServerDraining) or not isinstance(error, CbpError):
+            raise error
+        if entry.kind is EntryKind.BATCH:
+            raise JournalDamaged(self._stored.uid, entry.position) from error
+        log.info("entry without effect", learner=self._stored.learner_id, kind=entry.kind, error=str(error))
 
     def _abandon(self) -> None:
         """Nobody waits for what is still under way."""
-        for _, answer in self._under_way:
-            answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        for _, outcome in self._under_way:
+            outcome.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._under_way.clear()
 
     async def _revise(self, resumption: Resumption) -> None:
@@ -400,6 +424,10 @@ class _Replaying:
                 return messages.ResetUnits(uid, position, tuple(plain["layers"]), plain["fraction"])
             case _:
                 return messages.Pass(uid, position)
+
+
+def _size_bytes(entries: Sequence[Entry]) -> int:
+    return sum(len(entry.payload) for entry in entries)
 
 
 def with_learning_rate(spec: LearnerSpec, lr: float) -> LearnerSpec:

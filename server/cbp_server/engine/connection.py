@@ -6,17 +6,21 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
-from cbp_server.engine.frames import FrameReader, Parts, encode_frame
+from cbp_server.engine.frames import FrameReader, encode_frame
 
 #: What the kernel may hold on its way to the engine, so that a message of examples goes in one piece.
 _KERNEL_BYTES = 2 * 2**20
 #: Bounds of what is sent at a time: small frames go together, and urgent ones wait for no more than this.
 _SENT_BYTES = 256 * 1024
 _SENT_PARTS = 256
+#: Messages of one frame.
+_MOST_TOGETHER = 32
 
 
 class EngineConnection:
-    """Sends frames and receives them, on the event loop that it was made on.
+    """Sends messages in frames and receives them, on the event loop that it was made on.
+
+    Each frame is a list of messages: one of several costs both ends less than several of one.
 
     Args:
         connection: owned by this object from now on.
@@ -28,8 +32,8 @@ class EngineConnection:
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
         self._reader = FrameReader()
-        self._urgent: deque[Parts] = deque()
-        self._waiting: deque[Parts] = deque()
+        self._urgent: deque[tuple[object, int]] = deque()  # messages and their bytes
+        self._waiting: deque[tuple[object, int]] = deque()
         self._parts: deque[memoryview] = deque()  # being sent
         self._send_due = False
         self._blocked = False  # the kernel takes no more for now
@@ -38,12 +42,15 @@ class EngineConnection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BYTES)
         self._loop.add_reader(connection, self._receive)
 
-    def send(self, message: object, *, urgent: bool = False) -> None:
+    def send(self, message: object, size_bytes: int = 0, *, urgent: bool = False) -> None:
         """Sends the message behind all others, or before those whose sending has not begun.
 
-        Arrays in it must not change any more. Lost if the other end has gone, as `wait_closed` then says.
+        Nothing in it may change any more. Lost if the other end has gone, as `wait_closed` then says.
+
+        Args:
+            size_bytes: of the arrays in it, about.
         """
-        (self._urgent if urgent else self._waiting).append(encode_frame(message))
+        (self._urgent if urgent else self._waiting).append((message, size_bytes))
         if not (self._send_due or self._blocked):
             self._send_due = True
             self._loop.call_soon(self._send)  # together with what else is sent in this turn of the loop
@@ -77,7 +84,13 @@ class EngineConnection:
     def _gather(self) -> None:
         size = sum(map(len, self._parts))
         while size < _SENT_BYTES and (queue := self._urgent or self._waiting):
-            parts = queue.popleft()
+            together: list[object] = []
+            carried = 0
+            while queue and size + carried < _SENT_BYTES and len(together) < _MOST_TOGETHER:
+                message, size_bytes = queue.popleft()
+                together.append(message)
+                carried += size_bytes
+            parts = encode_frame(together)
             self._parts.extend(parts)
             size += sum(map(len, parts))
 
@@ -100,8 +113,9 @@ class EngineConnection:
             self._end(None)
             return
         try:
-            for message in self._reader.received(count):
-                self._on_message(message)
+            for messages in self._reader.received(count):
+                for message in messages:
+                    self._on_message(message)
         except Exception as error:
             self._end(error)
 

@@ -1,4 +1,5 @@
-"""Messages on the socket between front and engine: pickled, with large arrays behind them as they lie in memory.
+"""Frames on the socket between front and engine: lists of messages, pickled, with large arrays behind them as they
+lie in memory.
 
     header | lengths of the arrays | pickle | padding, array | padding, array …
 
@@ -8,8 +9,10 @@ arrays are then parts: neither end copies them.
 
 import pickle
 import struct
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias, cast
+
+import numpy as np
 
 #: Parts of a frame, to be sent in this order.
 Parts: TypeAlias = list[memoryview]
@@ -25,8 +28,8 @@ _PADDING = bytes(_ALIGNMENT)
 _RECEIVED_AT_ONCE = 256 * 1024
 
 
-def encode_frame(message: object) -> Parts:
-    """`message`, whose arrays must not change until its parts are sent."""
+def encode_frame(messages: Sequence[object]) -> Parts:
+    """A frame of these messages, whose arrays must not change until its parts are sent."""
     arrays: list[memoryview] = []
 
     def is_small(buffer: pickle.PickleBuffer) -> bool:
@@ -36,7 +39,7 @@ def encode_frame(message: object) -> Parts:
         arrays.append(data)
         return False
 
-    payload = pickle.dumps(message, protocol=5, buffer_callback=is_small)
+    payload = pickle.dumps(list(messages), protocol=5, buffer_callback=is_small)
     lengths = b"".join(_LENGTH.pack(array.nbytes) for array in arrays)
     end = _HEADER.size + len(lengths) + len(payload)
     parts: Parts = []
@@ -51,7 +54,7 @@ def encode_frame(message: object) -> Parts:
 
 
 class FrameReader:
-    """Cuts what is received into messages.
+    """Cuts what is received into frames.
 
     Usage: receive into `space()`, then take what `received(count)` gives.
     """
@@ -73,8 +76,8 @@ class FrameReader:
             return self._large[len(self._large) - self._missing :]
         return self._ahead[self._filled :]
 
-    def received(self, count: int) -> Iterator[object]:
-        """The messages that are whole now that `count` bytes more are there; to be exhausted before the next ones."""
+    def received(self, count: int) -> Iterator[list[object]]:
+        """The messages of each frame that is whole with these `count` bytes; to be exhausted before the next ones."""
         if self._large is None:
             self._filled += count
             yield from self._cut()
@@ -84,7 +87,7 @@ class FrameReader:
             frame, self._large = self._large, None
             yield _decoded(frame)
 
-    def _cut(self) -> Iterator[object]:
+    def _cut(self) -> Iterator[list[object]]:
         start = 0
         while (rest := self._filled - start) >= _HEADER.size:
             size = _HEADER.size + _HEADER.unpack_from(self._ahead, start)[0]
@@ -94,7 +97,7 @@ class FrameReader:
                 start += size
                 continue
             if size > len(self._ahead):
-                self._large, self._missing = memoryview(bytearray(size)), size - rest
+                self._large, self._missing = np.empty(size, np.uint8).data, size - rest
                 self._large[:rest] = self._ahead[start : self._filled]
                 start = self._filled
             break
@@ -104,8 +107,8 @@ class FrameReader:
         self._filled = len(left)
 
 
-def _decoded(frame: memoryview) -> object:
-    """The message in a whole frame, which came from the other end of this process's own socket pair."""
+def _decoded(frame: memoryview) -> list[object]:
+    """The messages in a whole frame, which came from the other end of this process's own socket pair."""
     _, payload_bytes, count = _HEADER.unpack_from(frame)
     start = _HEADER.size + count * _LENGTH.size
     payload = frame[start : start + payload_bytes]
@@ -116,4 +119,4 @@ def _decoded(frame: memoryview) -> object:
         end += -end % _ALIGNMENT
         arrays.append(frame[end : end + length])
         end += length
-    return pickle.loads(payload, buffers=arrays)
+    return cast(list[object], pickle.loads(payload, buffers=arrays))

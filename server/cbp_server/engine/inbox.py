@@ -33,20 +33,24 @@ class Inbox:
         #: Set from the moment that training is to be given up.
         self.aborting = False
 
-    def put(self, call: Call) -> None:
+    def put(self, *calls: Call) -> None:
         with self._condition:
-            match call.request:
-                case Predict():
-                    self._predictions.append(call)
-                case AbortTraining():
-                    self.aborting = True
-                    self._drop_training()
-                    self._urgent.append(call)
-                case Checkpoint(learner=learner):
-                    self._queue(learner).insert(learner in self._begun, call)
-                case request:
-                    self._queue(request.learner).append(call)
+            for call in calls:
+                self._put(call)
             self._condition.notify()
+
+    def _put(self, call: Call) -> None:
+        match call.request:
+            case Predict():
+                self._predictions.append(call)
+            case AbortTraining():
+                self.aborting = True
+                self._drop_training()
+                self._urgent.append(call)
+            case Checkpoint(learner=learner):
+                self._queue(learner).insert(learner in self._begun, call)
+            case request:
+                self._queue(request.learner).append(call)
 
     def put_back(self, call: Call) -> None:
         """Returns a request that is half done: first of its learner's, when the others have had their turns."""
@@ -104,6 +108,11 @@ class Inbox:
         with self._condition:
             dropped, self._dropped = self._dropped, []
             return dropped
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits, so that `take` would."""
+        return not (self._turns or self._predictions or self._urgent)
 
     def has_turns(self) -> bool:
         """Whether anybody waits for a turn, or the training under way is to be given up."""

@@ -49,8 +49,8 @@ class Position:
 
     def advance(self, epoch: int, sequence: int, payload_hash: str) -> "Position":
         """The position after one more batch."""
-        hashes = (*self.hashes, (sequence, payload_hash))[-HASHES_KEPT:]
-        return replace(self, epoch=epoch, sequence=sequence, hashes=hashes)
+        hashes = (*self.hashes[-HASHES_KEPT + 1 :], (sequence, payload_hash))
+        return Position(epoch, sequence, hashes, self.stream_id)
 
 
 # -- answers --
@@ -107,7 +107,6 @@ class TrainReport:
 
     result: TrainResult
     step: int  # the learner's, after the batch
-    seconds: float
     samples: tuple[SampleRecord, ...]
     progress: LearnerProgress | None  # left out while more batches wait and the last report is recent
 
@@ -134,6 +133,11 @@ class Request(Generic[AnswerT_co]):
     """A call that is answered with an `AnswerT_co` or an exception."""
 
     learner: str  # uid
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the arrays in it."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,10 @@ class Train(Change[TrainReport]):
     return_outputs: bool
     journaled: bool = True  # otherwise journal_position is that of the entry before it
 
+    @property
+    def size_bytes(self) -> int:
+        return self.batch.features.nbytes + self.batch.targets.nbytes
+
 
 @dataclass(frozen=True)
 class Skip(Change[None]):
@@ -296,6 +304,10 @@ class Predict(Request[PredictReport]):
 
     features: NDArray[np.generic]
 
+    @property
+    def size_bytes(self) -> int:
+        return self.features.nbytes
+
 
 @dataclass(frozen=True)
 class Sample(Request[SampleRecord]):
@@ -316,6 +328,7 @@ class Call:
 
     number: int
     request: Request[object]
+    quiet: bool = False  # answered only if it fails
 
 
 @dataclass(frozen=True)
@@ -325,3 +338,12 @@ class Answer:
     number: int
     value: object = None
     error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the engine process has to say at a time, and what it has done since it spoke before."""
+
+    answers: tuple[Answer, ...]
+    train_seconds: float = 0.0  # spent in steps
+    steps: int = 0

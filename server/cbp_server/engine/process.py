@@ -5,7 +5,7 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
@@ -49,6 +49,7 @@ class EngineProcess:
         self._up = False  # the process takes requests
         self._announcing: asyncio.Task[None] | None = None
         self._waiting: dict[int, asyncio.Future[object]] = {}
+        self._failures: dict[int, tuple[dict[int, Exception], int]] = {}  # where to note them, of calls in a sequence
         self._next_number = 0
         self._device = options.device
         self._was_ready = False  # once
@@ -100,14 +101,51 @@ class EngineProcess:
         what the engine raised, a `CbpError`.
         """
         answer: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
-        if self._connection is None or not self._up:
+        if not self._up:
             answer.set_exception(EngineUnavailable())
-            return answer
+        else:
+            self._waiting[self._send(request)] = cast("asyncio.Future[object]", answer)
+        return answer
+
+    def submit_all(self, changes: Sequence[messages.Change[object]]) -> "asyncio.Future[Mapping[int, Exception]]":
+        """Sends changes of one learner, whose answers do not matter; completes when all have been carried out.
+
+        The result says what failed, by index in `changes`. Fails with `EngineUnavailable` as `submit` does.
+        """
+        outcome: asyncio.Future[Mapping[int, Exception]] = asyncio.get_running_loop().create_future()
+        if not self._up:
+            outcome.set_exception(EngineUnavailable())
+            return outcome
+        failures: dict[int, Exception] = {}
+        *others, last = range(len(changes))
+        numbers = [self._send(changes[index], quiet=True) for index in others]
+        self._failures |= {number: (failures, index) for index, number in enumerate(numbers)}
+        answered = self.submit(changes[last])
+
+        def settle(answered: "asyncio.Future[object]") -> None:
+            for number in numbers:
+                del self._failures[number]
+            error = answered.exception()
+            if outcome.done():
+                return
+            if isinstance(error, EngineUnavailable):
+                outcome.set_exception(error)
+                return
+            if error is not None:
+                failures[last] = cast(Exception, error)
+            outcome.set_result(failures)
+
+        answered.add_done_callback(settle)
+        return outcome
+
+    def _send(self, request: messages.Request[object], *, quiet: bool = False) -> int:
+        """The call's number."""
         number = self._next_number
         self._next_number += 1
-        self._waiting[number] = cast("asyncio.Future[object]", answer)
-        self._connection.send(messages.Call(number, request), urgent=isinstance(request, messages.Predict))
-        return answer
+        assert self._connection is not None
+        call = messages.Call(number, request, quiet)
+        self._connection.send(call, request.size_bytes, urgent=isinstance(request, messages.Predict))
+        return number
 
     async def call(self, request: messages.Request[AnswerT]) -> AnswerT:
         """The engine's answer; raises what the future of `submit` would fail with."""
@@ -167,8 +205,12 @@ class EngineProcess:
             self._up = self._was_ready = True
             log.info("engine process ready", pid=self.pid, device=message.device)
             self._announcing = asyncio.create_task(self._announce(message, first_up))
-        else:
-            self._settle(cast(messages.Answer, message))
+            return
+        news = cast(messages.Answers, message)
+        self._train_seconds += news.train_seconds
+        self._steps += news.steps
+        for answer in news.answers:
+            self._settle(answer)
 
     async def _announce(self, ready: messages.EngineReady, first_up: asyncio.Future[None]) -> None:
         try:
@@ -184,9 +226,10 @@ class EngineProcess:
             first_up.set_result(None)
 
     def _settle(self, answer: messages.Answer) -> None:
-        if isinstance(answer.value, messages.TrainReport):
-            self._train_seconds += answer.value.seconds
-            self._steps += answer.value.result.steps
+        if (part := self._failures.get(answer.number)) is not None and answer.error is not None:
+            failures, index = part
+            failures[index] = answer.error
+            return
         waiting = self._waiting.pop(answer.number, None)
         if waiting is None or waiting.done():
             return  # the caller has gone

@@ -5,7 +5,7 @@ Slices are cut by the learner's spec alone, so a batch is learnt in the same way
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +15,8 @@ from cbp import Batch, DivergenceError, Learner, LearnerSpec, TrainResult, train
 #: Multiplications of one slice, about; some 30 ms on one core.
 _SLICE_WORK = 2e8
 _MOST_STEPS = 512
+#: Multiplications that take some 0.3 ms.
+_SHORT_WORK = 2e6
 
 
 class StopTrainingError(Exception):
@@ -26,16 +28,15 @@ class TrainingJob:
 
     Attributes:
         failure: why the batch cannot be learnt; the learner is in no defined state then.
-        seconds: spent on it so far.
     """
 
-    def __init__(self, learner: Learner, batch: Batch, *, return_outputs: bool) -> None:
+    def __init__(self, learner: Learner, batch: Batch, pace: "Pace", *, return_outputs: bool) -> None:
         self.learner = learner
         self.return_outputs = return_outputs
         self.failure: DivergenceError | None = None
-        self.seconds = 0.0
         self._batch = batch
-        self._slice = _slice_examples(learner.spec) or len(batch)
+        self._pace = pace
+        self._slice = pace.slice_examples or len(batch)
         self._taken = 0  # examples, up to the end of the slice that was handed out last
         self._learnt = 0
         self._results: list[TrainResult] = []
@@ -44,9 +45,19 @@ class TrainingJob:
     def finished(self) -> bool:
         return self._learnt == len(self._batch)
 
+    @property
+    def is_short(self) -> bool:
+        """Whether the next slice takes well below a millisecond."""
+        return min(self._slice, len(self._batch) - self._taken) * self._pace.example_work < _SHORT_WORK
+
+    @property
+    def steps(self) -> int:
+        """Taken so far."""
+        return sum(result.steps for result in self._results)
+
     def give_up(self) -> None:
         """Leaves the examples that have not been learnt waiting in the learner."""
-        if self._taken < len(self._batch):
+        if self.failure is None and self._taken < len(self._batch):
             with suppress(StopTrainingError):  # after one step; the others wait
                 self.learner.train(self._take(len(self._batch)), between_steps=_stop)
 
@@ -65,10 +76,21 @@ class TrainingJob:
             self._results.append(result)
             self._learnt = self._taken
 
+    def learn_alone(self, between_steps: Callable[[], None]) -> None:
+        """`next_slice` and `learnt` in one, for less."""
+        try:
+            self.learnt(
+                self.learner.train(self.next_slice(), return_outputs=self.return_outputs, between_steps=between_steps)
+            )
+        except DivergenceError as divergence:
+            self.learnt(divergence)
+
     def _take(self, end: int) -> Batch:
-        rows = slice(self._taken, end)
-        self._taken = min(end, len(self._batch))
         batch = self._batch
+        rows = slice(self._taken, end)
+        self._taken = min(end, len(batch))
+        if rows.start == 0 and self._taken == len(batch):
+            return batch
         weights = None if batch.weights is None else batch.weights[rows]
         return Batch(features=batch.features[rows], targets=batch.targets[rows], weights=weights, task=batch.task)
 
@@ -82,6 +104,9 @@ def run_slices(jobs: Sequence[TrainingJob], between_steps: Callable[[], None]) -
     Raises:
         StopTrainingError: from between_steps; the examples of these slices that are left wait in their learners.
     """
+    if len(jobs) == 1:
+        jobs[0].learn_alone(between_steps)
+        return
     results = train_together(
         [(job.learner, job.next_slice()) for job in jobs],
         return_outputs=any(job.return_outputs for job in jobs),
@@ -95,20 +120,34 @@ def _stop() -> None:
     raise StopTrainingError
 
 
-def _slice_examples(spec: LearnerSpec) -> int:
-    """Examples of one slice; 0 if a batch is one step and cannot be cut."""
-    if spec.batch_size == 0:
-        return 0
-    widths = [spec.network.in_features, *spec.network.hidden, spec.network.out_features]
-    weights = sum(before * after for before, after in pairwise(widths))
-    steps = _SLICE_WORK / (weights * spec.batch_size)
-    return int(min(max(steps, 1), _MOST_STEPS)) * spec.batch_size
+@dataclass(frozen=True)
+class Pace:
+    """How a learner's batches are cut.
+
+    Attributes:
+        example_work: multiplications for one example, forwards.
+        slice_examples: examples of one slice; 0 if a batch is one step and cannot be cut.
+    """
+
+    example_work: int
+    slice_examples: int
+
+    @classmethod
+    def of(cls, spec: LearnerSpec) -> "Pace":
+        """What no update of a learner changes."""
+        widths = [spec.network.in_features, *spec.network.hidden, spec.network.out_features]
+        weights = sum(before * after for before, after in pairwise(widths))
+        if spec.batch_size == 0:
+            return cls(weights, 0)
+        steps = _SLICE_WORK / (weights * spec.batch_size)
+        return cls(weights, int(min(max(steps, 1), _MOST_STEPS)) * spec.batch_size)
 
 
 def _joined(results: Sequence[TrainResult], *, return_outputs: bool) -> TrainResult:
-    outputs = [result.outputs for result in results if result.outputs is not None] if return_outputs else []
     if len(results) == 1:
-        return replace(results[0], outputs=outputs[0] if outputs else None)
+        alone = results[0]
+        return alone if return_outputs or alone.outputs is None else replace(alone, outputs=None)
+    outputs = [result.outputs for result in results if result.outputs is not None] if return_outputs else []
     return TrainResult(
         steps=sum(result.steps for result in results),
         first_step=results[0].first_step,

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -35,9 +35,10 @@ from cbp import (
 from cbp_server.engine import messages
 from cbp_server.engine.frames import FrameReader, encode_frame
 from cbp_server.engine.inbox import Inbox
+from cbp_server.engine.outbox import Outbox
 from cbp_server.engine.preparation import Preparation
 from cbp_server.engine.spares import SpareSnapshots
-from cbp_server.engine.training import StopTrainingError, TrainingJob, run_slices
+from cbp_server.engine.training import Pace, StopTrainingError, TrainingJob, run_slices
 from cbp_server.errors import (
     BatchNotLearnt,
     CheckpointFailed,
@@ -75,6 +76,10 @@ class HostedLearner:
     journal_position: int = 0
     samples: deque[SampleRecord] = field(default_factory=lambda: deque(maxlen=_SAMPLES_SAVED))
     reported_at: float = 0.0  # monotonic seconds
+    pace: Pace = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pace = Pace.of(self.learner.spec)
 
     def applied(self, change: messages.Change[object]) -> None:
         """The learner contains this entry of the journal now."""
@@ -83,8 +88,10 @@ class HostedLearner:
     def position(self, producer: str) -> messages.Position:
         return self.positions.get(producer, messages.Position())
 
-    def stamp(self, samples: Iterable[PlasticitySample]) -> tuple[SampleRecord, ...]:
+    def stamp(self, samples: Sequence[PlasticitySample]) -> tuple[SampleRecord, ...]:
         """The samples with the present time, kept for the next checkpoint."""
+        if not samples:
+            return ()
         now = datetime.now(UTC)
         stamped = tuple(SampleRecord(sample, now) for sample in samples)
         self.samples.extend(stamped)
@@ -106,18 +113,16 @@ class EngineWorker:
     """Carries out requests on the learners of one device.
 
     Args:
-        answer: takes each answer; called from more than one thread.
+        send: takes what there is to say; called from more than one thread, one call at a time.
     """
 
-    def __init__(
-        self, options: messages.EngineOptions, inbox: Inbox, answer: Callable[[messages.Answer], None]
-    ) -> None:
+    def __init__(self, options: messages.EngineOptions, inbox: Inbox, send: Callable[[messages.Answers], None]) -> None:
         self._device = _resolve_device(options.device)
         self._preparation = _preparation(options.engine, self._device)
         self._files = CheckpointFiles(options.checkpoint_url)
         self._spares = SpareSnapshots()
         self._inbox = inbox
-        self._answer = answer
+        self._outbox = Outbox(send)
         self._hosted: dict[str, HostedLearner] = {}
         self._begun: dict[str, TrainingJob] = {}  # by learner: batches between two slices
         self._loners: set[str] = set()  # learners that a call failed with which they shared
@@ -130,7 +135,11 @@ class EngineWorker:
 
     def run(self) -> None:
         """Carries out requests until the inbox closes, then finishes the checkpoints under way."""
-        while (call := self._inbox.take()) is not None:
+        while True:
+            if self._inbox.empty:
+                self._outbox.flush()
+            if (call := self._inbox.take()) is None:
+                break
             self._carry_out(call)
         self._writer.shutdown(wait=True)
 
@@ -157,9 +166,15 @@ class EngineWorker:
 
     def _reply(self, call: messages.Call, action: Callable[[], object]) -> None:
         try:
-            self._answer(messages.Answer(call.number, value=action()))
+            value = action()
         except Exception as error:
-            self._answer(messages.Answer(call.number, error=_for_front(error, call)))
+            self._outbox.put(messages.Answer(call.number, error=_for_front(error, call)))
+            return
+        if not call.quiet:
+            self._outbox.put(messages.Answer(call.number, value=value))
+
+    def _fail(self, call: messages.Call, error: Exception) -> None:
+        self._outbox.put(messages.Answer(call.number, error=error))
 
     # -- learning and predicting --
 
@@ -172,19 +187,21 @@ class EngineWorker:
             try:
                 under_way.append((call, self._job(cast(messages.Train, call.request))))
             except CbpError as error:  # nothing has changed
-                self._answer(messages.Answer(call.number, error=error))
+                self._fail(call, error)
         if not under_way:
             return
         jobs = [job for _, job in under_way]
+        if not all(job.is_short for job in jobs):
+            self._outbox.flush()
+        steps_before = sum(job.steps for job in jobs)
         started = time.perf_counter()
         try:
             stopped = self._run_or_give_up(jobs)
         except Exception as error:
             self._lose([call for call, _ in under_way], error)
             return
-        seconds = (time.perf_counter() - started) / len(jobs)
+        self._outbox.count(time.perf_counter() - started, sum(job.steps for job in jobs) - steps_before)
         for call, job in under_way:
-            job.seconds += seconds
             self._settle(call, job, stopped=stopped)
 
     def _company(self, first: messages.Call) -> list[messages.Call]:
@@ -209,7 +226,7 @@ class EngineWorker:
             hosted = self._get(request.learner)
             _check_order(hosted, request.journal_position - request.journaled)
             _check_sequence(hosted, request)
-            job = TrainingJob(hosted.learner, request.batch, return_outputs=request.return_outputs)
+            job = TrainingJob(hosted.learner, request.batch, hosted.pace, return_outputs=request.return_outputs)
         return job
 
     def _lose(self, calls: Sequence[messages.Call], error: Exception) -> None:
@@ -218,10 +235,10 @@ class EngineWorker:
             request = cast(messages.Train, call.request)
             del self._hosted[request.learner]
             if len(calls) == 1:
-                self._answer(messages.Answer(call.number, error=_not_learnt(error, request)))
+                self._fail(call, _not_learnt(error, request))
             else:  # whose batch it was shows when each is learnt again, alone
                 self._loners.add(request.learner)
-                self._answer(messages.Answer(call.number, error=NotInEngine()))
+                self._fail(call, NotInEngine())
         if len(calls) > 1:
             log.exception("training failed half-way", learners=len(calls), exc_info=error)
 
@@ -231,9 +248,9 @@ class EngineWorker:
             self._lose([call], job.failure)
         elif stopped:  # it counts as applied: what is left of it waits in the learner, and is in its last checkpoint
             self._advance(self._get(request.learner), request)
-            self._answer(messages.Answer(call.number, error=ServerDraining()))
+            self._fail(call, ServerDraining())
         elif job.finished:
-            self._reply(call, partial(self._finish, request, job))
+            self._finish(call, request, job)
         else:
             self._begun[request.learner] = job
             self._inbox.put_back(call)
@@ -255,20 +272,24 @@ class EngineWorker:
             if any(job.finished or job.failure for job in jobs) or self._inbox.has_turns():
                 break
             self._answer_predictions()
+            self._outbox.flush_due()
         if self._inbox.aborting and not all(job.finished for job in jobs):
             raise StopTrainingError
 
-    def _finish(self, request: messages.Train, job: TrainingJob) -> messages.TrainReport:
+    def _finish(self, call: messages.Call, request: messages.Train, job: TrainingJob) -> None:
         hosted = self._get(request.learner)
         self._advance(hosted, request)
+        samples = hosted.stamp(hosted.learner.take_samples())
+        if call.quiet:
+            return
         result = job.result()
-        return messages.TrainReport(
+        report = messages.TrainReport(
             result=result,
             step=result.first_step + result.steps - 1,
-            seconds=job.seconds,
-            samples=hosted.stamp(hosted.learner.take_samples()),
+            samples=samples,
             progress=self._due_progress(request.learner, hosted),
         )
+        self._outbox.hold(messages.Answer(call.number, value=report))
 
     def _advance(self, hosted: HostedLearner, request: messages.Train | messages.Skip) -> None:
         position = hosted.position(request.producer)
@@ -308,13 +329,12 @@ class EngineWorker:
 
     def _abort_training(self) -> None:
         for call in self._inbox.take_dropped():
-            self._answer(messages.Answer(call.number, error=ServerDraining()))
+            self._fail(call, ServerDraining())
         # Batches between two slices come up again by themselves, and are given up at the end of one more slice.
 
     def _due_progress(self, uid: str, hosted: HostedLearner) -> LearnerProgress | None:
         now = time.monotonic()
-        waiting = self._inbox.has_training(uid)
-        if waiting and now - hosted.reported_at < _PROGRESS_INTERVAL:
+        if now - hosted.reported_at < _PROGRESS_INTERVAL and self._inbox.has_training(uid):
             return None
         hosted.reported_at = now
         return hosted.learner.progress
@@ -322,6 +342,7 @@ class EngineWorker:
     def _between_steps(self) -> None:
         if self._inbox.aborting:
             raise StopTrainingError
+        self._outbox.flush_due()
         self._answer_predictions()
 
     def _answer_predictions(self) -> None:
@@ -396,7 +417,7 @@ class EngineWorker:
         return name
 
     def _prepared(self, call: messages.Call, compiled: bool) -> None:
-        self._answer(messages.Answer(call.number, value=messages.PrepareReport(compiled)))
+        self._outbox.put(messages.Answer(call.number, value=messages.PrepareReport(compiled)))
 
     def _load(self, request: messages.Load) -> messages.LoadReport:
         try:
@@ -439,7 +460,7 @@ class EngineWorker:
             hosted = self._get(request.learner)
             copy = _Copy(hosted, self._spares.take(hosted.learner.spec))
         except Exception as error:
-            self._answer(messages.Answer(call.number, error=_for_front(error, call)))
+            self._fail(call, _for_front(error, call))
             return
         self._writer.submit(self._reply, call, partial(self._write, request, copy))
 
@@ -466,7 +487,7 @@ class EngineWorker:
         try:
             snapshot = self._get(request.learner).learner.snapshot()
         except Exception as error:
-            self._answer(messages.Answer(call.number, error=_for_front(error, call)))
+            self._fail(call, _for_front(error, call))
             return
         self._writer.submit(self._reply, call, snapshot.to_bytes)
 
@@ -548,8 +569,9 @@ def _preparation(engine: str, device: str) -> Preparation:
     return preparation
 
 
-def _received(connection: socket.socket) -> Iterator[object]:
-    """What the front sends, until it is gone, in whichever way: ended, killed, or cut off within a message."""
+def _received(connection: socket.socket) -> Iterator[list[object]]:
+    """The messages that the front sends, by frame, until it is gone, in whichever way: ended, killed, or cut off within
+    one."""
     reader = FrameReader()
     with contextlib.suppress(OSError):
         # Waiting for all that is certain to come takes the interpreter's lock once, not once for each part.
@@ -557,11 +579,11 @@ def _received(connection: socket.socket) -> Iterator[object]:
             yield from reader.received(count)
 
 
-def _read_calls(received: Iterator[object], inbox: Inbox) -> None:
+def _read_calls(received: Iterator[list[object]], inbox: Inbox) -> None:
     """Fills the inbox until the front is gone."""
     try:
-        for call in received:
-            inbox.put(cast(messages.Call, call))
+        for calls in received:
+            inbox.put(*cast(list[messages.Call], calls))
     finally:
         inbox.close()  # whatever happens here, the process must not live on without its front
 
@@ -574,11 +596,10 @@ def main() -> None:
 
 def _serve(connection: socket.socket) -> None:
     """Carries out the front's requests until it closes the connection."""
-    sending = threading.Lock()
 
     def send(message: object) -> None:
-        with sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody is left to tell
-            for part in encode_frame(message):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody is left to tell
+            for part in encode_frame([message]):
                 connection.sendall(part)
 
     # A supervisor may signal the whole group; this process ends when the front has saved everything and closes.
@@ -586,7 +607,7 @@ def _serve(connection: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
     received = _received(connection)
-    options = next(received, None)
+    options = next(received, [None])[0]
     if not isinstance(options, messages.EngineOptions):  # the front has gone already
         return
     configure_logging(options.log_level, options.log_format)
