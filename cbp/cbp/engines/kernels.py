@@ -95,11 +95,12 @@ class Table(IntEnum):
     """int64 [depth + 2 U]: per layer 1 if its sums are right; the units' incoming sums; their outgoing sums."""
     FINENESS = 35
     """float32, per layer what a magnitude is multiplied by before it is rounded and summed; a power of two."""
-    FEATURES = 36
+    WEIGHTS = 36
+    """Of a message's examples."""
+    FEATURES = 37
     """What `run_each` takes of a message; the number of examples is `EXAMPLES`."""
-    LABELS = 37
-    VALUES = 38
-    WEIGHTS = 39
+    LABELS = 38
+    VALUES = 39
     EXAMPLES = 40
     WIDTHS = 41
     """I, hidden widths, C; to the end of the table."""
@@ -185,7 +186,7 @@ _SMALLEST_INCOMING = np.float32(1e-12)
 _LAST_COUNT = np.float32(2.0**24)
 """Where a float32 count of Adam stops."""
 
-_LARGE = 512
+LARGE = 512
 """A layer is large if it reads so many, and hands on so many if it is not the first."""
 _TOO_LARGE = np.float32(2**30)
 """No multiple of a remembered weight's magnitude."""
@@ -563,13 +564,13 @@ def _skipped_row(row: Floats, columns: Floats) -> Number:
 @as_written
 def is_turned(remembers: int, depth: int, layer: int, before: int, after: int) -> int:
     """1 if the weights of a layer lie [in, out] in memory instead of [out, in]."""
-    return 1 if remembers and 0 < layer < depth - 1 and before >= _LARGE and after >= _LARGE else 0
+    return 1 if remembers and 0 < layer < depth - 1 and before >= LARGE and after >= LARGE else 0
 
 
 @as_written
 def _is_remembered(table: Integers, layer: int) -> int:
     before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
-    if table[_REMEMBERS] and layer == 0 and before >= _LARGE:
+    if table[_REMEMBERS] and layer == 0 and before >= LARGE:
         return 1
     return is_turned(table[_REMEMBERS], table[_DEPTH], layer, before, after)
 
@@ -1167,7 +1168,6 @@ def run(
     features: Floats,
     labels: Integers,
     values: Floats,
-    weights: Floats,
     start: int,
     steps: int,
 ) -> int:
@@ -1176,7 +1176,7 @@ def run(
     Returns how many it took; negative if units are to be replaced now.
 
     features [N, I], of which the examples from `start` on are learned from; labels [N] or values [N, C], the other one
-    empty; weights, at least N. What it counts and adds up over a message goes to where `table` says.
+    empty. Their weights are where `table` says, and there goes what it counts and adds up over a message.
 
     No unit may ripen within these steps: `table` says how many are mature.
     """
@@ -1193,6 +1193,7 @@ def run(
     reals = _row(table[_REALS], _REAL_COUNT)
     outputs = _rows(table[_OUTPUTS], table[_SCORE_ROWS], classes)
     scores = _double_rows(table[_SCORES], 2, table[_SCORE_ROWS])
+    weights = _row(table[_WEIGHTS], len(features))
     tally = _doubles(table[_TALLY], _SUMS)
     if start == 0:
         tally[_LOSS_SUM] = tally[_ACCURACY_SUM] = tally[_FADED_LOSS] = tally[_FADED_ACCURACY] = 0.0
@@ -1328,11 +1329,10 @@ def run(
 
 
 @as_written
-def point_to(table: Integers, features: Floats, labels: Integers, values: Floats, weights: Floats) -> None:
+def point_to(table: Integers, features: Floats, labels: Integers, values: Floats) -> None:
     """Lets `run_each` find what `run` gets."""
-    table[_FEATURES], table[_LABELS] = features.ctypes.data, labels.ctypes.data
-    table[_VALUES], table[_WEIGHTS] = values.ctypes.data, weights.ctypes.data
-    table[_EXAMPLES] = len(features)
+    table[_FEATURES], table[_EXAMPLES] = features.ctypes.data, len(features)
+    table[_LABELS], table[_VALUES] = labels.ctypes.data, values.ctypes.data
 
 
 @as_written
@@ -1351,7 +1351,6 @@ def run_each(tables: Integers, ahead: Integers) -> None:
             _rows(table[_FEATURES], examples, table[_WIDTHS]),
             _integers(table[_LABELS], labels),
             _rows(table[_VALUES], values, table[_WIDTHS + depth]),
-            _row(table[_WEIGHTS], examples),
             ahead[k, 0],
             ahead[k, 1],
         )
