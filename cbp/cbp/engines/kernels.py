@@ -22,6 +22,7 @@ from cbp.engines.products import (
     ROWS_AT_ONCE,
     add_scaled,
     affine,
+    descend_rows,
     gradient_in_tiles,
     gradient_of_rows,
     hand_back,
@@ -933,8 +934,16 @@ def _backward(
                 np.dot(delta.T, layer_input, gradient)
         elif layer:
             back[0, :] = _ZERO
-        first_of_tile = 0
-        for o in range(after):
+        first_of_tile = descended = 0
+        if in_tiles and kind == SGD and not decays:
+            descended = after - after % ROWS_AT_ONCE
+            for o in range(0, descended, ROWS_AT_ONCE):
+                descend_rows(
+                    delta, layer_input, o, weight, reals[_NEGATIVE_LR], incoming, columns if layer else columns[:0]
+                )
+            for o in range(descended):
+                parameter_sum += incoming[o]
+        for o in range(descended, after):
             if in_tiles:
                 if o % ROWS_AT_ONCE == 0:
                     first_of_tile = min(o, after - ROWS_AT_ONCE)

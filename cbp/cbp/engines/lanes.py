@@ -110,6 +110,12 @@ def zeros(_builder: Any) -> Any:
     return ir.Constant(_VECTOR, [0.0] * LANES)
 
 
+@_operation(_LANES, types.float32)
+def fill(builder: Any, number: Any) -> Any:
+    """One number in all lanes."""
+    return _repeated(builder, number, _VECTOR)
+
+
 @_operation(_LANES, types.int64)
 def load(builder: Any, address: Any) -> Any:
     """The sixteen numbers from an address on."""
@@ -155,6 +161,11 @@ def store_fours(builder: Any, address: Any, step: Any, lanes: Any) -> None:
 @_operation(_LANES, _LANES, _LANES)
 def add(builder: Any, first: Any, second: Any) -> Any:
     return builder.fadd(first, second)
+
+
+@_operation(_LANES, _LANES)
+def absolute(builder: Any, lanes: Any) -> Any:
+    return _call(builder, "llvm.fabs.v16f32", _VECTOR, [lanes])
 
 
 @_operation(_LANES, _LANES, _LANES, _LANES)

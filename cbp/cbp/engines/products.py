@@ -17,7 +17,9 @@ from cbp.engines.lanes import (
     LANE_BYTES,
     LANES,
     Lanes,
+    absolute,
     add,
+    fill,
     has_wide_registers,
     load,
     load_first,
@@ -101,6 +103,38 @@ def gradient_of_rows(delta: Floats, inputs: Floats, first: int, gradient: Floats
         gradient.ctypes.data,
         inputs.shape[1],
     )
+
+
+@exactly
+def descend_rows(
+    delta: Floats,
+    inputs: Floats,
+    first: int,
+    weight: Floats,
+    negative_lr: Number,
+    row_sums: Floats,
+    column_sums: Floats,
+) -> None:
+    """Eight rows of weight from `first` on += negative_lr · the same rows of deltaᵀ · inputs.
+
+    row_sums [out] of these rows ← sums of the magnitudes after the update; column_sums [in] += those of the columns,
+    unless there are none.
+    """
+    examples, out = delta.shape
+    into = inputs.shape[1]
+    sums = _descend_eight(
+        delta.ctypes.data + 4 * first,
+        4,
+        4 * out,
+        examples,
+        inputs.ctypes.data,
+        weight.ctypes.data + 4 * first * into,
+        into,
+        fill(negative_lr),
+        column_sums.ctypes.data,
+        len(column_sums) > 0,
+    )
+    store_first(row_sums.ctypes.data + 4 * first, ROWS_AT_ONCE, sums)
 
 
 @in_any_order
@@ -232,25 +266,112 @@ def _eight_rows(factors: int, across: int, along: int, count: int, matrix: int, 
     left = columns % (2 * LANES)
     whole = 4 * (columns - left)
     for at in range(0, whole, 2 * LANE_BYTES):
-        low = high = _eight_zeros()
-        factor, terms = factors, matrix + at
-        for _ in range(count):
-            eight = _eight_factors(factor, across)
-            low = _eight_more(low, eight, load(terms))
-            high = _eight_more(high, eight, load(terms + LANE_BYTES))
-            factor += along
-            terms += row
+        low, high = _wide_sums(factors, across, along, count, matrix + at, row)
         _store_eight(product + at, row, LANES, low)
         _store_eight(product + at + LANE_BYTES, row, LANES, high)
     for at in range(whole, row, LANE_BYTES):
         filled = min((row - at) // 4, LANES)
-        low = _eight_zeros()
-        factor, terms = factors, matrix + at
-        for _ in range(count):
-            low = _eight_more(low, _eight_factors(factor, across), load_first(terms, filled))
-            factor += along
-            terms += row
-        _store_eight(product + at, row, filled, low)
+        _store_eight(product + at, row, filled, _narrow_sums(factors, across, along, count, matrix + at, row, filled))
+
+
+@exactly
+def _descend_eight(
+    factors: int,
+    across: int,
+    along: int,
+    count: int,
+    matrix: int,
+    weights: int,
+    columns: int,
+    rate: Lanes,
+    column_sums: int,
+    gathers: bool,
+) -> Lanes:
+    """weights [8, columns] += rate · product, with the product of `_eight_rows`, which is never stored.
+
+    Returns the rows' sums of magnitudes; those of the columns, if they are gathered, are added to.
+    """
+    row = 4 * columns
+    left = columns % (2 * LANES)
+    whole = 4 * (columns - left)
+    sums = _eight_zeros()
+    for at in range(0, whole, 2 * LANE_BYTES):
+        low, high = _wide_sums(factors, across, along, count, matrix + at, row)
+        sums = _update_eight(weights + at, row, LANES, low, rate, sums, column_sums + at, gathers)
+        after = at + LANE_BYTES
+        sums = _update_eight(weights + after, row, LANES, high, rate, sums, column_sums + after, gathers)
+    for at in range(whole, row, LANE_BYTES):
+        filled = min((row - at) // 4, LANES)
+        low = _narrow_sums(factors, across, along, count, matrix + at, row, filled)
+        sums = _update_eight(weights + at, row, filled, low, rate, sums, column_sums + at, gathers)
+    return sum_each(sums + _eight_zeros())
+
+
+@exactly
+def _update_eight(
+    first: int,
+    row: int,
+    filled: int,
+    slopes: tuple[Lanes, ...],
+    rate: Lanes,
+    sums: tuple[Lanes, ...],
+    column_sums: int,
+    gathers: bool,
+) -> tuple[Lanes, ...]:
+    new = (
+        multiply_add(slopes[0], rate, load_first(first, filled)),
+        multiply_add(slopes[1], rate, load_first(first + row, filled)),
+        multiply_add(slopes[2], rate, load_first(first + 2 * row, filled)),
+        multiply_add(slopes[3], rate, load_first(first + 3 * row, filled)),
+        multiply_add(slopes[4], rate, load_first(first + 4 * row, filled)),
+        multiply_add(slopes[5], rate, load_first(first + 5 * row, filled)),
+        multiply_add(slopes[6], rate, load_first(first + 6 * row, filled)),
+        multiply_add(slopes[7], rate, load_first(first + 7 * row, filled)),
+    )
+    _store_eight(first, row, filled, new)
+    m0, m1, m2, m3 = absolute(new[0]), absolute(new[1]), absolute(new[2]), absolute(new[3])
+    m4, m5, m6, m7 = absolute(new[4]), absolute(new[5]), absolute(new[6]), absolute(new[7])
+    if gathers:
+        eight = add(add(add(m0, m1), add(m2, m3)), add(add(m4, m5), add(m6, m7)))
+        store_first(column_sums, filled, add(load_first(column_sums, filled), eight))
+    return (
+        add(sums[0], m0),
+        add(sums[1], m1),
+        add(sums[2], m2),
+        add(sums[3], m3),
+        add(sums[4], m4),
+        add(sums[5], m5),
+        add(sums[6], m6),
+        add(sums[7], m7),
+    )
+
+
+@exactly
+def _wide_sums(
+    factors: int, across: int, along: int, count: int, matrix: int, row: int
+) -> tuple[tuple[Lanes, ...], tuple[Lanes, ...]]:
+    """Eight rows of the product, 32 columns of them."""
+    low = high = _eight_zeros()
+    for _ in range(count):
+        eight = _eight_factors(factors, across)
+        low = _eight_more(low, eight, load(matrix))
+        high = _eight_more(high, eight, load(matrix + LANE_BYTES))
+        factors += along
+        matrix += row
+    return low, high
+
+
+@exactly
+def _narrow_sums(
+    factors: int, across: int, along: int, count: int, matrix: int, row: int, filled: int
+) -> tuple[Lanes, ...]:
+    """The same for up to 16 columns."""
+    sums = _eight_zeros()
+    for _ in range(count):
+        sums = _eight_more(sums, _eight_factors(factors, across), load_first(matrix, filled))
+        factors += along
+        matrix += row
+    return sums
 
 
 @exactly
