@@ -172,10 +172,12 @@ class Learner:
         self._start(training)
         watched = int(between_steps is not None)
         try:
-            while self._has_steps_left(training):
-                training.work.run(self._next_steps(training, watched))
+            steps = self._next_steps(training, watched)
+            while steps:
+                training.work.run(steps)
                 self._after_steps(training, between_steps)
-                if between_steps is not None and self._has_steps_left(training):
+                steps = self._next_steps(training, watched)
+                if steps and between_steps is not None:
                     between_steps()
         finally:
             result = self._finish(training, return_outputs)
@@ -206,10 +208,10 @@ class Learner:
 
     def _next_steps(self, training: Training, watched: int) -> int:
         """Steps up to the next plasticity sample, or to the end; fewer if somebody watches so many learners that run
-        together."""
+        together; 0 at the end."""
         step, interval = self._state.steps[0], self._interval
         steps = training.last_step - step
-        if interval:
+        if interval and steps:
             steps = min(steps, interval - step % interval)
         return min(steps, self._engine.steps_between_calls(training.step_size, watched)) if watched else steps
 
@@ -224,11 +226,12 @@ class Learner:
         """Accounts for the steps taken; the examples of the others wait. Raises `DivergenceError`."""
         self._training = False
         first_step, step_size = training.steps_before + 1, training.step_size
-        steps = self._state.steps[0] - training.steps_before
+        last_step = self._state.steps[0]
+        steps = last_step - training.steps_before
         applied = steps * step_size
         self._examples = training.examples_before + applied
         tasks = training.due.tasks
-        if self._has_steps_left(training):
+        if last_step < training.last_step:
             learned, rest = training.due.split_at(applied)
             tasks = learned.tasks
             self._pending = rest.followed_by(self._pending)
@@ -253,8 +256,8 @@ class Learner:
         if (
             features.shape[1:] == self._feature_row
             and targets.shape[1:] == self._target_row
-            and features.dtype == _FLOAT32
-            and targets.dtype == self._target_dtype
+            and (features.dtype is _FLOAT32 or features.dtype == _FLOAT32)
+            and (targets.dtype is self._target_dtype or targets.dtype == self._target_dtype)
         ):
             return
         violations = []

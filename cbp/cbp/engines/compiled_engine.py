@@ -86,6 +86,7 @@ class CompiledEngine(EagerEngine):
         corrections = min(int(_CORRECTED / -log_decay) + 2, _KNOWN_CORRECTIONS)
         self._corrections = np.zeros(corrections, np.float32)
         kernels.fill_corrections(self.reals[Real.LOG_DECAY], self._corrections)
+        self._weights: NDArray[np.float32] | None = None
         self._versions: list[int] = []
         self._schedule_of: ReplacementSchedule | None = None
         self._ripens_at = 0
@@ -142,8 +143,9 @@ class CompiledEngine(EagerEngine):
             and not optimizer.momentum
             and not optimizer.weight_decay
         )
-        self._assumes = remembers or not isinstance(optimizer, SgdSpec)
         self.table[Table.REMEMBERS] = remembers
+        remembered = remembers and max(widths[:-2]) >= kernels.LARGE
+        self._assumes = remembered or not isinstance(optimizer, SgdSpec)
         turned = [
             bool(kernels.is_turned(int(remembers), depth, layer, before, after))
             for layer, (before, after) in enumerate(itertools.pairwise(widths))
@@ -180,6 +182,12 @@ class CompiledEngine(EagerEngine):
         if self.table[Table.OPTIMIZER] >= kernels.ADAM:
             nanoseconds += 2.0 * parameters
         return nanoseconds
+
+    def weigh(self, weights: NDArray[np.float32]) -> None:
+        """Lets the kernels find the weights of a message."""
+        if weights is not self._weights:
+            self._weights = weights
+            self.table[Table.WEIGHTS] = weights.ctypes.data
 
     def _make_room(self, count: int) -> None:
         """For what is to be known of so many examples."""
@@ -261,7 +269,8 @@ class CompiledEngine(EagerEngine):
         schedule = self.state.schedules[0]
         if schedule is not self._schedule_of or step + 1 >= self._ripens_at:
             self._look_ahead(schedule, step)
-        at_once = min(limit, self._ripens_at - 1 - step)
+        quiet = self._ripens_at - 1 - step
+        at_once = limit if limit < quiet else quiet  # quicker than min
         if not self._draws_utilities:
             return at_once
         at_once = self._until_due(schedule, min(at_once, max(_RANDOM_VALUES // self._layout.total, 1)))
@@ -307,17 +316,17 @@ class CompiledEngine(EagerEngine):
 class CompiledWork:
     """A message on its way through a `CompiledEngine`."""
 
-    __slots__ = ("_engine", "_features", "_labels", "_next", "_step_size", "_values", "_weights")
+    __slots__ = ("_engine", "_features", "_labels", "_next", "_step_size", "_values")
 
     def __init__(self, engine: CompiledEngine, examples: Examples, step_size: int) -> None:
         self._engine = engine
         features, weights = examples.features, examples.weights
         targets: NDArray[Any] = examples.targets
         self._features = features if features.flags.carray else _plain(features)
-        if weights is None:
-            self._weights = _ONES if len(features) <= _MOST_ONES else np.ones(len(features), np.float32)
+        if weights is not None:
+            engine.weigh(_plain(weights))
         else:
-            self._weights = _plain(weights)
+            engine.weigh(_ONES if len(features) <= _MOST_ONES else np.ones(len(features), np.float32))
         if not targets.flags.carray:
             targets = _plain(targets)
         self._labels: NDArray[np.int64] = targets if engine.labelled else _NO_LABELS
@@ -332,9 +341,7 @@ class CompiledWork:
         end = step + steps
         while step < end:
             at_once = engine.steps_ahead(step, end - step)
-            taken = engine.run_kernel(
-                engine.table, self._features, self._labels, self._values, self._weights, self._next, at_once
-            )
+            taken = engine.run_kernel(engine.table, self._features, self._labels, self._values, self._next, at_once)
             due = taken < 0
             if due:
                 taken = -taken
@@ -368,7 +375,7 @@ class CompiledWork:
 
     def lay_open(self) -> None:
         """Writes the addresses of the examples into the engine's table, for the kernel of many learners."""
-        self._engine.point_kernel(self._engine.table, self._features, self._labels, self._values, self._weights)
+        self._engine.point_kernel(self._engine.table, self._features, self._labels, self._values)
 
     def steps_ahead(self, limit: int) -> tuple[int, int]:
         """The example to go on with, and how many steps from there, at most `limit`, a kernel can take on its own."""

@@ -3,9 +3,6 @@
 Both work in place on the memory of a `StackState`, found by address, and let other threads run. What they compute is
 what `torch_engine` does; where sums come in another order, the last bits differ.
 
-All compiled code is in this one file: numba recompiles what it has cached on disk when the file of a function changes,
-and does not look at the files of the functions that it calls.
-
 Shapes: B examples in a step, I inputs, C outputs, U hidden units of all layers side by side; one linear layer is
 [out, in] with `out` and `in` the widths around it.
 """
@@ -13,13 +10,24 @@ Shapes: B examples in a step, I inputs, C outputs, U hidden units of all layers 
 import math
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from cbp.engines.compiling import as_written, exactly, in_any_order
+from cbp.engines.products import (
+    ROWS_AT_ONCE,
+    add_scaled,
+    affine,
+    descend_rows,
+    gradient_in_tiles,
+    gradient_of_rows,
+    hand_back,
+    turned_affine,
+)
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -27,9 +35,6 @@ Integers = NDArray[np.int64]
 Words = NDArray[np.int32]
 Number = Any
 """A scalar whose width matters: float32 here, unless said otherwise."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Table(IntEnum):
@@ -91,11 +96,12 @@ class Table(IntEnum):
     """int64 [depth + 2 U]: per layer 1 if its sums are right; the units' incoming sums; their outgoing sums."""
     FINENESS = 35
     """float32, per layer what a magnitude is multiplied by before it is rounded and summed; a power of two."""
-    FEATURES = 36
+    WEIGHTS = 36
+    """Of a message's examples."""
+    FEATURES = 37
     """What `run_each` takes of a message; the number of examples is `EXAMPLES`."""
-    LABELS = 37
-    VALUES = 38
-    WEIGHTS = 39
+    LABELS = 38
+    VALUES = 39
     EXAMPLES = 40
     WIDTHS = 41
     """I, hidden widths, C; to the end of the table."""
@@ -181,39 +187,13 @@ _SMALLEST_INCOMING = np.float32(1e-12)
 _LAST_COUNT = np.float32(2.0**24)
 """Where a float32 count of Adam stops."""
 
-_LONG_ROW = 512
-"""From here on a library's product is faster than ours, which is for networks that fit a cache; and layers are large.
-"""
-_FEW_EXAMPLES = 32
-"""Up to here ours is faster for several examples at once, if their rows are long."""
+LARGE = 512
+"""A layer is large if it reads so many, and hands on so many if it is not the first."""
 _TOO_LARGE = np.float32(2**30)
 """No multiple of a remembered weight's magnitude."""
 _MOST_CHANGE_OF_WEIGHT = np.float32(2**29)
 _MOST_CHANGE_OF_SUM = np.float32(1.9e9)
 """Less than 2³¹, with room for the rounding of each summand."""
-
-
-def _compiled(*fastmath: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Never with the flags that assume away infinities and NaN. 'contract' lets a product and a sum be rounded once;
-    'reassoc' lets a sum be taken in several lanes."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        def with_cache(cache: bool) -> Callable[P, R]:
-            options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath), "cache": cache}
-            compiled: Callable[P, R] = numba.njit(**options)(function)
-            return compiled
-
-        try:
-            return with_cache(True)
-        except RuntimeError:  # there is no place on disk to keep it
-            return with_cache(False)
-
-    return decorate
-
-
-_as_written = _compiled()
-_exactly = _compiled("contract")
-_in_any_order = _compiled("contract", "reassoc")
 
 
 def _view(element: Any, dimensions: int) -> Any:
@@ -265,7 +245,7 @@ _words: Callable[[int, int], Words] = _view(types.int32, 1)
 # --- Nonlinearities ---------------------------------------------------------------------------------------------------
 
 
-@_exactly
+@exactly
 def _activate(kind: int, pre: Floats, post: Floats) -> None:
     """post ← activations of pre; a NaN stays one."""
     count = len(pre)
@@ -302,7 +282,7 @@ def _activate(kind: int, pre: Floats, post: Floats) -> None:
             post[k] = pre[k]
 
 
-@_exactly
+@exactly
 def _differentiate(kind: int, pre: Floats, post: Floats, gradient: Floats) -> None:
     """gradient in the activations → gradient in the pre-activations, in place."""
     count = len(pre)
@@ -337,12 +317,12 @@ def _differentiate(kind: int, pre: Floats, post: Floats, gradient: Floats) -> No
             gradient[k] *= (_ONE - post[k]) * post[k]
 
 
-@_exactly
+@exactly
 def _sigmoid(value: Number) -> Number:
     return _ONE / (_ONE + np.float32(math.exp(-value)))
 
 
-@_exactly
+@exactly
 def _normal_distribution(value: Number) -> Number:
     return _HALF * (_ONE + np.float32(math.erf(value * _ROOT_HALF)))
 
@@ -350,7 +330,7 @@ def _normal_distribution(value: Number) -> Number:
 # --- Losses -----------------------------------------------------------------------------------------------------------
 
 
-@_exactly
+@exactly
 def _cross_entropy(outputs: Floats, label: int, factor: Number, residual: Floats) -> tuple[Number, Number]:
     """Loss and accuracy of one example; its gradient in the outputs, times `factor`, goes into `residual`."""
     classes = len(outputs)
@@ -369,7 +349,7 @@ def _cross_entropy(outputs: Floats, label: int, factor: Number, residual: Floats
     return loss, _ONE if best == label else _ZERO
 
 
-@_exactly
+@exactly
 def _regression(
     kind: int, outputs: Floats, targets: Floats, factor: Number, delta: Number, residual: Floats
 ) -> tuple[Number, Number]:
@@ -398,81 +378,10 @@ def _regression(
     return total / count, right / count
 
 
-# --- Products ---------------------------------------------------------------------------------------------------------
+# --- Rows -------------------------------------------------------------------------------------------------------------
 
 
-@_in_any_order
-def _affine(weight: Floats, bias: Floats, inputs: Floats, outputs: Floats) -> None:
-    """outputs [out] ← weight [out, in] · inputs [in] + bias, for one example."""
-    out, into = weight.shape
-    whole = out - out % 4
-    for o in range(0, whole, 4):
-        first = second = third = fourth = _ZERO
-        for i in range(into):
-            value = inputs[i]
-            first += weight[o, i] * value
-            second += weight[o + 1, i] * value
-            third += weight[o + 2, i] * value
-            fourth += weight[o + 3, i] * value
-        outputs[o] = bias[o] + first
-        outputs[o + 1] = bias[o + 1] + second
-        outputs[o + 2] = bias[o + 2] + third
-        outputs[o + 3] = bias[o + 3] + fourth
-    for o in range(whole, out):
-        total = _ZERO
-        for i in range(into):
-            total += weight[o, i] * inputs[i]
-        outputs[o] = bias[o] + total
-
-
-@_in_any_order
-def _affine_of_few(weight: Floats, bias: Floats, inputs: Floats, outputs: Floats) -> None:
-    """outputs [B, out] ← inputs [B, in] · weightᵀ + bias; faster than a library where packing would not pay off."""
-    examples, into = inputs.shape
-    out = len(bias)
-    whole_examples, whole_out = examples - examples % 4, out - out % 2
-    for o in range(0, whole_out, 2):
-        for b in range(0, whole_examples, 4):
-            first0 = first1 = first2 = first3 = second0 = second1 = second2 = second3 = _ZERO
-            for i in range(into):
-                first, second = weight[o, i], weight[o + 1, i]
-                value0, value1, value2, value3 = inputs[b, i], inputs[b + 1, i], inputs[b + 2, i], inputs[b + 3, i]
-                first0 += first * value0
-                first1 += first * value1
-                first2 += first * value2
-                first3 += first * value3
-                second0 += second * value0
-                second1 += second * value1
-                second2 += second * value2
-                second3 += second * value3
-            outputs[b, o], outputs[b, o + 1] = bias[o] + first0, bias[o + 1] + second0
-            outputs[b + 1, o], outputs[b + 1, o + 1] = bias[o] + first1, bias[o + 1] + second1
-            outputs[b + 2, o], outputs[b + 2, o + 1] = bias[o] + first2, bias[o + 1] + second2
-            outputs[b + 3, o], outputs[b + 3, o + 1] = bias[o] + first3, bias[o + 1] + second3
-    for b in range(whole_examples):
-        _affine(weight[whole_out:], bias[whole_out:], inputs[b], outputs[b, whole_out:])
-    for b in range(whole_examples, examples):
-        _affine(weight, bias, inputs[b], outputs[b])
-
-
-@_exactly
-def _turned_affine(weight: Floats, bias: Floats, inputs: Floats, outputs: Floats) -> None:
-    """The same for weight [in, out]."""
-    outputs[:] = bias
-    for i in range(len(inputs)):
-        if inputs[i] != _ZERO:
-            _add_scaled(weight[i], inputs[i], outputs)
-
-
-@_exactly
-def _add_bias(bias: Floats, outputs: Floats) -> None:
-    examples, out = outputs.shape
-    for b in range(examples):
-        for o in range(out):
-            outputs[b, o] += bias[o]
-
-
-@_exactly
+@exactly
 def _sum_examples(values: Floats, total: Floats) -> None:
     """total [out] ← sum of values [B, out] over the examples."""
     examples, out = values.shape
@@ -483,19 +392,13 @@ def _sum_examples(values: Floats, total: Floats) -> None:
             total[o] += values[b, o]
 
 
-@_exactly
+@exactly
 def _scaled(inputs: Floats, factor: Number, row: Floats) -> None:
     for i in range(len(inputs)):
         row[i] = factor * inputs[i]
 
 
-@_exactly
-def _add_scaled(row: Floats, factor: Number, total: Floats) -> None:
-    for i in range(len(row)):
-        total[i] += factor * row[i]
-
-
-@_in_any_order
+@in_any_order
 def _sum_of_magnitudes(row: Floats) -> Number:
     total = _ZERO
     for i in range(len(row)):
@@ -506,7 +409,7 @@ def _sum_of_magnitudes(row: Floats) -> Number:
 # --- Updates of one row of weights; `columns` gathers the magnitudes of what comes out --------------------------------
 
 
-@_in_any_order
+@in_any_order
 def _sgd_row(row: Floats, gradient: Floats, reals: Floats, decays: int, columns: Floats) -> Number:
     """Returns the sum of the row's magnitudes after the update, as its siblings do. There need be no columns."""
     negative_lr, weight_decay = reals[_NEGATIVE_LR], reals[_WEIGHT_DECAY]
@@ -531,7 +434,7 @@ def _sgd_row(row: Floats, gradient: Floats, reals: Floats, decays: int, columns:
     return total
 
 
-@_in_any_order
+@in_any_order
 def _momentum_row(
     row: Floats, gradient: Floats, momentum: Floats, reals: Floats, decays: int, columns: Floats
 ) -> Number:
@@ -551,7 +454,7 @@ def _momentum_row(
     return total
 
 
-@_exactly
+@exactly
 def _lerp(start: Number, end: Number, share: Number) -> Number:
     """As torch.lerp rounds it."""
     if share < _HALF:
@@ -559,7 +462,7 @@ def _lerp(start: Number, end: Number, share: Number) -> Number:
     return end - (end - start) * (_ONE - share)
 
 
-@_in_any_order
+@in_any_order
 def _adam_row(
     row: Floats,
     gradient: Floats,
@@ -609,7 +512,7 @@ def _adam_row(
     return total, moments
 
 
-@_in_any_order
+@in_any_order
 def _skip_row(row: Floats, inputs: Floats, delta: Number, negative_lr: Number, back: Floats, columns: Floats) -> Number:
     """SGD by one example: backward and update in one pass."""
     total = _ZERO
@@ -624,7 +527,7 @@ def _skip_row(row: Floats, inputs: Floats, delta: Number, negative_lr: Number, b
     return total
 
 
-@_in_any_order
+@in_any_order
 def _skip_first_row(row: Floats, inputs: Floats, delta: Number, negative_lr: Number) -> Number:
     """The same where nothing lies before."""
     total = _ZERO
@@ -635,7 +538,7 @@ def _skip_first_row(row: Floats, inputs: Floats, delta: Number, negative_lr: Num
     return total
 
 
-@_in_any_order
+@in_any_order
 def _skipped_row(row: Floats, columns: Floats) -> Number:
     """The same for a row that stays as it is."""
     total = _ZERO
@@ -659,27 +562,27 @@ def _skipped_row(row: Floats, columns: Floats) -> Number:
 # are made anew after it.
 
 
-@_as_written
+@as_written
 def is_turned(remembers: int, depth: int, layer: int, before: int, after: int) -> int:
     """1 if the weights of a layer lie [in, out] in memory instead of [out, in]."""
-    return 1 if remembers and 0 < layer < depth - 1 and before >= _LONG_ROW and after >= _LONG_ROW else 0
+    return 1 if remembers and 0 < layer < depth - 1 and before >= LARGE and after >= LARGE else 0
 
 
-@_as_written
+@as_written
 def _is_remembered(table: Integers, layer: int) -> int:
     before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
-    if table[_REMEMBERS] and layer == 0 and before >= _LONG_ROW:
+    if table[_REMEMBERS] and layer == 0 and before >= LARGE:
         return 1
     return is_turned(table[_REMEMBERS], table[_DEPTH], layer, before, after)
 
 
-@_as_written
+@as_written
 def _multiples(weight: Number, fineness: Number) -> Number:
     """int32; the product is exact, for fineness is a power of two."""
     return np.int32(abs(weight) * fineness + _HALF)
 
 
-@_in_any_order
+@in_any_order
 def _turned_row(
     row: Floats, delta: Floats, value: Number, negative_lr: Number, fineness: Number, changes: Words
 ) -> tuple[Number, Number, Number]:
@@ -702,7 +605,7 @@ def _turned_row(
     return back, change, bits
 
 
-@_in_any_order
+@in_any_order
 def _turned_row_alone(row: Floats, delta: Floats, value: Number, negative_lr: Number) -> Number:
     """The same without sums, for ordinary backprop."""
     back = _ZERO
@@ -713,7 +616,7 @@ def _turned_row_alone(row: Floats, delta: Floats, value: Number, negative_lr: Nu
     return back
 
 
-@_in_any_order
+@in_any_order
 def _first_row(
     row: Floats, inputs: Floats, delta: Number, negative_lr: Number, fineness: Number
 ) -> tuple[Number, Number]:
@@ -728,7 +631,7 @@ def _first_row(
     return total, bits
 
 
-@_in_any_order
+@in_any_order
 def _largest_and_sum(values: Floats) -> tuple[Number, Number]:
     """Of the magnitudes; a NaN makes the sum one."""
     largest = total = _ZERO
@@ -739,7 +642,7 @@ def _largest_and_sum(values: Floats) -> tuple[Number, Number]:
     return largest, total
 
 
-@_as_written
+@as_written
 def _change_fits(delta: Floats, inputs: Floats, negative_lr: Number, fineness: Number) -> int:
     """1 if the step changes no weight, and no sum, by more than there is room for."""
     largest_delta, all_deltas = _largest_and_sum(delta)
@@ -750,7 +653,7 @@ def _change_fits(delta: Floats, inputs: Floats, negative_lr: Number, fineness: N
     return 1 if weight_fits and sum_fits and all_deltas + all_inputs < np.inf else 0
 
 
-@_as_written
+@as_written
 def _sums_anew(weight: Floats, fineness: Number, of_rows: Integers, of_columns: Integers) -> int:
     """Sums of the multiples of every row and, if there is room for them, of every column; 1 if no multiple is too
     large."""
@@ -769,14 +672,14 @@ def _sums_anew(weight: Floats, fineness: Number, of_rows: Integers, of_columns: 
     return fits
 
 
-@_as_written
+@as_written
 def _read_sums(sums: Integers, fineness: Number, magnitudes: Floats) -> None:
     unit = 1.0 / np.float64(fineness)
     for u in range(len(sums)):
         magnitudes[u] = np.float64(sums[u]) * unit
 
 
-@_exactly
+@exactly
 def _turned_backward(
     weight: Floats,
     inputs: Floats,
@@ -829,7 +732,7 @@ def _turned_backward(
     return total
 
 
-@_exactly
+@exactly
 def _first_backward(
     weight: Floats,
     inputs: Floats,
@@ -865,7 +768,7 @@ def _first_backward(
 # --- Units ------------------------------------------------------------------------------------------------------------
 
 
-@_exactly
+@exactly
 def _evaluate(
     table: Integers,
     reals: Floats,
@@ -948,19 +851,19 @@ def _evaluate(
         utilities[u] = _lerp(utilities[u], value, share)
 
 
-@_exactly
+@exactly
 def _bias_correction(age: int, log_decay: Number) -> Number:
     return np.float32(-math.expm1(np.float32(age) * log_decay))
 
 
-@_exactly
+@exactly
 def fill_corrections(log_decay: Number, corrections: Floats) -> None:
     """corrections[a] ← 1 − ηᵃ."""
     for age in range(len(corrections)):
         corrections[age] = _bias_correction(age, log_decay)
 
 
-@_exactly
+@exactly
 def _adam_factors(ages: Integers, total: int, inputs: int, reals: Floats, first: Floats, second: Floats) -> None:
     """1/(1 − β₁ᵗ) and 1/(1 − β₂ᵗ) of the step about to be taken: of the inputs, the hidden units, the outputs."""
     log1, log2 = reals[_LOG_BETA1], reals[_LOG_BETA2]
@@ -979,7 +882,7 @@ def _adam_factors(ages: Integers, total: int, inputs: int, reals: Floats, first:
 # --- Backward passes, each with its update ----------------------------------------------------------------------------
 
 
-@_exactly
+@exactly
 def _backward(
     table: Integers,
     reals: Floats,
@@ -1022,20 +925,36 @@ def _backward(
         columns = _row(outgoing_at + 4 * (unit - before if layer else 0), before)
         columns[:] = _ZERO
         layer_input = features if layer == 0 else _rows(post_at + 4 * batch * (unit - width - before), batch, before)
-        gradient = _rows(gradient_at, after if batch > 1 else 1, before)
+        in_tiles = gradient_in_tiles(batch, after)
+        gradient = _rows(gradient_at, ROWS_AT_ONCE if in_tiles else after if batch > 1 else 1, before)
         if batch > 1:
             if layer:
-                np.dot(delta, weight, back)
-            np.dot(delta.T, layer_input, gradient)
+                hand_back(delta, weight, back)
+            if not in_tiles:
+                np.dot(delta.T, layer_input, gradient)
         elif layer:
             back[0, :] = _ZERO
-        for o in range(after):
-            if batch > 1:
+        first_of_tile = descended = 0
+        if in_tiles and kind == SGD and not decays:
+            descended = after - after % ROWS_AT_ONCE
+            for o in range(0, descended, ROWS_AT_ONCE):
+                descend_rows(
+                    delta, layer_input, o, weight, reals[_NEGATIVE_LR], incoming, columns if layer else columns[:0]
+                )
+            for o in range(descended):
+                parameter_sum += incoming[o]
+        for o in range(descended, after):
+            if in_tiles:
+                if o % ROWS_AT_ONCE == 0:
+                    first_of_tile = min(o, after - ROWS_AT_ONCE)
+                    gradient_of_rows(delta, layer_input, first_of_tile, gradient)
+                row_gradient = gradient[o - first_of_tile]
+            elif batch > 1:
                 row_gradient = gradient[o]
             else:
                 row_gradient = gradient[0]
                 if layer:
-                    _add_scaled(weight[o], delta[0, o], back[0])
+                    add_scaled(weight[o], delta[0, o], back[0])
                 _scaled(layer_input[0], delta[0, o], row_gradient)
             at = 4 * (place + o * before)
             if kind == SGD:
@@ -1101,7 +1020,7 @@ def _backward(
     return parameter_sum, moment_sum
 
 
-@_exactly
+@exactly
 def _skipping_backward(
     table: Integers,
     reals: Floats,
@@ -1190,7 +1109,7 @@ def _skipping_backward(
     return parameter_sum
 
 
-@_exactly
+@exactly
 def _count_steps(table: Integers, steps: int) -> None:
     """Adam's count of every parameter."""
     count = 0
@@ -1202,7 +1121,7 @@ def _count_steps(table: Integers, steps: int) -> None:
         counts[p] = min(counts[p] + more, _LAST_COUNT)
 
 
-@_as_written
+@as_written
 def _falls_due(owed: Doubles, rates: Doubles, mature: Doubles) -> int:
     """`ReplacementSchedule.advance` for a step that replaces nothing; 1, and nothing is done, if this is none.
 
@@ -1216,7 +1135,7 @@ def _falls_due(owed: Doubles, rates: Doubles, mature: Doubles) -> int:
     return 0
 
 
-@_exactly
+@exactly
 def _show_to_probe(table: Integers, features: Floats, labels: Integers, values: Floats) -> None:
     """`cbp.pending.Probe.extend`, where there is room."""
     rows, width, outputs = table[_PROBE_ROWS], features.shape[1], values.shape[1]
@@ -1239,7 +1158,7 @@ def _show_to_probe(table: Integers, features: Floats, labels: Integers, values: 
     position[1] = min(position[1] + len(features), rows)
 
 
-@_as_written
+@as_written
 def _add_to_tally(tally: Doubles, loss: Number, accuracy: Number) -> None:
     decay = tally[_AVERAGE_DECAY]
     share = 1.0 - decay
@@ -1252,13 +1171,12 @@ def _add_to_tally(tally: Doubles, loss: Number, accuracy: Number) -> None:
 # --- What Python calls ------------------------------------------------------------------------------------------------
 
 
-@_exactly
+@exactly
 def run(
     table: Integers,
     features: Floats,
     labels: Integers,
     values: Floats,
-    weights: Floats,
     start: int,
     steps: int,
 ) -> int:
@@ -1267,7 +1185,7 @@ def run(
     Returns how many it took; negative if units are to be replaced now.
 
     features [N, I], of which the examples from `start` on are learned from; labels [N] or values [N, C], the other one
-    empty; weights, at least N. What it counts and adds up over a message goes to where `table` says.
+    empty. Their weights are where `table` says, and there goes what it counts and adds up over a message.
 
     No unit may ripen within these steps: `table` says how many are mature.
     """
@@ -1284,6 +1202,7 @@ def run(
     reals = _row(table[_REALS], _REAL_COUNT)
     outputs = _rows(table[_OUTPUTS], table[_SCORE_ROWS], classes)
     scores = _double_rows(table[_SCORES], 2, table[_SCORE_ROWS])
+    weights = _row(table[_WEIGHTS], len(features))
     tally = _doubles(table[_TALLY], _SUMS)
     if start == 0:
         tally[_LOSS_SUM] = tally[_ACCURACY_SUM] = tally[_FADED_LOSS] = tally[_FADED_ACCURACY] = 0.0
@@ -1330,17 +1249,9 @@ def run(
             else:
                 layer_output = outputs[begin : begin + batch]
             if is_turned(table[_REMEMBERS], depth, layer, before, after):
-                _turned_affine(_rows(address_of_layer, before, after), bias, layer_input[0], layer_output[0])
-            elif batch == 1 and before < _LONG_ROW:
-                _affine(weight, bias, layer_input[0], layer_output[0])
-            elif batch == 1:
-                np.dot(weight, layer_input[0], layer_output[0])
-                _add_bias(bias, layer_output)
-            elif batch <= _FEW_EXAMPLES and before >= _LONG_ROW:
-                _affine_of_few(weight, bias, layer_input, layer_output)
+                turned_affine(_rows(address_of_layer, before, after), bias, layer_input[0], layer_output[0])
             else:
-                np.dot(layer_input, weight.T, layer_output)
-                _add_bias(bias, layer_output)
+                affine(weight, bias, layer_input, layer_output)
             if layer < hidden:
                 pre = _row(pre_at + 4 * batch * offset, batch * after)
                 post = _row(post_at + 4 * batch * offset, batch * after)
@@ -1426,15 +1337,14 @@ def run(
     return -done if due else done
 
 
-@_as_written
-def point_to(table: Integers, features: Floats, labels: Integers, values: Floats, weights: Floats) -> None:
+@as_written
+def point_to(table: Integers, features: Floats, labels: Integers, values: Floats) -> None:
     """Lets `run_each` find what `run` gets."""
-    table[_FEATURES], table[_LABELS] = features.ctypes.data, labels.ctypes.data
-    table[_VALUES], table[_WEIGHTS] = values.ctypes.data, weights.ctypes.data
-    table[_EXAMPLES] = len(features)
+    table[_FEATURES], table[_EXAMPLES] = features.ctypes.data, len(features)
+    table[_LABELS], table[_VALUES] = labels.ctypes.data, values.ctypes.data
 
 
-@_as_written
+@as_written
 def run_each(tables: Integers, ahead: Integers) -> None:
     """`run` for one learner after another, found by the addresses of their tables.
 
@@ -1450,13 +1360,12 @@ def run_each(tables: Integers, ahead: Integers) -> None:
             _rows(table[_FEATURES], examples, table[_WIDTHS]),
             _integers(table[_LABELS], labels),
             _rows(table[_VALUES], values, table[_WIDTHS + depth]),
-            _row(table[_WEIGHTS], examples),
             ahead[k, 0],
             ahead[k, 1],
         )
 
 
-@_exactly
+@exactly
 def replace(table: Integers, counts: Integers, drawn: Floats, published_order: bool) -> None:
     """`cbp.replacement.select_units` and `replace_units`: counts[layer] units of every hidden layer.
 
@@ -1524,7 +1433,7 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
     _doubles(table[_TALLY], _SUMS)[_PARAMETER_SUM] += bias_sum
 
 
-@_exactly
+@exactly
 def _select(utilities: Floats, ages: Integers, maturity: int, log_decay: Number, chosen: Integers) -> None:
     """The mature units of lowest bias-corrected utility, lowest first; among equals, the highest index first."""
     corrected = np.empty(len(utilities), np.float32)
@@ -1541,7 +1450,7 @@ def _select(utilities: Floats, ages: Integers, maturity: int, log_decay: Number,
         free[best] = False
 
 
-@_exactly
+@exactly
 def _compensate(
     chosen: Integers,
     ages: Integers,
@@ -1564,7 +1473,7 @@ def _compensate(
         readers_bias[o] += handed_on
 
 
-@_exactly
+@exactly
 def _forget_outgoing(table: Integers, layer: int, place: int, chosen: Integers) -> None:
     """Zeroes what the next layer, its weights at `place`, reads of the chosen units."""
     after, readers = table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
@@ -1585,7 +1494,7 @@ def _forget_outgoing(table: Integers, layer: int, place: int, chosen: Integers) 
                     weight[o, j] = _ZERO
 
 
-@_exactly
+@exactly
 def _put_incoming(table: Integers, layer: int, place: int, j: int, drawn: Floats) -> None:
     """Gives unit j of a hidden layer, whose incoming weights are at `place`, the drawn ones."""
     before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
@@ -1605,7 +1514,7 @@ def _put_incoming(table: Integers, layer: int, place: int, j: int, drawn: Floats
             weight[i, j] = drawn[i]
 
 
-@_exactly
+@exactly
 def _sums_of(table: Integers, layer: int) -> tuple[Number, Integers, Integers]:
     """A layer's fineness, the sums of its units' incoming weights, and of what the units before hand on to it; these
     are empty for the first layer."""
