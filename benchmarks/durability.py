@@ -18,11 +18,10 @@ import asyncio
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import cycle, islice, product
+from itertools import product
 from pathlib import Path
 
 from workloads import (
@@ -36,6 +35,7 @@ from workloads import (
     Rounds,
     Streamed,
     as_hosted,
+    in_process,
     interleaved_messages,
     kill_server,
     machine,
@@ -48,7 +48,6 @@ from workloads import (
     streaming,
 )
 
-from cbp import Batch
 from cbp_client import AsyncClient, AsyncLearner
 from cbp_client.demo.local_server import LocalServer
 from cbp_client.types import Durability
@@ -74,7 +73,7 @@ class Effort:
     replay_seconds: float
 
 
-FULL = Effort(5, 0.7, 4, 3.5, 2, 12.0, 3, 1.8)
+FULL = Effort(5, 0.7, 4, 3.5, 2, 12.0, 3, 4.0)
 QUICK = Effort(1, 0.02, 1, 1.5, 1, 0.1, 1, 0.02)
 
 
@@ -246,7 +245,7 @@ async def replay(net: Net, messages: Sequence[Message], seconds: float, director
             streamed = await over_the_wire(learner, messages, count)
             examples = (await learner.refresh()).progress.examples
         kill_server(directory)
-    here = learn_here(net, messages, examples // MESSAGE_SIZE)
+    here = in_process(as_hosted(net), messages, examples // MESSAGE_SIZE)
     with server_on(directory) as server:
         async with AsyncClient(server.grpc_target) as client:
             restored = (await client.get_learner("net")).info.progress.examples
@@ -256,16 +255,6 @@ async def replay(net: Net, messages: Sequence[Message], seconds: float, director
     events = [json.loads(line) for line in (directory / "server.log").read_text().splitlines()]
     replay_seconds = sum(event["seconds"] for event in events if event["event"] == "journal replayed")
     return Replay(MESSAGE_SIZE * count / streamed.seconds, examples / replay_seconds, examples / here)
-
-
-def learn_here(net: Net, messages: Sequence[Message], count: int) -> float:
-    """Seconds that a new learner in this process takes for what the server was sent."""
-    learner = as_hosted(net)
-    batches = [Batch.validate(learner.spec, features, targets) for features, targets in messages]
-    started = time.perf_counter()
-    for batch in islice(cycle(batches), count):
-        learner.train(batch)
-    return time.perf_counter() - started
 
 
 # -- all of it --

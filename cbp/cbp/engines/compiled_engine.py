@@ -178,7 +178,7 @@ class CompiledEngine(EagerEngine):
     def step_nanoseconds(self, step_size: int) -> float:
         """What a step takes, about."""
         parameters = self.spec.parameter_count
-        nanoseconds = 500.0 + 0.6 * parameters * step_size
+        nanoseconds = 500.0 + (0.25 + 0.05 * step_size) * parameters
         if self.table[Table.OPTIMIZER] >= kernels.ADAM:
             nanoseconds += 2.0 * parameters
         return nanoseconds

@@ -8,6 +8,7 @@ arrays are then parts: neither end copies them.
 """
 
 import pickle
+import socket
 import struct
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias, cast
@@ -53,6 +54,28 @@ def encode_frame(messages: Sequence[object]) -> Parts:
     return [memoryview(b"".join((head, lengths, payload))), *parts]
 
 
+def receive_frame(connection: socket.socket) -> list[object] | None:
+    """The messages of the next frame, waiting for it; None if the other end has closed, or ends within a frame.
+
+    Frames are received where they stay, by a thread that holds the interpreter's lock only to decode them.
+    """
+    header = memoryview(bytearray(_HEADER.size))
+    if not _filled(connection, header):
+        return None
+    frame = np.empty(_HEADER.size + _HEADER.unpack_from(header)[0], np.uint8).data
+    frame[: _HEADER.size] = header
+    return _decoded(frame) if _filled(connection, frame[_HEADER.size :]) else None
+
+
+def _filled(connection: socket.socket, space: memoryview) -> bool:
+    while space:  # a signal may end a call early
+        count = connection.recv_into(space, 0, socket.MSG_WAITALL)
+        if not count:
+            return False
+        space = space[count:]
+    return True
+
+
 class FrameReader:
     """Cuts what is received into frames.
 
@@ -64,11 +87,6 @@ class FrameReader:
         self._filled = 0
         self._large: memoryview | None = None  # a frame that does not fit there
         self._missing = 0  # bytes of it
-
-    @property
-    def missing(self) -> int:
-        """Bytes that are certain to come, so that one may wait for all of them; 0 if none are."""
-        return self._missing
 
     def space(self) -> memoryview:
         """Where the next bytes belong; never empty."""

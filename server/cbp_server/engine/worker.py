@@ -33,7 +33,7 @@ from cbp import (
     SnapshotError,
 )
 from cbp_server.engine import messages
-from cbp_server.engine.frames import FrameReader, encode_frame
+from cbp_server.engine.frames import encode_frame, receive_frame
 from cbp_server.engine.inbox import Inbox
 from cbp_server.engine.outbox import Outbox
 from cbp_server.engine.preparation import Preparation
@@ -67,12 +67,31 @@ log = structlog.get_logger("cbp_server.engine")
 
 
 @dataclass
+class ProducerState:
+    """A `messages.Position` that changes in place: with every batch, of which hundreds of hashes are remembered."""
+
+    epoch: int
+    sequence: int
+    hashes: deque[tuple[int, str]]
+    stream_id: str
+
+    @classmethod
+    def at(cls, position: messages.Position) -> "ProducerState":
+        hashes = deque(position.hashes, maxlen=messages.HASHES_KEPT)
+        return cls(position.epoch, position.sequence, hashes, position.stream_id)
+
+    @property
+    def position(self) -> messages.Position:
+        return messages.Position(self.epoch, self.sequence, tuple(self.hashes), self.stream_id)
+
+
+@dataclass
 class HostedLearner:
     """A learner and what its checkpoints say besides its state."""
 
     learner: Learner
     update_time: str = ""
-    positions: dict[str, messages.Position] = field(default_factory=dict)
+    producers: dict[str, ProducerState] = field(default_factory=dict)
     journal_position: int = 0
     samples: deque[SampleRecord] = field(default_factory=lambda: deque(maxlen=_SAMPLES_SAVED))
     reported_at: float = 0.0  # monotonic seconds
@@ -85,8 +104,16 @@ class HostedLearner:
         """The learner contains this entry of the journal now."""
         self.journal_position = change.journal_position
 
-    def position(self, producer: str) -> messages.Position:
-        return self.positions.get(producer, messages.Position())
+    def producer(self, name: str) -> ProducerState:
+        """Where the producer stands, perhaps at the beginning."""
+        producer = self.producers.get(name)
+        if producer is None:
+            producer = self.producers[name] = ProducerState.at(messages.Position())
+        return producer
+
+    def place(self, positions: Mapping[str, messages.Position]) -> None:
+        """Where all its producers stand."""
+        self.producers = {name: ProducerState.at(position) for name, position in positions.items()}
 
     def stamp(self, samples: Sequence[PlasticitySample]) -> tuple[SampleRecord, ...]:
         """The samples with the present time, kept for the next checkpoint."""
@@ -104,7 +131,7 @@ class HostedLearner:
             self.learner.engine,
             self.update_time,
             self.learner.progress,
-            dict(self.positions),
+            {name: producer.position for name, producer in self.producers.items()},
             self.journal_position,
         )
 
@@ -292,8 +319,9 @@ class EngineWorker:
         self._outbox.hold(messages.Answer(call.number, value=report))
 
     def _advance(self, hosted: HostedLearner, request: messages.Train | messages.Skip) -> None:
-        position = hosted.position(request.producer)
-        hosted.positions[request.producer] = position.advance(request.epoch, request.sequence, request.payload_hash)
+        producer = hosted.producer(request.producer)
+        producer.epoch, producer.sequence = request.epoch, request.sequence
+        producer.hashes.append((request.sequence, request.payload_hash))
         hosted.applied(request)
 
     def _change(self, request: messages.Change[Any]) -> object:
@@ -308,8 +336,8 @@ class EngineWorker:
     def _applied_change(self, hosted: HostedLearner, request: messages.Change[Any]) -> object:
         match request:
             case messages.OpenProducer():
-                opened = hosted.position(request.producer).opened(request.epoch, request.stream_id)
-                hosted.positions[request.producer] = opened
+                producer = hosted.producer(request.producer)
+                producer.epoch, producer.stream_id = request.epoch, request.stream_id
             case messages.Update():
                 hosted.learner.update(request.spec)
                 hosted.update_time = request.update_time
@@ -426,9 +454,9 @@ class EngineWorker:
             hosted = HostedLearner(
                 self._restored(snapshot, service["engine"]),
                 str(service["update_time"]),
-                {name: _position_from_plain(plain) for name, plain in service["positions"].items()},
-                int(service["journal_position"]),
+                journal_position=int(service["journal_position"]),
             )
+            hosted.place({name: _position_from_plain(plain) for name, plain in service["positions"].items()})
             hosted.samples.extend(_sample_from_plain(plain) for plain in service["samples"])
             if service["learner"] != request.stored_as:
                 raise SnapshotError("it is another learner's checkpoint, under the wrong name")
@@ -447,7 +475,7 @@ class EngineWorker:
 
     def _place(self, request: messages.Place) -> messages.LearnerReport:
         hosted = self._get(request.learner)
-        hosted.positions = dict(request.positions)
+        hosted.place(request.positions)
         hosted.journal_position = request.journal_position
         hosted.update_time = request.update_time
         return hosted.report
@@ -505,7 +533,8 @@ def _check_order(hosted: HostedLearner, before: int) -> None:
 
 
 def _check_sequence(hosted: HostedLearner, request: messages.Train | messages.Skip) -> None:
-    expected = hosted.position(request.producer).sequence + 1
+    producer = hosted.producers.get(request.producer)
+    expected = producer.sequence + 1 if producer is not None else 1
     if request.sequence != expected:  # one before it was refused here: nothing may overtake that
         raise SequenceGap(request.sequence, expected)
 
@@ -572,11 +601,9 @@ def _preparation(engine: str, device: str) -> Preparation:
 def _received(connection: socket.socket) -> Iterator[list[object]]:
     """The messages that the front sends, by frame, until it is gone, in whichever way: ended, killed, or cut off within
     one."""
-    reader = FrameReader()
     with contextlib.suppress(OSError):
-        # Waiting for all that is certain to come takes the interpreter's lock once, not once for each part.
-        while count := connection.recv_into(reader.space(), 0, socket.MSG_WAITALL if reader.missing else 0):
-            yield from reader.received(count)
+        while (received := receive_frame(connection)) is not None:
+            yield received
 
 
 def _read_calls(received: Iterator[list[object]], inbox: Inbox) -> None:
