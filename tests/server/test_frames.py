@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from cbp_server.engine.connection import EngineConnection
-from cbp_server.engine.frames import FrameReader, encode_frame
+from cbp_server.engine.frames import FrameReader, encode_frame, receive_frame
 
 LARGE = np.arange(300_001, dtype=np.float32)
 MESSAGES = [
@@ -29,29 +30,43 @@ def received(reader: FrameReader, data: bytes, piece: int) -> list[object]:
         count = min(len(space), len(data))
         space[:count] = data[:count]
         data = data[count:]
-        messages += reader.received(count)
+        for frame in reader.received(count):
+            messages += frame
     return messages
+
+
+def encoded(*frames: list[object]) -> bytes:
+    return b"".join(part for frame in frames for part in encode_frame(frame))
 
 
 @pytest.mark.parametrize("piece", [1_009, 65_536, 2**22])
 def test_messages_arrive_as_they_were_sent(piece: int) -> None:
-    data = b"".join(part for message in MESSAGES for part in encode_frame(message))
-    arrived = received(FrameReader(), data, piece)
+    arrived = received(FrameReader(), encoded(*([message] for message in MESSAGES), MESSAGES), piece)
 
-    assert len(arrived) == len(MESSAGES)
-    for message, sent in zip(arrived, MESSAGES, strict=True):
+    assert len(arrived) == 2 * len(MESSAGES)
+    for message, sent in zip(arrived, MESSAGES + MESSAGES, strict=True):
         np.testing.assert_equal(message, sent)
 
 
 def test_messages_of_a_few_bytes_may_come_byte_by_byte() -> None:
-    data = b"".join(part for message in ("first", "second") for part in encode_frame(message))
+    assert received(FrameReader(), encoded(["first"], ["second", "third"]), 1) == ["first", "second", "third"]
 
-    assert received(FrameReader(), data, 1) == ["first", "second"]
+
+def test_a_thread_receives_frame_by_frame_until_the_other_end_has_closed() -> None:
+    ours, theirs = socket.socketpair()
+    sending = threading.Thread(target=ours.sendall, args=(encoded(MESSAGES, ["last"]) + encoded(["cut off"])[:-1],))
+    with theirs:
+        with ours:
+            sending.start()
+            np.testing.assert_equal(receive_frame(theirs), MESSAGES)
+            assert receive_frame(theirs) == ["last"]
+            sending.join()
+        assert receive_frame(theirs) is None
 
 
 def test_arrays_stay_as_they_are_when_more_is_received() -> None:
     reader = FrameReader()
-    first, second = (b"".join(encode_frame(np.full(20_000, value, dtype=np.float32))) for value in (1, 2))
+    first, second = (encoded([np.full(20_000, value, dtype=np.float32)]) for value in (1, 2))
     [array] = received(reader, first, 2**20)
     received(reader, second, 2**20)
 
@@ -62,7 +77,7 @@ def test_arrays_stay_as_they_are_when_more_is_received() -> None:
 
 
 def test_large_arrays_are_sent_from_where_they_lie() -> None:
-    assert any(np.shares_memory(np.frombuffer(part, dtype=np.uint8), LARGE) for part in encode_frame(LARGE))
+    assert any(np.shares_memory(np.frombuffer(part, dtype=np.uint8), LARGE) for part in encode_frame([LARGE]))
 
 
 @asynccontextmanager
@@ -78,14 +93,15 @@ def read(end: socket.socket, count: int) -> list[object]:
     end.settimeout(10)
     reader, messages = FrameReader(), list[object]()
     while len(messages) < count:
-        messages += reader.received(end.recv_into(reader.space()))
+        for frame in reader.received(end.recv_into(reader.space())):
+            messages += frame
     return messages
 
 
 async def test_what_is_urgent_overtakes_what_is_not_on_its_way() -> None:
     async with connected([]) as (connection, theirs):
         for number in range(20):
-            connection.send((number, LARGE))
+            connection.send((number, LARGE), LARGE.nbytes)
         connection.send("urgent", urgent=True)
         connection.send("last")
         messages = await asyncio.to_thread(read, theirs, 22)
@@ -100,7 +116,7 @@ async def test_the_other_end_is_heard_out_before_the_connection_closes() -> None
     arrived: list[object] = []
     async with connected(arrived) as (connection, theirs):
         for message in MESSAGES:
-            await asyncio.to_thread(theirs.sendall, b"".join(encode_frame(message)))
+            await asyncio.to_thread(theirs.sendall, encoded([message]))
         theirs.close()
         connection.send("lost")
         await asyncio.wait_for(connection.wait_closed(), 10)
@@ -115,6 +131,6 @@ async def test_what_a_message_fails_with_ends_the_connection() -> None:
     ours, theirs = socket.socketpair()
     connection = EngineConnection(ours, fail)
     with theirs:
-        theirs.sendall(b"".join(encode_frame("bad")))
+        theirs.sendall(encoded(["bad"]))
         with pytest.raises(ValueError, match="bad"):
             await asyncio.wait_for(connection.wait_closed(), 10)
