@@ -66,10 +66,13 @@ class Archive:
 
     def rows(self, run: Run) -> list[TaskRow]:
         """Of the tasks done, as many as there are; none if it was never begun."""
+        table = self.table(run)
+        return [] if table is None else [TaskRow(**row) for row in table.to_pylist()]
+
+    def table(self, run: Run) -> pa.Table | None:
+        """The rows as they are stored, with `ROW_SCHEMA`; None if the run was never begun."""
         path = self._path(run, "parquet")
-        if not path.is_file():
-            return []
-        return [TaskRow(**row) for row in pq.read_table(path, schema=ROW_SCHEMA).to_pylist()]
+        return pq.read_table(path, schema=ROW_SCHEMA) if path.is_file() else None
 
     def tasks_done(self, run: Run) -> int:
         path = self._path(run, "parquet")

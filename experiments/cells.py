@@ -14,7 +14,7 @@ Mask = tuple[int, ...]
 """Hidden layers in which units are reset, counted from 0."""
 
 _PROTOCOL_VERSION = 1
-"""Part of every cell's key. To be raised when streams or measurements change, so that old runs are not mixed with new."""
+"""Part of every cell's key: to be raised when streams or measurements change, lest old runs are mixed with new ones."""
 
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 _NUMBERS = ("one", "two", "three")

@@ -83,6 +83,10 @@ def _layers(size: Size) -> Iterator[Cell]:
     yield from of_masks(thesis_cell(size))
 
 
+def _long(size: Size) -> Iterator[Cell]:
+    yield from of_masks(thesis_cell(size), ("none", "all", "only first"))
+
+
 def _widths(size: Size) -> Iterator[Cell]:
     cell = thesis_cell(size)
     narrow = replace(cell, hidden=(20,) * 5, lr=0.001, replacement_rate=1e-3)
@@ -129,10 +133,19 @@ def _regression(size: Size) -> Iterator[Cell]:
 
 
 def _decides(size: Size) -> Iterator[Cell]:
-    """Input size × examples of a task × learning rate × depth, each run over as many examples."""
+    """Input size × examples of a task × learning rate × depth, each run over as many examples.
+
+    Of the 16 combinations the half with an even number of the smaller setting's values: both settings are among them,
+    and no two factors together can be mistaken for a third.
+    """
     examples = size.tasks * size.examples
     image_sets: tuple[ImageSet, ...] = ("digits_8x8", "digits_28x28")
-    for images, of_task, lr, depth in product(image_sets, (1797, size.examples), (0.005, 0.01), (3, 5)):
+    combinations = product(
+        enumerate(image_sets), enumerate((1797, size.examples)), enumerate((0.01, 0.005)), enumerate((3, 5))
+    )
+    for (a, images), (b, of_task), (c, lr), (d, depth) in combinations:
+        if (a + b + c + d) % 2:
+            continue
         stream = Stream(kind="permuted_inputs", images=images, examples=of_task)
         cell = Cell(
             stream=stream, hidden=(100,) * depth, lr=lr, mask=(), seeds=size.seeds, tasks=round(examples / of_task)
@@ -193,12 +206,19 @@ def small_cell_of(activation: str, size: Size) -> Cell:
 
 
 def _utilities_tanh(size: Size) -> Iterator[Cell]:
-    for activation in ("tanh", "relu"):
-        yield from _with_every_utility(small_cell_of(activation, size))
+    """Every utility on tanh, the layers with the one that works, and CBP on ReLU to compare with."""
+    tanh = small_cell_of("tanh", size)
+    yield from _with_every_utility(tanh)
+    adaptable = replace(tanh, utility="adaptable_contribution")
+    yield from of_masks(adaptable, ("only first", "only second", "only third", "all but first"))
+    relu = small_cell(size)
+    yield relu
+    for utility, compensation in product(("contribution", "adaptable_contribution"), (False, True)):
+        yield from of_masks(replace(relu, utility=utility, bias_compensation=compensation), ("all",))
 
 
 def _utilities(size: Size) -> Iterator[Cell]:
-    for activation in SMOOTH_ACTIVATIONS[1:]:
+    for activation in ("relu", *SMOOTH_ACTIVATIONS):
         yield from _with_every_utility(small_cell_of(activation, size))
 
 
@@ -223,6 +243,17 @@ def _layers_by_activation(size: Size) -> Iterator[Cell]:
         yield from of_masks(cell, ("all", "only first", "only second", "only third", "all but first"))
 
 
+def tanh_cells(cells: Iterable[Cell]) -> list[Cell]:
+    """Of the cells of `utilities_tanh`, those whose single units are looked at: three seeds of each."""
+    return [
+        replace(cell, seeds=min(3, cell.seeds))
+        for cell in cells
+        if cell.activation == "tanh"
+        and not cell.bias_compensation
+        and (not cell.mask or cell.utility in ("contribution", "adaptable_contribution"))
+    ]
+
+
 def _sizes(quick: Size, reported: Size, full: Size) -> Mapping[Protocol, Size]:
     return {"quick": quick, "reported": reported, "full": full}
 
@@ -244,22 +275,20 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="utilities_tanh",
             question="Does tanh fail by CBP or by its utility? Which ingredient matters?",
-            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=120, examples=1797), _FULL_SMALL),
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=100, examples=1797), _FULL_SMALL),
             build=_utilities_tanh,
-        ),
-        Finding(
-            name="decides",
-            question="What decides whether resets in the first layer are enough?",
-            sizes=_sizes(
-                Size(seeds=1, tasks=4, examples=10_000), Size(seeds=3, tasks=50), Size(seeds=10, tasks=300)
-            ),
-            build=_decides,
         ),
         Finding(
             name="regression",
             question="Does CBP help in slowly changing regression?",
-            sizes=_sizes(Size(seeds=5, tasks=20), Size(seeds=20, tasks=100), Size(seeds=100, tasks=500)),
+            sizes=_sizes(Size(seeds=5, tasks=20), Size(seeds=10, tasks=100), Size(seeds=100, tasks=500)),
             build=_regression,
+        ),
+        Finding(
+            name="decides",
+            question="What decides whether resets in the first layer are enough?",
+            sizes=_sizes(Size(seeds=1, tasks=4), Size(seeds=3, tasks=50), Size(seeds=10, tasks=300)),
+            build=_decides,
         ),
         Finding(
             name="utilities_regression",
@@ -268,71 +297,75 @@ FINDINGS: Mapping[str, Finding] = {
             build=_utilities_regression,
         ),
         Finding(
-            name="layers_by_activation",
-            question="Which layers should be reset with other activations?",
-            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=120, examples=1797), _FULL_SMALL),
-            build=_layers_by_activation,
-        ),
-        Finding(
             name="tanh",
             question="Does what holds for tanh on small images hold in the thesis's setting?",
-            sizes=_sizes(_QUICK, Size(seeds=3, tasks=50), _FULL),
+            sizes=_sizes(_QUICK, Size(seeds=3, tasks=40), _FULL),
             build=_tanh,
+        ),
+        Finding(
+            name="long",
+            question="Is the first layer still enough after many more tasks?",
+            sizes=_sizes(Size(seeds=1, tasks=40), Size(seeds=3, tasks=300), _FULL),
+            build=_long,
+        ),
+        Finding(
+            name="layers_by_activation",
+            question="Which layers should be reset with other activations?",
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=5, tasks=60, examples=1797), _FULL_SMALL),
+            build=_layers_by_activation,
         ),
         Finding(
             name="utilities",
             question="Which utility suits which activation?",
-            sizes=_sizes(
-                Size(seeds=1, tasks=20, examples=1797), Size(seeds=5, tasks=100, examples=1797), _FULL_SMALL
-            ),
+            sizes=_sizes(Size(seeds=1, tasks=20, examples=1797), Size(seeds=3, tasks=60, examples=1797), _FULL_SMALL),
             build=_utilities,
         ),
         Finding(
             name="shifts",
             question="Does the kind of shift decide which layers must be reset?",
-            sizes=_sizes(_QUICK, Size(seeds=3, tasks=50), _FULL),
+            sizes=_sizes(_QUICK, Size(seeds=3, tasks=30), _FULL),
             build=_shifts,
         ),
         Finding(
             name="weight_decay",
             question="Does L2 do as well as resets, and do they combine?",
-            sizes=_sizes(_QUICK, Size(seeds=3, tasks=50), _FULL),
+            sizes=_sizes(_QUICK, Size(seeds=3, tasks=30), _FULL),
             build=_weight_decay,
-        ),
-        Finding(
-            name="decides_more",
-            question="What do replacement rate, width and utility change where the first layer is not enough?",
-            sizes=_sizes(Size(seeds=1, tasks=4), Size(seeds=3, tasks=50), Size(seeds=10, tasks=300)),
-            build=_decides_rate_and_width,
-        ),
-        Finding(
-            name="utilities_labels",
-            question="Do utilities compare alike when labels shift rather than inputs?",
-            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=120, examples=1797), _FULL_SMALL),
-            build=_utilities_labels,
         ),
         Finding(
             name="widths",
             question="Does the ordering of masks hold across widths?",
-            sizes=_sizes(_QUICK, Size(seeds=3, tasks=50), _FULL),
+            sizes=_sizes(_QUICK, Size(seeds=3, tasks=30), _FULL),
             build=_widths,
         ),
         Finding(
             name="depths",
             question="Does it hold across depths?",
-            sizes=_sizes(_QUICK, Size(seeds=3, tasks=50), _FULL),
+            sizes=_sizes(_QUICK, Size(seeds=3, tasks=30), _FULL),
             build=_depths,
         ),
         Finding(
             name="matched",
             question="Does it hold across depths with as many parameters?",
-            sizes=_sizes(_QUICK, Size(seeds=3, tasks=50), _FULL),
+            sizes=_sizes(_QUICK, Size(seeds=3, tasks=30), _FULL),
             build=_matched,
+        ),
+        Finding(
+            name="decides_more",
+            question="What do replacement rate, width and utility change where the first layer is not enough?",
+            sizes=_sizes(Size(seeds=1, tasks=4), Size(seeds=3, tasks=30), Size(seeds=10, tasks=300)),
+            build=_decides_rate_and_width,
+        ),
+        Finding(
+            name="utilities_labels",
+            question="Do utilities compare alike when labels shift rather than inputs?",
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=5, tasks=60, examples=1797), _FULL_SMALL),
+            build=_utilities_labels,
         ),
         Finding(
             name="activations",
             question="What happens with each activation in the thesis's setting?",
-            sizes=_sizes(_QUICK, Size(seeds=3, tasks=30), _FULL),
+            sizes=_sizes(_QUICK, Size(seeds=2, tasks=20), _FULL),
             build=_activations,
         ),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cbp import Batch, DivergenceError, Learner, LearnerSnapshot, PlasticitySample, TrainResult, train_together
 from cbp.activations import NONLINEARITIES
@@ -18,10 +19,9 @@ from experiments.streams import Examples, Stream
 STACK_SIZE = {"cpu": 16, "cuda": 256}
 """Learners that are trained together."""
 _SAVE_SECONDS = 60.0
-_PROBE_SIZE = 512
-_SATURATED = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0)}
+_RANGES = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0)}
 _OUTER_SHARE = 0.05
-"""Of a bounded activation's range, at either end: beyond ±0.9 for tanh."""
+"""Of a bounded activation's range, at either end."""
 
 
 @dataclass
@@ -140,9 +140,7 @@ class _Group:
         self._task = len(self._rows[runs[0]])
         self._going = list(runs)
 
-    def advance(
-        self, deadline: float | None, progress: Progress, on_progress: Callable[[Progress], None]
-    ) -> bool:
+    def advance(self, deadline: float | None, progress: Progress, on_progress: Callable[[Progress], None]) -> bool:
         """Until all are at their ends, or the deadline is past: then False. Saves at least every minute."""
         saved = time.monotonic()
         try:
@@ -171,9 +169,7 @@ class _Group:
         for run, result in zip(going, results, strict=True):
             self._rows[run].append(self._row(run, result, number))
         self._task += 1
-        self._going = [
-            run for run in going if self._rows[run][-1].loss is not None and self._task < run.cell.tasks
-        ]
+        self._going = [run for run in going if self._rows[run][-1].loss is not None and self._task < run.cell.tasks]
 
     def _batch(self, run: Run, examples: Examples) -> Batch:
         return Batch.validate(self._learners[run].spec, *examples)
@@ -205,7 +201,7 @@ def _measures(learner: Learner) -> dict[str, Any]:
     }
 
 
-def hidden_activations(snapshot: LearnerSnapshot) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+def hidden_activations(snapshot: LearnerSnapshot) -> list[NDArray[np.float32]]:
     """Activations [n, units] of each hidden layer on the learner's probe, its most recent examples."""
     spec = snapshot.read_spec()
     apply = NONLINEARITIES[spec.network.activation].apply
@@ -218,13 +214,16 @@ def hidden_activations(snapshot: LearnerSnapshot) -> list[np.ndarray[Any, np.dty
     return activations
 
 
+def is_saturated(activations: NDArray[np.float32], activation: str) -> NDArray[np.bool_]:
+    """Which activations lie within 5 % of either end of their range: beyond ±0.9 for tanh."""
+    low, high = _RANGES[activation]
+    margin = _OUTER_SHARE * (high - low)
+    return (activations < low + margin) | (activations > high - margin)
+
+
 def saturated_fractions(snapshot: LearnerSnapshot) -> list[float | None] | None:
     """Share of each hidden layer's activations near the ends of their range; None where it has none."""
-    bounds = _SATURATED.get(snapshot.read_spec().network.activation)
-    if bounds is None:
+    activation = snapshot.read_spec().network.activation
+    if activation not in _RANGES:
         return None
-    low, high = bounds
-    margin = _OUTER_SHARE * (high - low)
-    return [
-        float(((values < low + margin) | (values > high - margin)).mean()) for values in hidden_activations(snapshot)
-    ]
+    return [float(is_saturated(values, activation).mean()) for values in hidden_activations(snapshot)]

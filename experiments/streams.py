@@ -115,9 +115,7 @@ def target_network(seed: int) -> TargetNetwork:
     def signs(*shape: int) -> NDArray[np.float32]:
         return generator.choice(np.array([-1.0, 1.0], np.float32), shape)
 
-    return TargetNetwork(
-        signs(_TARGET_UNITS, _BITS), signs(_TARGET_UNITS), signs(_TARGET_UNITS, 1), float(signs(1)[0])
-    )
+    return TargetNetwork(signs(_TARGET_UNITS, _BITS), signs(_TARGET_UNITS), signs(_TARGET_UNITS, 1), float(signs(1)[0]))
 
 
 def _generator(seed: int, purpose: int, number: int) -> np.random.Generator:
