@@ -18,12 +18,13 @@ from experiments.cells import Cell
 from experiments.figures import save
 from experiments.findings import FINDINGS, Protocol, tanh_cells
 from experiments.images import DataError
+from experiments.planning import planned
 from experiments.report import Report, write_figures
 from experiments.results import MissingResultsError, Results, write
 from experiments.results import collect as collected
-from experiments.runner import Progress, execute, runs_of, step_cost
+from experiments.runner import Progress, execute, runs_of
 from experiments.service import MOST_TASKS, ROUNDING, comparison, experiment, in_process, over_grpc, picture
-from experiments.tables import fill
+from experiments.tables import fill, markdown
 
 app = typer.Typer(
     add_completion=False,
@@ -202,13 +203,24 @@ def plan(
     protocol: ProtocolOption = "full",
     findings: FindingsOption = "",
     mnist: MnistOption = None,
+    device: DeviceOption = "cpu",
+    threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
-    """Say what would be run."""
-    for name, cells in chosen_cells(protocol, findings, mnist).items():
-        runs = runs_of(cells)
-        steps = sum(run.cell.steps for run in runs)
-        cost = sum(run.cell.steps * step_cost(run.cell) for run in runs)
-        print(f"{name:<22} {len(cells):4} cells {len(runs):5} runs {steps:14,} steps {cost:.3g}")
+    """Say what a protocol runs, and how long it is expected to take here.
+
+    Every network runs on its stream for a moment, as many learners at once as the runner would take; the expectation is
+    from these rates, so other work on the machine disturbs it.
+    """
+    torch.set_num_threads(threads)
+    compile_ahead()
+    try:
+        rows, total = planned(chosen_cells(protocol, findings, mnist), device, mnist)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    where = f"{threads} threads" if device == "cpu" else device
+    print(markdown(("finding", "cells", "runs", "steps", f"expected hours, {where}"), rows))
+    print(f"{total / 3600:.1f} hours in all, of which what findings have in common is run once.")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class CellResults:
 
     @property
     def _share(self) -> int:
-        return max(1, round(LATE_SHARE * self.metric.shape[1]))
+        return max(1, round(LATE_SHARE * int(self.metric.shape[1])))
 
     @cached_property
     def late(self) -> NDArray[np.float64]:
@@ -119,11 +119,6 @@ class CellResults:
         """[S] mean metric of the first fifth of the tasks."""
         early: NDArray[np.float64] = self.metric[:, : self._share].mean(axis=1)
         return early
-
-    @property
-    def diverged(self) -> int:
-        """Runs that did."""
-        return int(np.count_nonzero(np.isnan(self.metric[:, -1])))
 
 
 class Results:

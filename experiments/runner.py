@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,9 @@ class _Group:
         seeds = sorted({run.seed for run in going})
         examples = {seed: self._stream.task(seed, number, self._mnist) for seed in seeds}
         results = train_together([(self._learners[run], self._batch(run, examples[run.seed])) for run in going])
-        for run, result in zip(going, results, strict=True):
-            self._rows[run].append(self._row(run, result, number))
+        with _one_torch_thread():
+            for run, result in zip(going, results, strict=True):
+                self._rows[run].append(self._row(run, result, number))
         self._task += 1
         self._going = [run for run in going if self._rows[run][-1].loss is not None and self._task < run.cell.tasks]
 
@@ -186,6 +188,17 @@ class _Group:
         for run, rows in self._rows.items():
             diverged = bool(rows) and rows[-1].loss is None
             self._archive.save(run, rows, None if diverged else self._learners[run].snapshot())
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The engine's threads are worth having, but torch's own wait for each other longer than a sample takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _measures(learner: Learner) -> dict[str, Any]:

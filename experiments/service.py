@@ -44,10 +44,10 @@ class Outcome:
 
     def difference(self, other: "Outcome") -> float:
         """The largest of any of these numbers, relative to numbers of at least 1."""
-        pairs = zip(
-            (self.accuracies, self.first_weights, self.outputs),
-            (other.accuracies, other.first_weights, other.outputs),
-            strict=True,
+        pairs: tuple[tuple[NDArray[Any], NDArray[Any]], ...] = (
+            (self.accuracies, other.accuracies),
+            (self.first_weights, other.first_weights),
+            (self.outputs, other.outputs),
         )
         return max(float((np.abs(one - two) / np.maximum(1.0, np.abs(two))).max()) for one, two in pairs)
 

@@ -1,0 +1,58 @@
+"""How long a protocol takes on this machine, from rates measured on it."""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.archive import Archive, Run
+from experiments.cells import Cell
+from experiments.runner import STACK_SIZE, execute, runs_of
+
+_MEASURED_STEPS = 10_000
+"""Of each learner."""
+
+
+def planned(findings: Mapping[str, Sequence[Cell]], device: str, mnist: Path | None) -> tuple[list[list[str]], float]:
+    """A row of finding, cells, runs, steps and expected hours for each, and the seconds of all together, where a run
+    that several findings have in common counts once. Raises `DataError`."""
+    seconds_per_step: dict[Any, float] = {}
+    rows = []
+    of_run: dict[tuple[str, int], float] = {}
+    for name, cells in findings.items():
+        runs = runs_of(cells)
+        seconds = 0.0
+        for run in runs:
+            kind = _kind(run.cell)
+            if kind not in seconds_per_step:
+                alike = [other for other in runs if _kind(other.cell) == kind]
+                seconds_per_step[kind] = _measure(alike, device, mnist)
+            expected = run.cell.steps * seconds_per_step[kind]
+            seconds += expected
+            place = (run.cell.key, run.seed)
+            of_run[place] = max(expected, of_run.get(place, 0.0))
+        steps = sum(run.cell.steps for run in runs)
+        rows.append([name, str(len(cells)), str(len(runs)), f"{steps:,}", f"{seconds / 3600:.2f}"])
+    return rows, sum(of_run.values())
+
+
+def _kind(cell: Cell) -> tuple[object, ...]:
+    """What a step's time depends on."""
+    return (cell.stream, cell.hidden, cell.activation)
+
+
+def _measure(runs: Sequence[Run], device: str, mnist: Path | None) -> float:
+    """Seconds that a step of one learner takes among as many as are run together."""
+    tasks = max(1, _MEASURED_STEPS // runs[0].cell.stream.examples)
+    group = [Run(replace(run.cell, tasks=tasks), run.seed) for run in runs[: STACK_SIZE[torch.device(device).type]]]
+    run_time = 0.0
+    for _ in range(2):  # the first has the images to make, and on a GPU its graphs to capture
+        with tempfile.TemporaryDirectory() as directory:
+            started = time.monotonic()
+            execute(group, Archive(Path(directory)), device=device, mnist=mnist)
+            run_time = time.monotonic() - started
+    return run_time / sum(run.cell.steps for run in group)
