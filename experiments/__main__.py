@@ -168,7 +168,7 @@ def service(
     server: Annotated[
         str | None, typer.Option(help="host:port of a running server; without it one is started.")
     ] = None,
-    tasks: Annotated[int, typer.Option(min=2, max=MOST_TASKS)] = 40,
+    tasks: Annotated[int, typer.Option(min=2, max=MOST_TASKS)] = 100,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     output: DirectoryOption = Path("experiments-output"),
 ) -> None:

@@ -64,8 +64,10 @@ def colour_of(name: str, place: int) -> str:
     return _MASK_COLOURS.get(name, _COLOURS[place % len(_COLOURS)])
 
 
-def draw_curves(axes: Axes, curves: Curves, *, colours: Mapping[str, str] | None = None, named: bool = True) -> None:
-    """A line and its confidence band for each, named at its end."""
+def draw_curves(
+    axes: Axes, curves: Curves, *, colours: Mapping[str, str] | None = None, bottom: float | None = None
+) -> None:
+    """A line and its confidence band for each, named at its end; the axis begins at `bottom`, if given."""
     ends: list[tuple[float, str, str]] = []
     last = 0
     for place, (name, (places, values)) in enumerate(curves.items()):
@@ -78,17 +80,23 @@ def draw_curves(axes: Axes, curves: Curves, *, colours: Mapping[str, str] | None
         axes.fill_between(places, means - widths, means + widths, color=colour, alpha=0.13, linewidth=0)
         ends.append((float(means[-1]), name, colour))
         last = max(last, int(places[-1]))
-    if named:
-        _name_ends(axes, last, ends)
+    axes.set_ylim(bottom=bottom)
+    _name_ends(axes, last, ends)
 
 
 def _name_ends(axes: Axes, last: int, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names right of the last values, moved apart where they would overlap."""
+    """Names right of the last values, moved apart where they would overlap, and not beyond the axis."""
     low, high = axes.get_ylim()
-    gap = (high - low) * 0.055
-    height = -np.inf
-    for value, name, colour in sorted(ends):
-        height = max(value, height + gap)
+    gap = (high - low) * 0.058
+    ends = sorted(ends)
+    heights: list[float] = []
+    for value, _, _ in ends:
+        heights.append(max(value, heights[-1] + gap) if heights else value)
+    ceiling = high
+    for place in reversed(range(len(ends))):
+        heights[place] = min(heights[place], ceiling)
+        ceiling = heights[place] - gap
+    for (value, name, colour), height in zip(ends, heights, strict=True):
         axes.annotate(
             name, (last, value), xytext=(last * 1.03, height), color=colour, fontsize=9, va="center",
             annotation_clip=False,

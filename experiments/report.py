@@ -220,9 +220,8 @@ class Report:
         for axes, name in zip(grid, FEW_MASKS, strict=True):
             one = found[name]
             layers = range(len(one.cell.hidden) + (measure == "mean_abs_weight"))
-            figures.draw_curves(axes, figures.measure_curves(one, measure, layers))
+            figures.draw_curves(axes, figures.measure_curves(one, measure, layers), bottom=0)
             figures.finish(axes, f"resets: {name}", "task", unit if axes is grid[0] else "")
-            axes.set_ylim(bottom=0)
         figures.headline(figure, f"{title}; {_described(found['none'])}")
         return figure
 
@@ -363,8 +362,7 @@ class Report:
                 name: (one.sampled, scale * one.measures[measure][:, :, hidden].mean(axis=2))
                 for name, one in found.items()
             }
-            figures.draw_curves(axes, means, colours=colours)
-            axes.set_ylim(bottom=0)
+            figures.draw_curves(axes, means, colours=colours, bottom=0)
         figures.finish(accuracy, "Online accuracy", "task", "%")
         figures.finish(saturated, "Saturated, beyond ±0.9", "task", "% of hidden activations")
         figures.finish(weights, "Weight magnitude, hidden layers", "task", "mean |w|")

@@ -33,14 +33,14 @@ SCHEMA = pa.schema(
 
 
 def describe(cells: Sequence[Cell], archive: Archive) -> pa.Table:
-    """A row for each hidden unit of each run that has reached its last task; `saturated` is the share of the probe on
+    """A row for each hidden unit of each run that has reached the cell's last task; `saturated` is the share of the probe on
     which the unit is, utilities are means over the probe."""
     rows: list[dict[str, Any]] = []
     for cell in cells:
         for seed in range(cell.seeds):
             run = Run(cell, seed)
             snapshot = archive.learner(run)
-            if snapshot is not None and archive.tasks_done(run) == cell.tasks:
+            if snapshot is not None and archive.tasks_done(run) >= cell.tasks:
                 rows += _units(run, snapshot)
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
