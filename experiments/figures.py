@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from numpy.typing import NDArray
 
 from experiments.results import CellResults
@@ -35,6 +36,7 @@ _MASK_COLOURS = {
 """Those of one picture differ, as far as they are shown together."""
 _INK, _FAINT = "#222222", "#BBBBBB"
 _DPI = 110
+_CURVE_NAME = "curve name"
 
 Curves = Mapping[str, tuple[NDArray[np.int64], NDArray[np.float64]]]
 """By name: places [K] and values [S, K]."""
@@ -48,6 +50,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    for axes in figure.axes:
+        _spread_names(figure, axes)
     figure.savefig(path, dpi=_DPI, facecolor="white")
 
 
@@ -68,8 +72,6 @@ def draw_curves(
     axes: Axes, curves: Curves, *, colours: Mapping[str, str] | None = None, bottom: float | None = None
 ) -> None:
     """A line and its confidence band for each, named at its end; the axis begins at `bottom`, if given."""
-    ends: list[tuple[float, str, str]] = []
-    last = 0
     for place, (name, (places, values)) in enumerate(curves.items()):
         colour = colours[name] if colours else colour_of(name, place)
         with np.errstate(invalid="ignore"):
@@ -78,29 +80,31 @@ def draw_curves(
         widths = np.nan_to_num(np.array([one.half_width for one in bounds]))
         axes.plot(places, means, color=colour, linewidth=1.8)
         axes.fill_between(places, means - widths, means + widths, color=colour, alpha=0.13, linewidth=0)
-        ends.append((float(means[-1]), name, colour))
-        last = max(last, int(places[-1]))
-    axes.set_ylim(bottom=bottom)
-    _name_ends(axes, last, ends)
+        last, value = float(places[-1]), float(means[-1])
+        axes.annotate(
+            name, (last, value), xytext=(last * 1.03, value), color=colour, fontsize=9, va="center",
+            annotation_clip=False, gid=_CURVE_NAME,
+        )  # fmt: skip
+    if bottom is not None:
+        axes.set_ylim(bottom=bottom)
 
 
-def _name_ends(axes: Axes, last: int, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names right of the last values, moved apart where they would overlap, and not beyond the axis."""
+def _spread_names(figure: Figure, axes: Axes) -> None:
+    """Moves the names of curves apart where they would overlap, and not beyond the axis; once its limits are final."""
+    names = [text for text in axes.texts if isinstance(text, Annotation) and text.get_gid() == _CURVE_NAME]
+    names.sort(key=lambda text: (text.xyann[1], text.get_text()))
     low, high = axes.get_ylim()
-    gap = (high - low) * 0.058
-    ends = sorted(ends)
+    gap = (high - low) * 0.5 / (axes.get_position().height * figure.get_figheight() * 3.2)
     heights: list[float] = []
-    for value, _, _ in ends:
+    for text in names:
+        value = float(text.xyann[1])
         heights.append(max(value, heights[-1] + gap) if heights else value)
     ceiling = high
-    for place in reversed(range(len(ends))):
+    for place in reversed(range(len(names))):
         heights[place] = min(heights[place], ceiling)
         ceiling = heights[place] - gap
-    for (value, name, colour), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            name, (last, value), xytext=(last * 1.03, height), color=colour, fontsize=9, va="center",
-            annotation_clip=False,
-        )  # fmt: skip
+    for text, height in zip(names, heights, strict=True):
+        text.xyann = (text.xyann[0], height)
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:

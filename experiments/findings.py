@@ -291,10 +291,10 @@ FINDINGS: Mapping[str, Finding] = {
             build=_decides,
         ),
         Finding(
-            name="utilities_regression",
-            question="Do the utilities compare alike in regression?",
-            sizes=_sizes(Size(seeds=3, tasks=20), Size(seeds=10, tasks=100), Size(seeds=100, tasks=500)),
-            build=_utilities_regression,
+            name="utilities",
+            question="Which utility suits which activation?",
+            sizes=_sizes(Size(seeds=1, tasks=20, examples=1797), Size(seeds=3, tasks=60, examples=1797), _FULL_SMALL),
+            build=_utilities,
         ),
         Finding(
             name="tanh",
@@ -303,9 +303,15 @@ FINDINGS: Mapping[str, Finding] = {
             build=_tanh,
         ),
         Finding(
+            name="utilities_regression",
+            question="Do the utilities compare alike in regression?",
+            sizes=_sizes(Size(seeds=3, tasks=20), Size(seeds=10, tasks=100), Size(seeds=100, tasks=500)),
+            build=_utilities_regression,
+        ),
+        Finding(
             name="long",
             question="Is the first layer still enough after many more tasks?",
-            sizes=_sizes(Size(seeds=1, tasks=40), Size(seeds=3, tasks=300), _FULL),
+            sizes=_sizes(Size(seeds=1, tasks=40), Size(seeds=3, tasks=200), _FULL),
             build=_long,
         ),
         Finding(
@@ -315,16 +321,22 @@ FINDINGS: Mapping[str, Finding] = {
             build=_layers_by_activation,
         ),
         Finding(
-            name="utilities",
-            question="Which utility suits which activation?",
-            sizes=_sizes(Size(seeds=1, tasks=20, examples=1797), Size(seeds=3, tasks=60, examples=1797), _FULL_SMALL),
-            build=_utilities,
-        ),
-        Finding(
             name="shifts",
             question="Does the kind of shift decide which layers must be reset?",
             sizes=_sizes(_QUICK, Size(seeds=3, tasks=30), _FULL),
             build=_shifts,
+        ),
+        Finding(
+            name="utilities_labels",
+            question="Do utilities compare alike when labels shift rather than inputs?",
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=5, tasks=60, examples=1797), _FULL_SMALL),
+            build=_utilities_labels,
+        ),
+        Finding(
+            name="decides_more",
+            question="What do replacement rate, width and utility change where the first layer is not enough?",
+            sizes=_sizes(Size(seeds=1, tasks=4), Size(seeds=3, tasks=30), Size(seeds=10, tasks=300)),
+            build=_decides_rate_and_width,
         ),
         Finding(
             name="weight_decay",
@@ -349,18 +361,6 @@ FINDINGS: Mapping[str, Finding] = {
             question="Does it hold across depths with as many parameters?",
             sizes=_sizes(_QUICK, Size(seeds=3, tasks=30), _FULL),
             build=_matched,
-        ),
-        Finding(
-            name="decides_more",
-            question="What do replacement rate, width and utility change where the first layer is not enough?",
-            sizes=_sizes(Size(seeds=1, tasks=4), Size(seeds=3, tasks=30), Size(seeds=10, tasks=300)),
-            build=_decides_rate_and_width,
-        ),
-        Finding(
-            name="utilities_labels",
-            question="Do utilities compare alike when labels shift rather than inputs?",
-            sizes=_sizes(_QUICK_SMALL, Size(seeds=5, tasks=60, examples=1797), _FULL_SMALL),
-            build=_utilities_labels,
         ),
         Finding(
             name="activations",

@@ -232,8 +232,8 @@ class Report:
         for row, (measure, scale, unit, top) in zip(grid, rows, strict=True):
             for axes, name in zip(row, FEW_MASKS, strict=True):
                 layers = range(len(found[name].cell.hidden))
-                axes.set_ylim(0, top)
                 figures.draw_curves(axes, figures.measure_curves(found[name], measure, layers, scale))
+                axes.set_ylim(0, top)
                 figures.finish(axes, f"resets: {name}", "task", unit if axes is row[0] else "")
         figures.headline(figure, f"Dormant units and effective rank of each layer; {_described(found['none'])}")
         return figure
@@ -244,8 +244,8 @@ class Report:
         accuracy, dormant = figure.subplots(1, 2)
         figures.draw_curves(accuracy, figures.metric_curves(found, window=9))
         second = {name: (one.sampled, 100 * one.measures["dormant_fraction"][:, :, 1]) for name, one in found.items()}
-        dormant.set_ylim(0, 100)
         figures.draw_curves(dormant, second)
+        dormant.set_ylim(0, 100)
         figures.finish(accuracy, "Online accuracy", "task", "%")
         figures.finish(dormant, "Dormant units of the second layer", "task", "% of units")
         figures.headline(figure, f"{_described(found['none'])}; accuracies are means over 9 tasks")

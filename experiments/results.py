@@ -29,14 +29,14 @@ class MissingResultsError(Exception):
 
 
 def collect(cells: Sequence[Cell], archive: Archive) -> pa.Table:
-    """The tidy table of all runs that are complete: the cell's settings, seed, task, and what `TaskRow` has.
+    """The tidy table of all runs, as far as they have come: the cell's settings, seed, task, and what `TaskRow` has.
 
     Numbers are rounded to four decimals, and classification goes without its loss, to keep the file small.
     """
     tables = []
     for run in runs_of(cells):
         rows = archive.table(run)
-        if rows is None or (len(rows) < run.cell.tasks and rows["loss"][-1].as_py() is not None):
+        if rows is None:
             continue
         rows = rows.slice(0, run.cell.tasks)
         settings = {"cell": run.cell.key} | run.cell.to_plain()
@@ -48,7 +48,7 @@ def collect(cells: Sequence[Cell], archive: Archive) -> pa.Table:
         rows = rows.add_column(len(settings), "seed", pa.array([run.seed] * len(rows), pa.int32()))
         tables.append(_thinned(rows, run.cell))
     if not tables:
-        raise MissingResultsError("There is no complete run; run the experiments first")
+        raise MissingResultsError("There is no run; run the experiments first")
     return pa.concat_tables(tables).unify_dictionaries()
 
 
@@ -131,39 +131,48 @@ class Results:
         for place, key in enumerate(keys):
             places.setdefault(str(key), []).append(place)
         for key, rows in places.items():
-            self._of_cell[key] = table.take(pa.array(rows))
+            self._of_cell[key] = table.select(["seed", *ROW_SCHEMA.names]).take(pa.array(rows))
 
     @classmethod
     def read(cls, path: Path) -> "Results":
         return cls(pq.read_table(path))
 
     def __contains__(self, cell: Cell) -> bool:
-        return cell.key in self._of_cell
+        return bool(self._complete(cell))
 
-    def of(self, cell: Cell) -> CellResults:
-        """What there is of this cell, at most its number of seeds and tasks. Raises `MissingResultsError`."""
+    def _complete(self, cell: Cell) -> dict[int, list[dict[str, Any]]]:
+        """The rows of the cell's runs that went to its last task, or diverged, by seed."""
         table = self._of_cell.get(cell.key)
         if table is None:
+            return {}
+        runs: dict[int, list[dict[str, Any]]] = {}
+        for row in table.to_pylist():
+            if row["task"] < cell.tasks and row["seed"] < cell.seeds:
+                runs.setdefault(row["seed"], []).append(row)
+        return {
+            seed: rows
+            for seed, rows in sorted(runs.items())
+            if len(rows) == cell.tasks or rows[-1]["loss"] is rows[-1]["accuracy"] is None
+        }
+
+    def of(self, cell: Cell) -> CellResults:
+        """The cell's runs that are complete. Raises `MissingResultsError` if there are none."""
+        runs = self._complete(cell)
+        if not runs:
             raise MissingResultsError(f"There are no results of {cell}; run the experiments first")
-        seeds = sorted({int(seed) for seed in table["seed"].to_pylist()})[: cell.seeds]
-        tasks = min(cell.tasks, int(pc.max(table["task"]).as_py()) + 1)
-        rows = table.select(["seed", *ROW_SCHEMA.names]).to_pylist()
-        places = {seed: place for place, seed in enumerate(seeds)}
-        accuracy = np.full((len(seeds), tasks), np.nan)
-        loss = np.full((len(seeds), tasks), np.nan)
-        rows = [row for row in rows if row["seed"] in places and row["task"] < tasks]
-        sampled = sorted({row["task"] for row in rows if row["mean_abs_weight"] is not None})
+        shape = (len(runs), cell.tasks)
+        accuracy, loss = np.full(shape, np.nan), np.full(shape, np.nan)
+        sampled = sorted({row["task"] for rows in runs.values() for row in rows if row["mean_abs_weight"] is not None})
         moments = {task: place for place, task in enumerate(sampled)}
-        layers = len(cell.hidden) + 1
-        measures = {name: np.full((len(seeds), len(sampled), layers), np.nan) for name in MEASURES}
-        for row in rows:
-            seed, task = places[row["seed"]], row["task"]
-            accuracy[seed, task] = _number(row["accuracy"])
-            loss[seed, task] = _number(row["loss"])
-            for name, array in measures.items():
-                values = row[name]
-                if values is not None:
-                    array[seed, moments[task], : len(values)] = [_number(value) for value in values]
+        measures = {name: np.full((len(runs), len(sampled), len(cell.hidden) + 1), np.nan) for name in MEASURES}
+        for place, rows in enumerate(runs.values()):
+            for row in rows:
+                accuracy[place, row["task"]] = _number(row["accuracy"])
+                loss[place, row["task"]] = _number(row["loss"])
+                for name, array in measures.items():
+                    if row[name] is not None:
+                        values = [_number(value) for value in row[name]]
+                        array[place, moments[row["task"]], : len(values)] = values
         return CellResults(cell, accuracy, loss, np.array(sampled, np.int64) + 1, measures)
 
 

@@ -33,8 +33,8 @@ SCHEMA = pa.schema(
 
 
 def describe(cells: Sequence[Cell], archive: Archive) -> pa.Table:
-    """A row for each hidden unit of each run that has reached the cell's last task; `saturated` is the share of the probe on
-    which the unit is, utilities are means over the probe."""
+    """A row for each hidden unit of each run that has reached the cell's last task; `saturated` is the share of the
+    probe on which the unit is, utilities are means over the probe."""
     rows: list[dict[str, Any]] = []
     for cell in cells:
         for seed in range(cell.seeds):
