@@ -305,7 +305,7 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="utilities_regression",
             question="Do the utilities compare alike in regression?",
-            sizes=_sizes(Size(seeds=3, tasks=20), Size(seeds=10, tasks=100), Size(seeds=100, tasks=500)),
+            sizes=_sizes(Size(seeds=3, tasks=20), Size(seeds=10, tasks=50), Size(seeds=100, tasks=500)),
             build=_utilities_regression,
         ),
         Finding(

@@ -47,7 +47,10 @@ class Report:
             "widths": lambda cells: {"widths": self._by_mask(cells, _network, "network")},
             "depths": lambda cells: {"depths": self._by_mask(cells, _network, "network")},
             "matched": lambda cells: {"matched": self._by_mask(cells, _network, "network")},
-            "decides": lambda cells: {"decides": self._gaps(cells, _corner, "images, examples a task, lr, depth")},
+            "decides": lambda cells: {
+                "decides": self._gaps(cells, _corner, "images, examples a task, lr, depth"),
+                "effects": self._effects(cells),
+            },
             "decides_more": lambda cells: {"decides_more": self._by_mask(cells, _variation, "changed")},
             "shifts": lambda cells: {
                 "shifts": self._by_mask(cells, lambda cell: _SHIFTS_SHOWN[cell.stream.kind], "shift")
@@ -135,10 +138,43 @@ class Report:
                 *(tables.show(interval(by_mask[mask].late)) for mask in ("none", "only first", "all")),
                 tables.show(paired_difference(by_mask["only first"].late, by_mask["all"].late), signed=True),
                 tables.show(paired_difference(by_mask["only first"].late, by_mask["none"].late), signed=True),
+                f"{_recovered(by_mask):.0%}",
             ]
             for name, by_mask in self._settings(cells, row).items()
         ]
-        return tables.markdown((heading, "none", "only first", "all", "first − all", "first − none"), rows)
+        return tables.markdown((heading, "none", "only first", "all", "first − all", "first − none", "recovered"), rows)
+
+    def _effects(self, cells: Sequence[Cell]) -> str:
+        """What each factor alone does to the gap between the first layer and all, averaged over the other factors."""
+        settings = list(self._settings(cells, _corner).values())
+        factors: dict[str, Callable[[Cell], object]] = {
+            "images": lambda cell: _IMAGES_SHOWN[str(cell.stream.images)],
+            "examples a task": lambda cell: f"{cell.stream.examples:,}",
+            "lr": lambda cell: f"{cell.lr:g}",
+            "depth": lambda cell: len(cell.hidden),
+        }
+        rows = []
+        for name, level in factors.items():
+            levels = list(dict.fromkeys(level(by_mask["all"].cell) for by_mask in settings))
+            gaps = {
+                one: [
+                    by_mask["only first"].late - by_mask["all"].late
+                    for by_mask in settings
+                    if level(by_mask["all"].cell) == one
+                ]
+                for one in levels
+            }
+            if len(levels) < 2 or len({len(gap) for found in gaps.values() for gap in found}) > 1:
+                continue
+            low, high = (np.mean(gaps[one], axis=0) for one in levels[:2])
+            rows.append(
+                [
+                    f"{name}: {levels[0]} → {levels[1]}",
+                    *(tables.show(interval(values), signed=True) for values in (low, high)),
+                    tables.show(paired_difference(high, low), signed=True),
+                ]
+            )
+        return tables.markdown(("factor", "first − all at the former", "at the latter", "change"), rows)
 
     def _settings(self, cells: Sequence[Cell], row: Callable[[Cell], str]) -> dict[str, dict[str, CellResults]]:
         """Results by setting and mask, of settings that have the three masks that are compared."""
@@ -385,12 +421,12 @@ class Report:
             saturated = chosen["saturated"].to_numpy()
             for axes, measure in zip(row, measures, strict=True):
                 ranks = _ranks_within_layers(chosen, measure)
-                axes.scatter(100 * saturated, 100 * ranks, s=4, alpha=0.25, color="#0072B2", linewidths=0)
+                axes.scatter(100 * saturated, 100 * ranks, s=4, alpha=0.3, color="#0072B2", linewidths=0)
                 figures.finish(
                     axes,
-                    f"learner: {name.removesuffix(', off')}",
-                    "% of examples on which the unit is saturated" if row is grid[-1] else "",
-                    f"rank by {measure}, %",
+                    f"by {measure}" if name == names[0] else "",
+                    "% of examples on which the unit is saturated" if name == names[-1] else "",
+                    f"learner: {name.removesuffix(', off')}\nrank in its layer, %" if axes is row[0] else "",
                 )
         figures.headline(figure, "Units of tanh networks after the last task; the lowest ranks are replaced")
         return figure
@@ -480,6 +516,12 @@ def _percent(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Inter
 
 def _score(found: CellResults) -> Interval:
     return interval(found.late) if found.cell.stream.is_regression else _percent(found.late)
+
+
+def _recovered(by_mask: Mapping[str, CellResults]) -> float:
+    """Of what resets in all layers gain over none, the share that those in the first layer gain."""
+    none, first, every = (float(np.nanmean(by_mask[name].late)) for name in ("none", "only first", "all"))
+    return (first - none) / (every - none)
 
 
 def _percent_difference(found: CellResults, other: CellResults) -> Interval:
