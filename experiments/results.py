@@ -126,6 +126,7 @@ class Results:
 
     def __init__(self, table: pa.Table) -> None:
         self._of_cell: dict[str, pa.Table] = {}
+        self._found: dict[Cell, CellResults] = {}
         keys = table["cell"].cast(pa.string()).to_numpy(zero_copy_only=False)
         places: dict[str, list[int]] = {}
         for place, key in enumerate(keys):
@@ -140,26 +141,31 @@ class Results:
     def __contains__(self, cell: Cell) -> bool:
         return bool(self._complete(cell))
 
-    def _complete(self, cell: Cell) -> dict[int, list[dict[str, Any]]]:
-        """The rows of the cell's runs that went to its last task, or diverged, by seed."""
+    def _complete(self, cell: Cell) -> list[int]:
+        """Seeds of the cell's runs that went to its last task, or diverged."""
         table = self._of_cell.get(cell.key)
         if table is None:
-            return {}
-        runs: dict[int, list[dict[str, Any]]] = {}
-        for row in table.to_pylist():
-            if row["task"] < cell.tasks and row["seed"] < cell.seeds:
-                runs.setdefault(row["seed"], []).append(row)
-        return {
-            seed: rows
-            for seed, rows in sorted(runs.items())
-            if len(rows) == cell.tasks or rows[-1]["loss"] is rows[-1]["accuracy"] is None
-        }
+            return []
+        seeds, tasks = table["seed"].to_numpy(), table["task"].to_numpy()
+        ended = (tasks == cell.tasks - 1) | (
+            pc.is_null(table["loss"]).to_numpy() & pc.is_null(table["accuracy"]).to_numpy()
+        )
+        return sorted({int(seed) for seed in seeds[ended & (seeds < cell.seeds)]})
 
     def of(self, cell: Cell) -> CellResults:
         """The cell's runs that are complete. Raises `MissingResultsError` if there are none."""
-        runs = self._complete(cell)
-        if not runs:
+        if cell not in self._found:
+            self._found[cell] = self._read(cell)
+        return self._found[cell]
+
+    def _read(self, cell: Cell) -> CellResults:
+        seeds = self._complete(cell)
+        if not seeds:
             raise MissingResultsError(f"There are no results of {cell}; run the experiments first")
+        runs: dict[int, list[dict[str, Any]]] = {seed: [] for seed in seeds}
+        for row in self._of_cell[cell.key].to_pylist():
+            if row["seed"] in runs and row["task"] < cell.tasks:
+                runs[row["seed"]].append(row)
         shape = (len(runs), cell.tasks)
         accuracy, loss = np.full(shape, np.nan), np.full(shape, np.nan)
         sampled = sorted({row["task"] for rows in runs.values() for row in rows if row["mean_abs_weight"] is not None})
