@@ -153,14 +153,19 @@ def _decides(size: Size) -> Iterator[Cell]:
         yield from of_masks(cell, ("none", "all", "only first"))
 
 
-def _decides_rate_and_width(size: Size) -> Iterator[Cell]:
-    for cell in (replace(small_cell(replace(size, examples=1797)), tasks=round(size.tasks * size.examples / 1797)),):
-        yield from of_masks(cell, ("none", "all", "only first"))
-        for rate in (1e-5, 1e-3):
-            yield from of_masks(replace(cell, replacement_rate=rate), ("all", "only first"))
-        for width in (50, 200):
-            yield from of_masks(replace(cell, hidden=(width,) * 3), ("none", "all", "only first"))
-        yield from of_masks(replace(cell, utility="adaptable_contribution"), ("all", "only first", "all but first"))
+def _decides_more(size: Size) -> Iterator[Cell]:
+    """Other changes to the small setting, where the first layer alone falls behind."""
+    cell = small_cell(replace(size, examples=1797))
+    cell = replace(cell, tasks=round(size.tasks * size.examples / 1797))
+    yield from of_masks(cell, ("none", "all", "only first", "first two"))
+    for rate in (1e-5, 1e-3):
+        yield from of_masks(replace(cell, replacement_rate=rate), ("all", "only first"))
+    for width in (50, 200):
+        yield from of_masks(replace(cell, hidden=(width,) * 3), ("none", "all", "only first"))
+    yield from of_masks(replace(cell, bias_compensation=True), ("all", "only first"))
+    for compensation in (False, True):
+        adaptable = replace(cell, utility="adaptable_contribution", bias_compensation=compensation)
+        yield from of_masks(adaptable, ("all", "only first"))
 
 
 def _shifts(size: Size) -> Iterator[Cell]:
@@ -345,7 +350,7 @@ FINDINGS: Mapping[str, Finding] = {
             name="decides_more",
             question="What do replacement rate, width and utility change where the first layer is not enough?",
             sizes=_sizes(Size(seeds=1, tasks=4), Size(seeds=3, tasks=30), Size(seeds=10, tasks=300)),
-            build=_decides_rate_and_width,
+            build=_decides_more,
         ),
         Finding(
             name="weight_decay",

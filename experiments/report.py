@@ -139,14 +139,20 @@ class Report:
                 tables.show(paired_difference(by_mask["only first"].late, by_mask["all"].late), signed=True),
                 tables.show(paired_difference(by_mask["only first"].late, by_mask["none"].late), signed=True),
                 f"{_recovered(by_mask):.0%}",
+                tables.show(interval(tables.weight_growth(by_mask["only first"], 1)), 2),
+                tables.show(interval(by_mask["only first"].measures["dormant_fraction"][:, -1, 1]), 2),
             ]
             for name, by_mask in self._settings(cells, row).items()
         ]
-        return tables.markdown((heading, "none", "only first", "all", "first − all", "first − none", "recovered"), rows)
+        headings = (
+            heading, "none", "only first", "all", "first − all", "first − none", "recovered", "w₂ grew", "dormant, layer 2",
+        )  # fmt: skip
+        return tables.markdown(headings, rows)
 
     def _effects(self, cells: Sequence[Cell]) -> str:
         """What each factor alone does to the gap between the first layer and all, averaged over the other factors."""
         settings = list(self._settings(cells, _corner).values())
+        seeds = min(len(found.late) for by_mask in settings for found in by_mask.values())
         factors: dict[str, Callable[[Cell], object]] = {
             "images": lambda cell: _IMAGES_SHOWN[str(cell.stream.images)],
             "examples a task": lambda cell: f"{cell.stream.examples:,}",
@@ -158,13 +164,13 @@ class Report:
             levels = list(dict.fromkeys(level(by_mask["all"].cell) for by_mask in settings))
             gaps = {
                 one: [
-                    by_mask["only first"].late - by_mask["all"].late
+                    by_mask["only first"].late[:seeds] - by_mask["all"].late[:seeds]
                     for by_mask in settings
                     if level(by_mask["all"].cell) == one
                 ]
                 for one in levels
             }
-            if len(levels) < 2 or len({len(gap) for found in gaps.values() for gap in found}) > 1:
+            if len(levels) < 2:
                 continue
             low, high = (np.mean(gaps[one], axis=0) for one in levels[:2])
             rows.append(
@@ -466,9 +472,9 @@ def _corner(cell: Cell) -> str:
 def _variation(cell: Cell) -> str:
     if cell.hidden[0] != 100:
         return f"width {cell.hidden[0]}"
-    if cell.utility != "contribution":
-        return cell.utility
-    return f"ρ {cell.replacement_rate:g}"
+    if cell.replacement_rate != 1e-4:
+        return f"ρ {cell.replacement_rate:g}"
+    return f"{cell.utility}, compensation {'on' if cell.bias_compensation else 'off'}"
 
 
 def _decay(cell: Cell) -> str:
