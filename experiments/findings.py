@@ -234,6 +234,15 @@ def _utilities(size: Size) -> Iterator[Cell]:
         yield from _with_every_utility(small_cell_of(activation, size))
 
 
+def _activations_long(size: Size) -> Iterator[Cell]:
+    """Activations that lose plasticity slowly."""
+    for activation in ("gelu", "silu", "elu", "selu"):
+        cell = small_cell_of(activation, size)
+        yield cell
+        for utility in ("contribution", "adaptable_contribution"):
+            yield from of_masks(replace(cell, utility=utility), ("all",))
+
+
 def _utilities_regression(size: Size) -> Iterator[Cell]:
     for activation in (*SMOOTH_ACTIVATIONS, "relu"):
         cell = replace(regression_cell(size), activation=activation, replacement_rate=1e-3)
@@ -327,6 +336,12 @@ FINDINGS: Mapping[str, Finding] = {
             question="Is the first layer still enough after many more tasks?",
             sizes=_sizes(Size(seeds=1, tasks=40), Size(seeds=3, tasks=200), _FULL),
             build=_long,
+        ),
+        Finding(
+            name="activations_long",
+            question="Do activations that lose plasticity slowly lose it in the end?",
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=3, tasks=200, examples=1797), _FULL_SMALL),
+            build=_activations_long,
         ),
         Finding(
             name="layers_by_activation",

@@ -1,11 +1,13 @@
 """Every finding's tables and pictures, from the tidy table of results."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from experiments import figures, tables
 from experiments.cells import Cell
@@ -60,6 +62,11 @@ class Report:
             "tanh": lambda cells: {"tanh": self._by_mask(cells, _activation_and_utility, "activation, utility")},
             "utilities_labels": lambda cells: {
                 "utilities_labels": self._by_mask(cells, _activation_and_utility, "activation, utility")
+            },
+            "activations_long": lambda cells: {
+                "activations_long": tables.pivot(
+                    cells, self._results, _utility, lambda cell: cell.activation, "utility"
+                )
             },
             "layers_by_activation": lambda cells: {
                 "layers_by_activation": self._by_mask(cells, lambda cell: cell.activation, "activation")
@@ -145,7 +152,8 @@ class Report:
             for name, by_mask in self._settings(cells, row).items()
         ]
         headings = (
-            heading, "none", "only first", "all", "first − all", "first − none", "recovered", "w₂ grew", "dormant, layer 2",
+            heading, "none", "only first", "all", "first − all", "first − none", "recovered",
+            "w₂ grew", "dormant, layer 2",
         )  # fmt: skip
         return tables.markdown(headings, rows)
 
@@ -318,8 +326,8 @@ class Report:
             for name, found in settings.items()
         }
         names = sorted(gaps, key=lambda name: gaps[name][1].mean)
-        figure = figures.new_figure(9, 6)
-        axes = figure.subplots()
+        figure = figures.new_figure(13, 5.2)
+        axes, alive = figure.subplots(1, 2, width_ratios=(3, 2))
         series = {"none": [gaps[name][0] for name in names], "only first": [gaps[name][1] for name in names]}
         figures.draw_dots(axes, names, series)
         axes.axvline(0, color=figures.colour_of("all", 0), linewidth=1, linestyle="--")
@@ -327,7 +335,23 @@ class Report:
         figures.finish_dots(
             axes, "Behind resets in all layers", "online accuracy of the last fifth, minus that of all, points"
         )
+        self._draw_second_layer(alive, settings.values())
         return figure
+
+    def _draw_second_layer(self, axes: Axes, settings: Iterable[Mapping[str, CellResults]]) -> None:
+        """A dot for each run with resets in the first layer: units left in the second, and what it is behind by."""
+        units: list[float] = []
+        behind: list[float] = []
+        for by_mask in settings:
+            first, every = by_mask["only first"], by_mask["all"]
+            seeds = min(len(first.late), len(every.late))
+            units += list(first.cell.hidden[1] * (1 - first.measures["dormant_fraction"][:seeds, -1, 1]))
+            behind += list(100 * (first.late[:seeds] - every.late[:seeds]))
+        correlation = spearmanr(units, behind).statistic if len(units) > 2 else float("nan")
+        axes.axhline(0, color=figures.colour_of("all", 0), linewidth=1, linestyle="--")
+        axes.scatter(units, behind, s=22, alpha=0.7, color=figures.colour_of("only first", 0), linewidths=0)
+        title = f"Single runs: rank correlation {correlation:.2f} over {len(units)}"
+        figures.finish(axes, title, "units of the second layer that are not dormant", "first − all, points")
 
     def _shift_figure(self, cells: Sequence[Cell]) -> Figure:
         kinds = list(dict.fromkeys(cell.stream.kind for cell in cells))
@@ -357,7 +381,7 @@ class Report:
     def _utility_figure(self, cells: Sequence[Cell], unit: str) -> Figure:
         names = [name for name in ("relu", *SMOOTH_ACTIVATIONS) if name in {cell.activation for cell in cells}]
         figure = figures.new_figure(13, 7)
-        grid = figure.subplots(2, 4).flat
+        grid = figure.subplots(2, 4, sharey=True).flat
         rows = [*UTILITIES]
         for axes, activation in zip(grid, names, strict=False):
             chosen = [cell for cell in cells if cell.activation == activation]
