@@ -145,7 +145,7 @@ class Report:
                 *(tables.show(interval(by_mask[mask].late)) for mask in ("none", "only first", "all")),
                 tables.show(paired_difference(by_mask["only first"].late, by_mask["all"].late), signed=True),
                 tables.show(paired_difference(by_mask["only first"].late, by_mask["none"].late), signed=True),
-                f"{_recovered(by_mask):.0%}",
+                f"{round(100 * _recovered(by_mask))} %",
                 tables.show(interval(tables.weight_growth(by_mask["only first"], 1)), 2),
                 tables.show(interval(by_mask["only first"].measures["dormant_fraction"][:, -1, 1]), 2),
             ]

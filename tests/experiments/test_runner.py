@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cbp import Batch, Learner
 from experiments.archive import Archive, Run, TaskRow
@@ -124,6 +125,18 @@ def test_a_run_that_diverges_ends_there(tmp_path: Path) -> None:
     assert len(sound) == 5
     assert execute(runs_of(cells), archive)  # it is not tried again
     assert archive.rows(Run(cells[0], 0)) == diverged
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_to_rounding(tmp_path: Path) -> None:
+    here, there = Archive(tmp_path / "cpu"), Archive(tmp_path / "cuda")
+    cells = [replace(CELL, tasks=1), replace(TANH, tasks=1)]
+    execute(runs_of(cells), here)
+    execute(runs_of(cells), there, device="cuda")
+    for [one], [other] in zip(rows_of(here, cells), rows_of(there, cells), strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-3)
+        assert other.mean_abs_weight == pytest.approx(one.mean_abs_weight, rel=1e-3)
 
 
 def test_progress_tells_how_much_is_left(tmp_path: Path) -> None:
