@@ -1,6 +1,7 @@
 """Every finding's tables and pictures, from the tidy table of results."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ class Report:
             },
             "utilities_tanh": self._tanh_tables,
             "utilities": lambda cells: {"utilities": self._utility_table(cells)},
-            "utilities_regression": lambda cells: {"utilities_regression": self._utility_table(cells)},
+            "utilities_regression": lambda cells: {"utilities_regression": self._relative_utility_table(cells)},
             "regression": lambda cells: {
                 "regression": tables.pivot(
                     cells, self._results, lambda cell: _method(cell), _regression_column, "resets, ρ, utility"
@@ -95,9 +96,13 @@ class Report:
             "shifts": lambda cells: {"shifts": self._shift_figure(cells)},
             "regression": lambda cells: {"regression": self._regression_figure(cells)},
             "utilities_tanh": self._tanh_figures,
-            "utilities": lambda cells: {"utilities": self._utility_figure(cells, "accuracy, %")},
+            "utilities": lambda cells: {
+                "utilities": self._utility_figure(cells, "accuracy, %", lambda found: _percent(found.late))
+            },
             "utilities_regression": lambda cells: {
-                "utilities_regression": self._utility_figure(cells, "squared error (less is better)")
+                "utilities_regression": self._utility_figure(
+                    cells, "error, times that of no resets", self._relative_error
+                )
             },
             "layers_by_activation": lambda cells: {"layers_by_activation": self._activation_layers_figure(cells)},
         }
@@ -199,6 +204,23 @@ class Report:
 
     def _utility_table(self, cells: Sequence[Cell]) -> str:
         return tables.pivot(cells, self._results, _utility, lambda cell: cell.activation, "utility, bias compensation")
+
+    def _relative_utility_table(self, cells: Sequence[Cell]) -> str:
+        return tables.pivot(
+            [cell for cell in cells if cell.mask],
+            self._results,
+            _utility,
+            lambda cell: cell.activation,
+            "utility, bias compensation",
+            lambda found: tables.show(self._relative_error(found), 2),
+        )
+
+    def _relative_error(self, found: CellResults) -> Interval:
+        """As a multiple of that without resets on the same stream, since seeds differ in how hard theirs is."""
+        baseline = replace(found.cell, mask=(), utility="contribution", bias_compensation=False)
+        without = self._results.of(baseline).late
+        seeds = min(len(without), len(found.late))
+        return interval(found.late[:seeds] / without[:seeds])
 
     def _tanh_tables(self, cells: Sequence[Cell]) -> dict[str, str]:
         """Of tanh each utility with its paired differences to backprop, and to CBP on ReLU as published."""
@@ -378,7 +400,7 @@ class Report:
                 figures.finish(grid[row][column], f"{activation}, {_SHIFTS_SHOWN[kind]}", "task", "squared error")
         return figure
 
-    def _utility_figure(self, cells: Sequence[Cell], unit: str) -> Figure:
+    def _utility_figure(self, cells: Sequence[Cell], unit: str, score: Callable[[CellResults], Interval]) -> Figure:
         names = [name for name in ("relu", *SMOOTH_ACTIVATIONS) if name in {cell.activation for cell in cells}]
         figure = figures.new_figure(13, 7)
         grid = figure.subplots(2, 4, sharey=True).flat
@@ -386,7 +408,7 @@ class Report:
         for axes, activation in zip(grid, names, strict=False):
             chosen = [cell for cell in cells if cell.activation == activation]
             found = {
-                (cell.utility, cell.bias_compensation): _score(self._results.of(cell)) for cell in chosen if cell.mask
+                (cell.utility, cell.bias_compensation): score(self._results.of(cell)) for cell in chosen if cell.mask
             }
             series = {
                 label: [found.get((utility, on)) for utility in rows]
@@ -395,7 +417,7 @@ class Report:
             figures.draw_dots(axes, rows, series)
             for cell in chosen:
                 if not cell.mask:
-                    baseline = _score(self._results.of(cell))
+                    baseline = score(self._results.of(cell))
                     axes.axvline(baseline.mean, color="#555555", linewidth=1, linestyle="--")
             figures.finish_dots(axes, activation, unit)
             axes.tick_params(labelsize=8)
@@ -542,10 +564,6 @@ def _described(found: CellResults, *, network: bool = False) -> str:
 
 def _percent(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Interval:
     return interval(100 * values)
-
-
-def _score(found: CellResults) -> Interval:
-    return interval(found.late) if found.cell.stream.is_regression else _percent(found.late)
 
 
 def _recovered(by_mask: Mapping[str, CellResults]) -> float:

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 
 from experiments.cells import Cell
@@ -88,11 +87,6 @@ def extent(cells: Sequence[Cell], results: Results) -> str:
         seeds, tasks = results.of(cell).metric.shape
         extents.append(f"{seeds} seed{'s' * (seeds != 1)} × {tasks} tasks of {cell.stream.examples:,} examples")
     return "; ".join(key for key, _ in groupby(sorted(extents)))
-
-
-def without_mask(cell: Cell) -> Cell:
-    """What cells that differ in their masks have in common."""
-    return replace(cell, mask=())
 
 
 def fill(document: str, tables: Mapping[str, str]) -> str:
