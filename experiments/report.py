@@ -141,7 +141,10 @@ class Report:
         return tables.markdown([heading, *columns], rows)
 
     def _layer_tables(self, cells: Sequence[Cell]) -> dict[str, str]:
-        return {"layers": tables.of_masks(cells, self._results)}
+        return {
+            "layers": tables.of_masks(cells, self._results),
+            "dormant": tables.by_layer(cells, self._results, "dormant_fraction"),
+        }
 
     def _gaps(self, cells: Sequence[Cell], row: Callable[[Cell], str], heading: str) -> str:
         rows = [

@@ -51,6 +51,16 @@ def of_masks(cells: Sequence[Cell], results: Results) -> str:
     return markdown(headings, rows)
 
 
+def by_layer(cells: Sequence[Cell], results: Results, measure: str) -> str:
+    """A measure of each hidden layer at the end, by mask; `cells` differ in their masks alone."""
+    layers = range(len(cells[0].hidden))
+    rows = [
+        [cell.mask_name, *(show(interval(results.of(cell).measures[measure][:, -1, layer]), 2) for layer in layers)]
+        for cell in cells
+    ]
+    return markdown(["resets in", *(f"layer {layer + 1}" for layer in layers)], rows)
+
+
 def weight_growth(found: CellResults, layer: int) -> list[float]:
     """[S] the layer's mean |w| at the end, as a multiple of what it was after the first task."""
     weights = found.measures["mean_abs_weight"][:, :, layer]
