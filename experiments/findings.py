@@ -388,13 +388,13 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="matched",
             question="Does it hold across depths with as many parameters?",
-            sizes=_sizes(_QUICK, Size(seeds=3, tasks=20), _FULL),
+            sizes=_sizes(_QUICK, Size(seeds=2, tasks=20), _FULL),
             build=_matched,
         ),
         Finding(
             name="activations",
             question="What happens with each activation in the thesis's setting?",
-            sizes=_sizes(_QUICK, Size(seeds=2, tasks=15), _FULL),
+            sizes=_sizes(_QUICK, Size(seeds=2, tasks=12), _FULL),
             build=_activations,
         ),
     )
