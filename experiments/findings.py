@@ -38,11 +38,14 @@ class Finding:
     name: str
     question: str
     sizes: Mapping[Protocol, Size]
+    """A protocol that is not among them leaves the finding out."""
     build: Callable[[Size], Iterable[Cell]]
 
     def cells(self, protocol: Protocol, images: ImageSet | None = None) -> list[Cell]:
         """Every cell once. `images` takes the place of the enlarged digits."""
-        size = self.sizes[protocol]
+        size = self.sizes.get(protocol)
+        if size is None:
+            return []
         if images is not None and size.images == "digits_28x28":
             size = replace(size, images=images)
         return list(dict.fromkeys(self.build(size)))
@@ -346,7 +349,7 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="activations_long",
             question="Do activations that lose plasticity slowly lose it in the end?",
-            sizes=_sizes(_QUICK_SMALL, Size(seeds=3, tasks=200, examples=1797), _FULL_SMALL),
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=5, tasks=200, examples=1797), _FULL_SMALL),
             build=_activations_long,
         ),
         Finding(
@@ -394,7 +397,7 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="activations",
             question="What happens with each activation in the thesis's setting?",
-            sizes=_sizes(_QUICK, Size(seeds=2, tasks=12), _FULL),
+            sizes={"quick": _QUICK, "full": _FULL},
             build=_activations,
         ),
     )

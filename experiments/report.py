@@ -338,7 +338,7 @@ class Report:
             }
             figures.draw_dots(axes, list(settings), series)
             figures.finish_dots(axes, title, "online accuracy of the last fifth, %")
-        grid[0].legend(frameon=False, fontsize=9, title="resets")
+        grid[-1].legend(frameon=False, fontsize=9, title="resets", loc="center left", bbox_to_anchor=(1, 0.5))
         return figure
 
     def _gap_figure(self, cells: Sequence[Cell]) -> Figure:
