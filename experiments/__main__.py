@@ -208,8 +208,8 @@ def plan(
 ) -> None:
     """Say what a protocol runs, and how long it is expected to take here.
 
-    Every network runs on its stream for a moment, as many learners at once as the runner would take; the expectation is
-    from these rates, so other work on the machine disturbs it.
+    Every network runs on its stream for a moment; the expectation is from these rates, so other work on the machine
+    disturbs it.
     """
     torch.set_num_threads(threads)
     compile_ahead()

@@ -15,6 +15,8 @@ from experiments.runner import STACK_SIZE, execute, runs_of
 
 _MEASURED_STEPS = 10_000
 """Of each learner."""
+_MEASURED_LEARNERS = {"cpu": 4, "cuda": STACK_SIZE["cuda"]}
+"""On a CPU a few tell how fast many are; on a GPU they step together, and only as many as are run together tell."""
 
 
 def planned(findings: Mapping[str, Sequence[Cell]], device: str, mnist: Path | None) -> tuple[list[list[str]], float]:
@@ -46,9 +48,11 @@ def _kind(cell: Cell) -> tuple[object, ...]:
 
 
 def _measure(runs: Sequence[Run], device: str, mnist: Path | None) -> float:
-    """Seconds that a step of one learner takes among as many as are run together."""
+    """Seconds that a step of one learner takes among others."""
     tasks = max(1, _MEASURED_STEPS // runs[0].cell.stream.examples)
-    group = [Run(replace(run.cell, tasks=tasks), run.seed) for run in runs[: STACK_SIZE[torch.device(device).type]]]
+    group = [
+        Run(replace(run.cell, tasks=tasks), run.seed) for run in runs[: _MEASURED_LEARNERS[torch.device(device).type]]
+    ]
     run_time = 0.0
     for _ in range(2):  # the first has the images to make, and on a GPU its graphs to capture
         with tempfile.TemporaryDirectory() as directory:
