@@ -62,7 +62,7 @@ bench-durability: .venv/installed ## what the journal and checkpoints cost, and 
 	$(BIN)/python benchmarks/durability.py
 
 reproduce-quick: PROTOCOL := quick
-reproduce-quick: .venv/installed ## every finding of docs/paper.md at reduced size, and one over gRPC (a quarter of an hour of two cores)
+reproduce-quick: .venv/installed ## every finding of docs/paper.md at reduced size, and one experiment over gRPC (meant for 15 minutes of two idle cores)
 	$(REPRODUCE)
 
 reproduce: PROTOCOL := full

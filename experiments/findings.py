@@ -1,7 +1,7 @@
 """What is asked, and the cells that answer it, at three sizes.
 
 `full` is the thesis's protocol; `reported` is what docs/paper.md shows, cut down to an hour or two of two cores;
-`quick` shows in a quarter of an hour that every finding can be had.
+`quick` shows in minutes that every finding can be had.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
