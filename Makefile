@@ -5,8 +5,10 @@ BIN := .venv/bin
 PROTOS := $(wildcard proto/cbp_proto/v1/*.proto)
 DEMO_DIR ?= demo-output
 KILLS ?= 200
+EXPERIMENTS_DIR ?= experiments-output
+DEVICE ?= cpu
 
-.PHONY: help install demo test torture check format serve proto bench bench-durability clean
+.PHONY: help install demo test torture check format serve proto bench bench-durability reproduce-quick reproduce clean
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -59,5 +61,21 @@ bench: .venv/installed ## measure the claims of docs/benchmarks.md and print the
 bench-durability: .venv/installed ## what the journal and checkpoints cost, and how fast a journal is learnt again (six minutes)
 	$(BIN)/python benchmarks/durability.py
 
+reproduce-quick: PROTOCOL := quick
+reproduce-quick: .venv/installed ## every finding of docs/paper.md at reduced size, and one experiment over gRPC (meant for 15 minutes of two idle cores)
+	$(REPRODUCE)
+
+reproduce: PROTOCOL := full
+reproduce: .venv/installed ## the full protocol; it says first how long it will take here, and goes on where it was stopped (DEVICE=cuda, CBP_MNIST=directory)
+	$(BIN)/python -m experiments plan --protocol full --device $(DEVICE)
+	$(REPRODUCE)
+
+define REPRODUCE
+$(BIN)/python -m experiments run --protocol $(PROTOCOL) --output $(EXPERIMENTS_DIR) --device $(DEVICE)
+$(BIN)/python -m experiments collect --protocol $(PROTOCOL) --output $(EXPERIMENTS_DIR)
+$(BIN)/python -m experiments report --protocol $(PROTOCOL) --results $(EXPERIMENTS_DIR)
+$(BIN)/python -m experiments service --output $(EXPERIMENTS_DIR)
+endef
+
 clean: ## remove the environment and what tools left behind
-	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-output experiments-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,75 @@
+"""The command line: what it refuses, and a whole way from runs to tables."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from experiments import findings
+from experiments.__main__ import app
+from experiments.findings import Finding, Size
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quick enough for a test."""
+    layers, tanh = findings.FINDINGS["layers"], findings.FINDINGS["utilities_tanh"]
+    monkeypatch.setitem(findings.FINDINGS, "layers", with_quick_size(layers, Size(seeds=2, tasks=2, examples=60)))
+    monkeypatch.setitem(findings.FINDINGS, "utilities_tanh", with_quick_size(tanh, Size(seeds=2, tasks=2, examples=60)))
+
+
+def with_quick_size(finding: Finding, size: Size) -> Finding:
+    return Finding(name=finding.name, question=finding.question, sizes={"quick": size}, build=finding.build)
+
+
+def invoke(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"CBP_MNIST": ""})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_from_runs_to_tables_and_pictures(tmp_path: Path) -> None:
+    chosen = ("--findings", "layers,utilities_tanh", "--output", tmp_path)
+    assert invoke("run", *chosen, "--minutes", "0")[0] == 3
+    status, output = invoke("run", *chosen)
+    assert status == 0, output
+    assert "26/26 runs, 100.0% of the work" in output
+    status, output = invoke("collect", "--output", tmp_path)
+    assert status == 0, output
+    document = tmp_path / "paper.md"
+    document.write_text("Before\n<!-- table: layers -->\nold\n<!-- end -->\nAfter\n")
+    status, output = invoke("report", "--results", tmp_path, "--document", document)
+    assert status == 0, output
+    text = document.read_text()
+    assert text.startswith("Before\n<!-- table: layers -->\n| resets in |")
+    assert "| only third |" in text
+    assert "old" not in text
+    pictures = {"layers", "layers_score", "weights", "units", "tanh_over_time", "tanh_units"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == pictures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["run", "--protocol", "huge"], "expected one of quick, reported, full"),
+        (["run", "--findings", "luck"], "expected some of layers"),
+        (["report", "--results", "nowhere"], "run and collect first"),
+        (["collect", "--output", "nowhere"], "run the experiments first"),
+        (["run", "--findings", "layers", "--mnist", "nowhere"], "put MNIST's training files there"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    arguments: list[str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, output = invoke(*arguments)
+    assert status == 2
+    assert complaint in " ".join(output.replace("│", " ").split())
+
+
+def test_a_plan_says_how_long_it_takes() -> None:
+    status, output = invoke("plan", "--protocol", "quick", "--findings", "layers")
+    assert status == 0
+    assert "| layers | 13 | 26 | 3,120 |" in output
+    assert "hours in all" in output
