@@ -22,6 +22,7 @@ from cbp_server.records import LearnerRecord
 
 _gauges_of_layer = attrgetter(*(gauge.attribute for gauge in LAYER_GAUGES))
 _GAUGE_NAMES = tuple(gauge.family.sample_name for gauge in LAYER_GAUGES)
+_NO_SAMPLE: tuple[str, ...] = ("",) * len(SAMPLE_FAMILIES)
 
 
 class LearnerLines:
@@ -35,7 +36,7 @@ class LearnerLines:
         self._state: tuple[object, ...] = ()
         self._state_lines: tuple[str, ...] = ()
         self._layers: tuple[LayerPlasticity, ...] = ()
-        self._sample_lines: tuple[str, ...] = ("",) * len(SAMPLE_FAMILIES)
+        self._sample_lines = _NO_SAMPLE
 
     def of(self, learner: LearnerRecord) -> tuple[str, ...]:
         """The text of each of `STATE_FAMILIES` and `SAMPLE_FAMILIES`, of any number of lines."""
@@ -43,7 +44,7 @@ class LearnerLines:
         if state != self._state:
             self._state, self._state_lines = state, tuple(self._write_state(learner))
         if layers is not self._layers:
-            self._layers, self._sample_lines = layers, tuple(self._write_sample(layers))
+            self._layers, self._sample_lines = layers, tuple(self._write_sample(layers)) if layers else _NO_SAMPLE
         return self._state_lines + self._sample_lines
 
     def _write_state(self, learner: LearnerRecord) -> Iterable[str]:

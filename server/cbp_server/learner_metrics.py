@@ -89,8 +89,8 @@ class LearnerMetrics:
             self._others.leave(learner_id)
             known = self._known[learner_id]
             known.lines = known.lines or LearnerLines(learner_id)
-            yield known.lines.of(learners[learner_id])
             known.reported = learners[learner_id].progress
+            yield known.lines.of(learners[learner_id])
             if turns.over:
                 await turns.give_way()
         for learner_id in self._known.keys() - set(named):

@@ -1,4 +1,5 @@
-"""Prometheus metrics: state is read at scrape time by a collector, events are counted as they happen.
+"""Prometheus metrics: state is read at scrape time by a collector, events are counted as they happen. Those of single
+learners are in learner_metrics.py.
 
 Every name is explained in docs/metrics.md; a test holds the two together.
 """

@@ -108,6 +108,17 @@ def test_what_is_not_known_has_no_sample(host: Any, make_learner: MakeLearner) -
     assert scraper.value("cbp_layer_units", {"learner": "new", "layer": "hidden_0"}) is None
 
 
+def test_without_a_sample_layers_are_gone(host: Any, make_learner: MakeLearner) -> None:
+    host.add(make_learner("a"), make_learner("b"), make_learner("c"))
+    scraper = scraper_of(host, max_learners=2)
+    assert scraper.value("cbp_layer_units", {"learner": "a", "layer": "output"}) == 10
+    assert scraper.value("cbp_layer_units", {"learner": "_others", "layer": "output"}) == 10
+    host.add(make_learner("a", samples=0), make_learner("c", samples=0))
+    assert scraper.value("cbp_layer_units", {"learner": "a", "layer": "output"}) is None
+    assert scraper.value("cbp_layer_units", {"learner": "_others", "layer": "output"}) == 10  # of b
+    assert scraper.value("cbp_layer_replacements_total", {"learner": "a", "layer": "hidden_0"}) == 12
+
+
 def test_the_output_layer_has_weights_but_no_dormancy(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("clicks"))
     scraper = scraper_of(host)
