@@ -24,7 +24,9 @@ from cbp_server.checkpointing import CheckpointPolicy
 from cbp_server.engine.messages import EngineOptions, EngineReady
 from cbp_server.engine.process import EngineProcess
 from cbp_server.errors import EngineUnavailable
+from cbp_server.exposition import Exposition
 from cbp_server.host import Host, HostOptions
+from cbp_server.learner_metrics import LearnerMetrics
 from cbp_server.metrics import HostMetrics, JournalMetrics, RpcMetrics, register_server_metrics
 from cbp_server.rpc.convert import journaled_batch
 from cbp_server.rpc.server import RpcServer
@@ -138,13 +140,14 @@ class _Server:
             observer=HostMetrics(registry),
             on_readiness=self._readiness_changed,
         )
-        register_server_metrics(registry, self._host, max_learners=settings.metrics_max_learners)
+        register_server_metrics(registry, self._host)
+        learner_metrics = LearnerMetrics(self._host, max_learners=settings.metrics_max_learners)
         self._rpc = RpcServer(
             self._host, rpc_metrics, max_message_bytes=settings.max_message_bytes, limits=settings.limits
         )
         self._http = _HttpServer(
             uvicorn.Config(
-                create_app(self._host, registry),
+                create_app(self._host, Exposition(registry, learner_metrics)),
                 log_config=None,
                 access_log=False,
                 lifespan="off",

@@ -173,9 +173,11 @@ class Host:
 
     def learners(self, *, deleted: bool = False) -> list[LearnerRecord]:
         """Every learner, by id; on request the deleted ones as well."""
-        found = self._registry.present() + (self._registry.deleted() if deleted else [])
-        records = [hosted.record for hosted in found if not hosted.unreadable]
-        return sorted(records, key=lambda record: (record.learner_id, record.uid))
+        return [
+            hosted.record
+            for hosted in self._registry.ordered()
+            if not hosted.unreadable and (deleted or hosted.stored.delete_time is None)
+        ]
 
     def learner(self, learner_id: str) -> LearnerRecord:
         """The learner of this id.

@@ -1,5 +1,6 @@
 """The learners that there are, by id; each change of one wakes whoever watches."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 from cbp_server.broadcast import Broadcast
@@ -13,9 +14,8 @@ class Registry:
     def __init__(self) -> None:
         self._present: dict[str, Hosted] = {}  # by id
         self._deleted: dict[str, Hosted] = {}  # by uid
+        self._ordered: list[Hosted] = []  # both
         self.changed = Broadcast()
-
-    # Metrics read on a thread of their own: each copy is made in one go, so nothing can come or go meanwhile.
 
     def present(self) -> list[Hosted]:
         """The learners that are not deleted, in no order."""
@@ -24,6 +24,10 @@ class Registry:
     def deleted(self) -> list[Hosted]:
         """The deleted ones, in no order."""
         return list(self._deleted.values())
+
+    def ordered(self) -> list[Hosted]:
+        """All of them, by id and then uid."""
+        return list(self._ordered)
 
     def __len__(self) -> int:
         return len(self._present)
@@ -37,6 +41,7 @@ class Registry:
                 self._present[hosted.learner_id] = hosted
             else:
                 self._deleted[hosted.uid] = hosted
+            insort(self._ordered, hosted, key=_place)
             self.touch(hosted)
 
     def get(self, learner_id: str) -> Hosted:
@@ -79,6 +84,9 @@ class Registry:
         if self.has(hosted):
             del self._present[hosted.learner_id]
         self._deleted.pop(hosted.uid, None)
+        position = bisect_left(self._ordered, _place(hosted), key=_place)
+        if self._ordered[position : position + 1] == [hosted]:
+            del self._ordered[position]
         self.changed.announce()
 
     def touch(self, hosted: Hosted) -> None:
@@ -86,3 +94,7 @@ class Registry:
         hosted.record.journal_position = hosted.log.position
         hosted.record.version += 1
         self.changed.announce()
+
+
+def _place(hosted: Hosted) -> tuple[str, str]:
+    return hosted.learner_id, hosted.uid

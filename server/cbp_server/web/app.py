@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
+from cbp_server.exposition import Exposition, TextFormat
 from cbp_server.read_model import ReadModel
 from cbp_server.records import LearnerState
 from cbp_server.web import schemas
@@ -41,8 +37,8 @@ _INVALID: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: ReadModel, registry: CollectorRegistry) -> FastAPI:
-    """The application that shows `service` and the metrics in `registry`."""
+def create_app(service: ReadModel, exposition: Exposition) -> FastAPI:
+    """The application that shows `service` and its metrics."""
     server_version, torch_version = version("cbp-server"), version("torch")
     start_time = datetime.now(UTC)
 
@@ -142,10 +138,9 @@ def create_app(service: ReadModel, registry: CollectorRegistry) -> FastAPI:
     @app.get("/metrics", tags=["server"], summary="Prometheus metrics", response_class=Response)
     async def metrics(request: Request) -> Response:
         """OpenMetrics if the Accept header asks for it, otherwise the Prometheus text format."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        # Read here, where nothing changes meanwhile; written on another thread, so that gRPC calls need not wait.
-        text = await run_in_threadpool(encode, _Collected(list(registry.collect())))
-        return Response(text, headers={"Content-Type": content_type})
+        text_format = TextFormat.accepted(request.headers.get("accept", ""))
+        text = await exposition.text(text_format)
+        return Response(text, headers={"Content-Type": text_format.content_type})
 
     @app.get("/", include_in_schema=False)
     async def status_page() -> FileResponse:
@@ -157,13 +152,3 @@ def create_app(service: ReadModel, registry: CollectorRegistry) -> FastAPI:
 
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
     return app
-
-
-class _Collected(Collector):
-    """Metrics read before."""
-
-    def __init__(self, metrics: list[Metric]) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> list[Metric]:
-        return self._metrics

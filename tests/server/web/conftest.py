@@ -16,6 +16,8 @@ from prometheus_client import CollectorRegistry
 
 from cbp import FieldViolation, LayerPlasticity, LearnerProgress, LearnerSpec, PlasticitySample, TaskRecord
 from cbp_server.errors import InvalidRequest, LearnerNotFound
+from cbp_server.exposition import Exposition
+from cbp_server.learner_metrics import LearnerMetrics
 from cbp_server.metrics import HostMetrics, JournalMetrics, RpcMetrics, register_server_metrics
 from cbp_server.records import (
     CheckpointRecord,
@@ -94,8 +96,8 @@ def http(host: FakeHost) -> Iterator["HttpServer"]:
     RpcMetrics(registry)
     HostMetrics(registry)
     JournalMetrics(registry)
-    register_server_metrics(registry, host, max_learners=100)
-    running = HttpServer(create_app(host, registry))
+    register_server_metrics(registry, host)
+    running = HttpServer(create_app(host, Exposition(registry, LearnerMetrics(host, max_learners=100))))
     yield running
     running.stop()
 

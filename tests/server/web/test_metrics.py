@@ -1,3 +1,4 @@
+import asyncio
 import re
 import subprocess
 from collections.abc import Callable
@@ -6,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from cbp_server.errors import LearnerNotFound, SequenceGap
+from cbp_server.exposition import Exposition, TextFormat
+from cbp_server.learner_metrics import LearnerMetrics
 from cbp_server.metrics import HostMetrics, JournalMetrics, RpcMetrics, ServerCollector, register_server_metrics
 from cbp_server.read_model import ReadModel
 from cbp_server.records import JournalStatus, LearnerRecord, LearnerState
@@ -19,32 +22,55 @@ DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 MakeLearner = Callable[..., LearnerRecord]
 
 
+class Scraper:
+    """Reads a server's metrics as Prometheus does, anew for each question."""
+
+    def __init__(self, registry: CollectorRegistry, source: ReadModel, max_learners: int) -> None:
+        self._exposition = Exposition(registry, LearnerMetrics(source, max_learners=max_learners))
+
+    def text(self) -> str:
+        return asyncio.run(self._exposition.text(TextFormat.accepted(""))).decode()
+
+    def families(self) -> list[Metric]:
+        return list(text_string_to_metric_families(self.text()))
+
+    def value(self, name: str, labels: dict[str, str] | None = None) -> float | None:
+        found = [
+            sample.value
+            for family in self.families()
+            for sample in family.samples
+            if sample.name == name and sample.labels == (labels or {})
+        ]
+        assert len(found) <= 1, (name, labels)
+        return found[0] if found else None
+
+
 @pytest.fixture
 def registry() -> CollectorRegistry:
     return CollectorRegistry()
 
 
 @pytest.fixture
-def everything(registry: CollectorRegistry, host: Any, make_learner: MakeLearner) -> CollectorRegistry:
-    """A registry filled as the server fills it."""
+def everything(registry: CollectorRegistry, host: Any, make_learner: MakeLearner) -> Scraper:
+    """Metrics as the server has them."""
     rpc, events = RpcMetrics(registry), HostMetrics(registry)
     rpc.observe("cbp.v1.TrainingService/Predict", "OK", 0.002)
     events.checkpoint_written(0.01, 1000)
     JournalMetrics(registry).journal_written(0.004, 3, 900)
-    register_server_metrics(registry, host, max_learners=2)
+    register_server_metrics(registry, host)
     host.add(*(make_learner(name) for name in ("a", "b", "c")))
-    return registry
+    return Scraper(registry, host, max_learners=2)
 
 
-def collect(source: ReadModel, max_learners: int = 10) -> CollectorRegistry:
+def scraper_of(source: ReadModel, max_learners: int = 10) -> Scraper:
     registry = CollectorRegistry()
-    registry.register(ServerCollector(source, max_learners=max_learners))
-    return registry
+    registry.register(ServerCollector(source))
+    return Scraper(registry, source, max_learners)
 
 
 def test_a_learners_numbers_are_those_of_its_record(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("clicks"))
-    registry = collect(host)
+    scraper = scraper_of(host)
     for name, value in {
         "cbp_learner_steps_total": 2000,
         "cbp_learner_examples_total": 2000,
@@ -59,42 +85,53 @@ def test_a_learners_numbers_are_those_of_its_record(host: Any, make_learner: Mak
         "cbp_learner_unsaved_entries": 15,
         "cbp_learner_quarantined": 0,
     }.items():
-        assert registry.get_sample_value(name, {"learner": "clicks"}) == value, name
+        assert scraper.value(name, {"learner": "clicks"}) == value, name
 
 
 def test_layers_show_the_newest_sample(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("clicks", samples=3))
-    registry = collect(host)
+    scraper = scraper_of(host)
     first = {"learner": "clicks", "layer": "hidden_0"}
-    assert registry.get_sample_value("cbp_layer_mean_abs_weight", first) == 0.05 + 3000 / 1e6
-    assert registry.get_sample_value("cbp_layer_dormant_ratio", first) == 0.04
-    assert registry.get_sample_value("cbp_layer_replacements_total", first) == 12
-    assert registry.get_sample_value("cbp_layer_unit_age_steps", {**first, "quantile": "0.5"}) == 400
-    assert registry.get_sample_value("cbp_layer_unit_utility", {**first, "quantile": "0.9"}) == 0.7
+    assert scraper.value("cbp_layer_mean_abs_weight", first) == 0.05 + 3000 / 1e6
+    assert scraper.value("cbp_layer_dormant_ratio", first) == 0.04
+    assert scraper.value("cbp_layer_replacements_total", first) == 12
+    assert scraper.value("cbp_layer_unit_age_steps", {**first, "quantile": "0.5"}) == 400
+    assert scraper.value("cbp_layer_unit_utility", {**first, "quantile": "0.9"}) == 0.7
 
 
 def test_what_is_not_known_has_no_sample(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("new", samples=0, loss=None, accuracy=None, tasks=(), checkpoint=None))
-    registry = collect(host)
+    scraper = scraper_of(host)
     for name in ("cbp_learner_loss", "cbp_learner_accuracy", "cbp_learner_task_loss", "cbp_learner_checkpoint_step"):
-        assert registry.get_sample_value(name, {"learner": "new"}) is None, name
-    assert registry.get_sample_value("cbp_learner_steps_total", {"learner": "new"}) is not None
-    assert registry.get_sample_value("cbp_layer_units", {"learner": "new", "layer": "hidden_0"}) is None
+        assert scraper.value(name, {"learner": "new"}) is None, name
+    assert scraper.value("cbp_learner_steps_total", {"learner": "new"}) is not None
+    assert scraper.value("cbp_layer_units", {"learner": "new", "layer": "hidden_0"}) is None
+
+
+def test_without_a_sample_layers_are_gone(host: Any, make_learner: MakeLearner) -> None:
+    host.add(make_learner("a"), make_learner("b"), make_learner("c"))
+    scraper = scraper_of(host, max_learners=2)
+    assert scraper.value("cbp_layer_units", {"learner": "a", "layer": "output"}) == 10
+    assert scraper.value("cbp_layer_units", {"learner": "_others", "layer": "output"}) == 10
+    host.add(make_learner("a", samples=0), make_learner("c", samples=0))
+    assert scraper.value("cbp_layer_units", {"learner": "a", "layer": "output"}) is None
+    assert scraper.value("cbp_layer_units", {"learner": "_others", "layer": "output"}) == 10  # of b
+    assert scraper.value("cbp_layer_replacements_total", {"learner": "a", "layer": "hidden_0"}) == 12
 
 
 def test_the_output_layer_has_weights_but_no_dormancy(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("clicks"))
-    registry = collect(host)
+    scraper = scraper_of(host)
     output = {"learner": "clicks", "layer": "output"}
-    assert registry.get_sample_value("cbp_layer_mean_abs_weight", output) is not None
-    assert registry.get_sample_value("cbp_layer_dormant_ratio", output) is None
+    assert scraper.value("cbp_layer_mean_abs_weight", output) is not None
+    assert scraper.value("cbp_layer_dormant_ratio", output) is None
 
 
 def test_service_and_engine(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("a"), make_learner("b"), make_learner("c", state=LearnerState.UNAVAILABLE))
     host.add(make_learner("deleted", state=LearnerState.DELETED, delete_time=host.journal.since))
     host.broken["d"] = "its checkpoint is damaged"
-    registry = collect(host)
+    scraper = scraper_of(host)
     for name, labels, value in (
         ("cbp_learners", {"state": "active"}, 2),
         ("cbp_learners", {"state": "unavailable"}, 1),
@@ -113,38 +150,38 @@ def test_service_and_engine(host: Any, make_learner: MakeLearner) -> None:
         ("cbp_engine_step_seconds_count", {}, 50_000),
         ("cbp_engine_resident_memory_bytes", {}, 300 * 2**20),
     ):
-        assert registry.get_sample_value(name, labels) == value, name
+        assert scraper.value(name, labels) == value, name
     host.engine = replace(host.engine, up=False)
-    assert registry.get_sample_value("cbp_engine_up") == 0
+    assert scraper.value("cbp_engine_up") == 0
     host.journal = JournalStatus(up=False, since=host.journal.since, reason="disk full")
-    assert registry.get_sample_value("cbp_journal_up") == 0
+    assert scraper.value("cbp_journal_up") == 0
 
 
 def test_a_quarantined_learner_has_a_series_of_its_own(
     host: Any, make_learner: MakeLearner, quarantined: MakeLearner
 ) -> None:
     host.add(make_learner("a"), make_learner("b"), quarantined("y"), quarantined("z", state=LearnerState.EVICTED))
-    registry = collect(host, max_learners=2)
+    scraper = scraper_of(host, max_learners=2)
     step(host, "a", 10)
-    assert names_with_series(registry) == {"y", "z", "_others"}
-    assert registry.get_sample_value("cbp_learner_quarantined", {"learner": "y"}) == 1
-    assert registry.get_sample_value("cbp_learner_quarantined", {"learner": "_others"}) == 0
+    assert names_with_series(scraper) == {"y", "z", "_others"}
+    assert scraper.value("cbp_learner_quarantined", {"learner": "y"}) == 1
+    assert scraper.value("cbp_learner_quarantined", {"learner": "_others"}) == 0
 
 
 def test_a_learner_that_was_never_brought_back_has_no_series(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("a", state=LearnerState.UNAVAILABLE), make_learner("b", state=LearnerState.EVICTED))
-    registry = collect(host)
-    assert names_with_series(registry) == {"b"}
+    scraper = scraper_of(host)
+    assert names_with_series(scraper) == {"b"}
     host.add(make_learner("a", step=2500))
-    assert names_with_series(registry) == {"a", "b"}
+    assert names_with_series(scraper) == {"a", "b"}
     host.add(make_learner("a", step=2500, state=LearnerState.UNAVAILABLE))  # the engine restarts
-    assert names_with_series(registry) == {"a", "b"}
+    assert names_with_series(scraper) == {"a", "b"}
 
 
-def names_with_series(registry: CollectorRegistry) -> set[str]:
+def names_with_series(scraper: Scraper) -> set[str]:
     return {
         sample.labels["learner"]
-        for family in registry.collect()
+        for family in scraper.families()
         for sample in family.samples
         if sample.name == "cbp_learner_steps_total"
     }
@@ -157,26 +194,26 @@ def step(host: Any, learner_id: str, steps: int) -> None:
 
 def test_the_most_recently_active_learners_have_series_of_their_own(host: Any, make_learner: MakeLearner) -> None:
     host.add(*(make_learner(name) for name in "abcd"))
-    registry = collect(host, max_learners=2)
-    assert names_with_series(registry) == {"a", "b", "_others"}
+    scraper = scraper_of(host, max_learners=2)
+    assert names_with_series(scraper) == {"a", "b", "_others"}
     step(host, "d", 10)
-    assert names_with_series(registry) == {"d", "a", "_others"}
+    assert names_with_series(scraper) == {"d", "a", "_others"}
     for name in "abcd":  # equally active now: those who have series keep them
         step(host, name, 10)
-    assert names_with_series(registry) == {"d", "a", "_others"}
+    assert names_with_series(scraper) == {"d", "a", "_others"}
 
 
 def test_nobody_is_among_the_others_while_there_is_room(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("a"), make_learner("b"))
-    assert names_with_series(collect(host, max_learners=2)) == {"a", "b"}
+    assert names_with_series(scraper_of(host, max_learners=2)) == {"a", "b"}
 
 
 def test_the_others_counter_counts_increases_and_never_falls(host: Any, make_learner: MakeLearner) -> None:
     host.add(*(make_learner(name) for name in "abc"))
-    registry = collect(host, max_learners=1)
+    scraper = scraper_of(host, max_learners=1)
 
     def others() -> float | None:
-        return registry.get_sample_value("cbp_learner_steps_total", {"learner": "_others"})
+        return scraper.value("cbp_learner_steps_total", {"learner": "_others"})
 
     assert others() == 0
     for name in "abc":
@@ -184,27 +221,27 @@ def test_the_others_counter_counts_increases_and_never_falls(host: Any, make_lea
     assert others() == 200  # of b and c
     step(host, "c", 50)  # c takes the series from a
     assert others() == 200
-    assert registry.get_sample_value("cbp_learner_steps_total", {"learner": "c"}) == 2150
+    assert scraper.value("cbp_learner_steps_total", {"learner": "c"}) == 2150
     del host.records["b"]
     assert others() == 200
 
 
 def test_gauges_of_the_others_are_sums_or_means(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("a"), make_learner("b", loss=0.2), make_learner("c", loss=0.4, queued_batches=1))
-    registry = collect(host, max_learners=1)
+    scraper = scraper_of(host, max_learners=1)
     others = {"learner": "_others"}
-    assert registry.get_sample_value("cbp_learner_loss", others) == pytest.approx(0.3)
-    assert registry.get_sample_value("cbp_learner_queued_batches", others) == 5
-    assert registry.get_sample_value("cbp_layer_units", {**others, "layer": "hidden_0"}) == 200
-    assert registry.get_sample_value("cbp_layer_dormant_ratio", {**others, "layer": "hidden_1"}) == 0.08
+    assert scraper.value("cbp_learner_loss", others) == pytest.approx(0.3)
+    assert scraper.value("cbp_learner_queued_batches", others) == 5
+    assert scraper.value("cbp_layer_units", {**others, "layer": "hidden_0"}) == 200
+    assert scraper.value("cbp_layer_dormant_ratio", {**others, "layer": "hidden_1"}) == 0.08
 
 
 def test_a_learner_made_anew_under_an_old_name_starts_over(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("a"), make_learner("b"))
-    registry = collect(host, max_learners=1)
-    list(registry.collect())
+    scraper = scraper_of(host, max_learners=1)
+    scraper.text()
     host.add(make_learner("b", uid="another", step=5, examples=5))
-    assert registry.get_sample_value("cbp_learner_steps_total", {"learner": "b"}) == 5
+    assert scraper.value("cbp_learner_steps_total", {"learner": "b"}) == 5
 
 
 def test_events_are_counted(registry: CollectorRegistry) -> None:
@@ -249,28 +286,28 @@ def test_registering_reads_nothing(registry: CollectorRegistry) -> None:
         def learners(self) -> Any:
             raise LearnerNotFound("the server is not up yet")
 
-    registry.register(ServerCollector(Starting(), max_learners=1))  # type: ignore[arg-type]
+    registry.register(ServerCollector(Starting()))  # type: ignore[arg-type]
 
 
-def test_every_metric_is_documented_and_every_documented_metric_exists(everything: CollectorRegistry) -> None:
+def test_every_metric_is_documented_and_every_documented_metric_exists(everything: Scraper) -> None:
     exported = {
         f"{family.name}_total" if family.type == "counter" else family.name
-        for family in everything.collect()
+        for family in everything.families()
         if family.name.startswith("cbp_")
     }
     documented = set(re.findall(r"^\| `(cbp_\w+)", DOCS.read_text(), flags=re.MULTILINE))
     assert exported == documented
 
 
-def test_the_text_reads_back(everything: CollectorRegistry) -> None:
-    families = list(text_string_to_metric_families(generate_latest(everything).decode()))
+def test_the_text_reads_back(everything: Scraper) -> None:
+    families = everything.families()
     assert {"cbp_learner_steps", "process_resident_memory_bytes", "python_info"} <= {family.name for family in families}
     assert not [family.name for family in families if family.name.endswith("_created")]
 
 
-def test_promtool_has_nothing_to_say(everything: CollectorRegistry, system_tool: Callable[[str], str]) -> None:
+def test_promtool_has_nothing_to_say(everything: Scraper, system_tool: Callable[[str], str]) -> None:
     promtool = system_tool("promtool")
     checked = subprocess.run(
-        [promtool, "check", "metrics"], input=generate_latest(everything), capture_output=True, check=False
+        [promtool, "check", "metrics"], input=everything.text().encode(), capture_output=True, check=False
     )
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")

@@ -1,0 +1,151 @@
+"""Metrics as the text that Prometheus reads, made in short turns of the event loop.
+
+What is small comes from a registry and is written by prometheus_client. Series of learners are too many for that:
+whoever knows them hands over their lines, ready to be joined.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+_TURN_SECONDS = 0.001
+_OPENMETRICS = "application/openmetrics-text"
+_OPENMETRICS_END = b"# EOF\n"
+#: Schemes that double underscores, for readers of names that Prometheus once could not read. Ours need none.
+_OTHER_ESCAPING = re.compile(r";\s*escaping=(?:dots|values)\b")
+#: Where Python writes a float as Go does.
+_WRITTEN_ALIKE = 1e6
+
+
+class Turns:
+    """Divides long work on the event loop, so that nobody waits for the whole of it: after each millisecond the others
+    have their turn.
+
+        if turns.over:
+            await turns.give_way()
+    """
+
+    def __init__(self) -> None:
+        self._end = time.perf_counter() + _TURN_SECONDS
+
+    @property
+    def over(self) -> bool:
+        return time.perf_counter() >= self._end
+
+    async def give_way(self) -> None:
+        """Returns when everybody who was ready has had a turn."""
+        await asyncio.sleep(0)
+        self._end = time.perf_counter() + _TURN_SECONDS
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """The Prometheus text format or OpenMetrics.
+
+    Attributes:
+        content_type: the header that announces it.
+        encode: writes all that a collector has.
+    """
+
+    content_type: str
+    encode: Callable[[Collector], bytes]
+
+    @classmethod
+    def accepted(cls, accept: str) -> "TextFormat":
+        """The one that an Accept header asks for, by default the Prometheus text format."""
+        encode, content_type = choose_encoder(_OTHER_ESCAPING.sub("", accept))
+        return cls(content_type, encode)
+
+    @property
+    def is_openmetrics(self) -> bool:
+        return self.content_type.startswith(_OPENMETRICS)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What all series of a name have in common; as everywhere in prometheus_client, a counter's name lacks `_total`."""
+
+    name: str
+    type: Literal["counter", "gauge", "summary"]
+    help: str
+
+    @property
+    def sample_name(self) -> str:
+        return f"{self.name}_total" if self.type == "counter" else self.name
+
+    def header(self, text_format: TextFormat) -> str:
+        name = self.name if text_format.is_openmetrics else self.sample_name
+        text = _quotable(self.help) if text_format.is_openmetrics else _escaped(self.help)
+        return f"# HELP {name} {text}\n# TYPE {name} {self.type}\n"
+
+
+class LineCollector(Protocol):
+    """Knows series by their lines."""
+
+    async def collect_lines(self, turns: Turns) -> Sequence[tuple[Family, Sequence[str]]]:
+        """Each family and its text in pieces, of any number of lines each: see `label_set` and `number`."""
+        ...
+
+
+def label_set(**labels: str) -> str:
+    """The labels of a sample, as they stand between its name and its value."""
+    return "{" + ",".join(f'{name}="{_quotable(value)}"' for name, value in sorted(labels.items())) + "}"
+
+
+def number(value: float) -> str:
+    """A sample's value."""
+    value = float(value)
+    if -_WRITTEN_ALIKE < value < _WRITTEN_ALIKE:
+        return repr(value)
+    return str(floatToGoString(value))  # type: ignore[no-untyped-call]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace("\n", r"\n")
+
+
+def _quotable(text: str) -> str:
+    return _escaped(text).replace('"', r"\"")
+
+
+class Exposition:
+    """Everything that GET /metrics shows."""
+
+    def __init__(self, registry: CollectorRegistry, learners: LineCollector) -> None:
+        self._registry = registry
+        self._learners = learners
+
+    async def text(self, text_format: TextFormat) -> bytes:
+        """All metrics as they are now."""
+        turns = Turns()
+        pieces = []
+        for metric in self._registry.collect():
+            pieces.append(text_format.encode(_Collected([metric])).removesuffix(_OPENMETRICS_END))
+            if turns.over:
+                await turns.give_way()
+        for family, lines in await self._learners.collect_lines(turns):
+            pieces.append((family.header(text_format) + "".join(lines)).encode())
+            if turns.over:
+                await turns.give_way()
+        if text_format.is_openmetrics:
+            pieces.append(_OPENMETRICS_END)
+        return b"".join(pieces)
+
+
+class _Collected(Collector):
+    """Metrics read before."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
