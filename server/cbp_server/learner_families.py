@@ -181,4 +181,7 @@ STATE_FAMILIES = (
     *(gauge.family for gauge in LEARNER_GAUGES),
     REPLACEMENTS,
 )
+#: A layer's values for `LAYER_GAUGES`, in their order.
+gauges_of_layer = attrgetter(*(gauge.attribute for gauge in LAYER_GAUGES))
+
 SAMPLE_FAMILIES = (*(gauge.family for gauge in LAYER_GAUGES), UNIT_AGE, UNIT_UTILITY)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import attrgetter
 
 from cbp import LayerPlasticity
 from cbp.plasticity import QUANTILES
@@ -15,12 +14,12 @@ from cbp_server.learner_families import (
     SAMPLE_FAMILIES,
     UNIT_AGE,
     UNIT_UTILITY,
+    gauges_of_layer,
     newest_layers,
     state_of,
 )
 from cbp_server.records import LearnerRecord
 
-_gauges_of_layer = attrgetter(*(gauge.attribute for gauge in LAYER_GAUGES))
 _GAUGE_NAMES = tuple(gauge.family.sample_name for gauge in LAYER_GAUGES)
 _NO_SAMPLE: tuple[str, ...] = ("",) * len(SAMPLE_FAMILIES)
 
@@ -60,7 +59,7 @@ class LearnerLines:
 
     def _write_sample(self, layers: Sequence[LayerPlasticity]) -> Iterable[str]:
         labels = [self._labels_of(layer.layer) for layer in layers]
-        by_gauge = zip(*map(_gauges_of_layer, layers), strict=True)
+        by_gauge = zip(*map(gauges_of_layer, layers), strict=True)
         for name, values in zip(_GAUGE_NAMES, by_gauge, strict=True):
             yield "".join(
                 [

@@ -1,10 +1,11 @@
-"""Settings of the C library's allocator that suit messages and tensors of megabytes.
+"""Settings of memory that suit a process which lives long, and messages and tensors of megabytes.
 
 By default glibc gives blocks of that size back to the kernel when they are freed, and each new one is then mapped and
 zeroed page by page at its first use, which takes longer than filling it.
 """
 
 import ctypes
+import gc
 import os
 
 #: Of glibc's malloc.h, with the environment variables that set the same.
@@ -29,6 +30,13 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((_MMAP_THRESHOLD, _LARGEST_KEPT), (_TRIM_THRESHOLD, _FREE_KEPT), (_TOP_PAD, _GROWTH))
     return all(mallopt(name, value) for name, value in settings)
+
+
+def exempt_from_collection() -> None:
+    """Takes what there is now out of the collector's rounds: the code of imported modules, hundreds of thousands of
+    objects that never become garbage, and that a full round would go through while messages wait."""
+    gc.collect()
+    gc.freeze()
 
 
 def _is_glibc() -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from cbp_server.learner_families import (
     SAMPLE_FAMILIES,
     STATE_FAMILIES,
     Summary,
+    gauges_of_layer,
     newest_layers,
     state_of,
 )
@@ -26,8 +26,6 @@ from cbp_server.records import LearnerRecord
 OTHERS = "_others"
 
 _FIRST_ROWS = 64
-
-_gauges_of_layer = attrgetter(*(gauge.attribute for gauge in LAYER_GAUGES))
 
 
 @dataclass
@@ -60,7 +58,7 @@ class OtherLearners:
             for layer in layers:
                 if layer.layer not in self._layer_gauges:
                     self._layer_gauges[layer.layer] = _Numbers([gauge.summary for gauge in LAYER_GAUGES])
-                self._layer_gauges[layer.layer].put(learner.learner_id, _gauges_of_layer(layer))
+                self._layer_gauges[layer.layer].put(learner.learner_id, gauges_of_layer(layer))
 
     def leave(self, learner_id: str) -> None:
         """The learner is no member, whether or not it was."""

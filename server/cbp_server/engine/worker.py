@@ -49,7 +49,7 @@ from cbp_server.errors import (
     ServerDraining,
 )
 from cbp_server.logs import configure_logging
-from cbp_server.memory import keep_freed_memory
+from cbp_server.memory import exempt_from_collection, keep_freed_memory
 from cbp_server.records import SampleRecord
 from cbp_server.store.checkpoints import CheckpointFiles
 
@@ -641,6 +641,7 @@ def _serve(connection: socket.socket) -> None:
     torch.set_num_threads(options.threads)
     inbox = Inbox(options.group_wait)
     worker = EngineWorker(options, inbox, send)
+    exempt_from_collection()
     send(worker.ready)
     threading.Thread(target=_read_calls, args=(received, inbox), name="reader", daemon=True).start()
     worker.run()
