@@ -58,7 +58,7 @@ bench: .venv/installed ## measure the claims of docs/benchmarks.md and print the
 	$(BIN)/python benchmarks/many_learners.py
 	$(BIN)/python benchmarks/gpu_steps.py
 
-bench-durability: .venv/installed ## what the journal and checkpoints cost, and how fast a journal is learnt again (six minutes)
+bench-durability: .venv/installed ## what the journal and checkpoints cost, and how fast a journal is learnt again (eight minutes)
 	$(BIN)/python benchmarks/durability.py
 
 reproduce-quick: PROTOCOL := quick
