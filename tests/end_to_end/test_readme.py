@@ -21,7 +21,7 @@ def test_the_python_snippet_runs_against_a_server(server):
     with namespace["Client"](server.grpc_target) as client:
         info = client.get_learner("clicks").info
         assert info.progress.examples == 100
-        assert info.spec["resets"]["layers"] == ["first"]
+        assert info.spec["resets"]["layers"] == ["all"]
         client.get_learner("clicks").delete()
 
 
