@@ -151,3 +151,12 @@ def test_whoever_comes_first_waits_for_others():
     brief.put(Call(0, train("a", 1)))
     brief.put(Call(1, train("b", 1)))
     assert numbers(brief, 2) == [0, 1]
+
+
+def test_it_would_wait_where_nobodys_time_has_come():
+    inbox = Inbox(group_wait=60.0)
+    assert inbox.would_wait
+    inbox.put(Call(1, Sample("a")))
+    assert inbox.would_wait  # for company
+    inbox.put(Call(2, Predict("a", np.zeros((1, 1), np.float32))))
+    assert not inbox.would_wait

@@ -148,6 +148,23 @@ def test_quiet_calls_are_answered_only_if_they_fail(tmp_path):
         assert front.steps == 15
 
 
+def test_results_do_not_wait_for_what_comes_behind_them(tmp_path, monkeypatch):
+    sent, at_hand = [], []
+    inbox = Inbox()
+    options = messages.EngineOptions(str(tmp_path), "cpu", "torch", 1, 0.0, "info", "json")
+    worker = EngineWorker(options, inbox, sent.append)
+    monkeypatch.setattr(worker, "_engine_at_hand", lambda name: at_hand.append(len(sent)) or name)
+    requests = [messages.Create("a", SPEC, "torch"), train("a", 1.0), messages.Create("a", SPEC, "torch")]
+    inbox.put(*(messages.Call(number, request) for number, request in enumerate(requests)))
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    while sum(len(news.answers) for news in sent) < 3 and thread.is_alive():
+        thread.join(0.01)
+    inbox.close()
+    thread.join(30.0)
+    assert at_hand == [0, 2]
+
+
 def test_an_engine_that_the_device_lacks_is_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr("cbp_server.engine.worker._resolve_device", lambda _: "cuda")
     options = messages.EngineOptions(str(tmp_path), "auto", "compiled", 1, 0.0, "info", "json")

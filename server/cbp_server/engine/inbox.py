@@ -110,9 +110,9 @@ class Inbox:
             return dropped
 
     @property
-    def empty(self) -> bool:
-        """Whether nothing waits, so that `take` would."""
-        return not (self._turns or self._predictions or self._urgent)
+    def would_wait(self) -> bool:
+        """Whether `take` would, because nothing is here whose time has come."""
+        return not (self._urgent or self._predictions or self._has_turn_now())
 
     def has_turns(self) -> bool:
         """Whether anybody waits for a turn, or the training under way is to be given up."""

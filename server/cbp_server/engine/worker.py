@@ -163,7 +163,7 @@ class EngineWorker:
     def run(self) -> None:
         """Carries out requests until the inbox closes, then finishes the checkpoints under way."""
         while True:
-            if self._inbox.empty:
+            if self._inbox.would_wait:
                 self._outbox.flush()
             if (call := self._inbox.take()) is None:
                 break
@@ -171,6 +171,8 @@ class EngineWorker:
         self._writer.shutdown(wait=True)
 
     def _carry_out(self, call: messages.Call) -> None:
+        if not isinstance(call.request, messages.Train):  # it may take long, as making a learner does
+            self._outbox.flush()
         match call.request:
             case messages.Predict() as request:
                 self._reply(call, partial(self._predict, request))
