@@ -85,11 +85,11 @@ class ChangeLog:
         if error is not None:
             applied.set_exception(error)
         else:
-            _pass_on(self._engine.submit(request()), applied)
+            pass_on(self._engine.submit(request()), applied)
 
 
-def _pass_on(source: "asyncio.Future[AnswerT]", target: "asyncio.Future[AnswerT]") -> None:
-    """Completes `target` as `source` completes."""
+def pass_on(source: "asyncio.Future[AnswerT]", target: "asyncio.Future[AnswerT]") -> None:
+    """Completes `target` as `source` completes, if nobody has before."""
 
     def copy(done: "asyncio.Future[AnswerT]") -> None:
         if target.done():

@@ -16,7 +16,7 @@ from cbp import Batch, CbpError, FieldViolation, LearnerSpec, SnapshotError
 from cbp.batches import validate_features
 from cbp_server.alterations import Alterations
 from cbp_server.byte_budget import ByteBudget
-from cbp_server.change_log import ChangeLog, NewEntry
+from cbp_server.change_log import ChangeLog, NewEntry, pass_on
 from cbp_server.checkpointing import Checkpointer, CheckpointObserver, CheckpointPolicy
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
@@ -336,6 +336,9 @@ class Host:
     ) -> TrainSession:
         """A stream of one producer; an earlier one of the same producer is fenced.
 
+        It begins when what it begins with is in the journal: what an earlier process sent and nobody acknowledged will
+        not be sent again once the next process has been told that it is here.
+
         Args:
             stream_id: names the stream through its reconnections.
             resumed_epoch: the epoch that this stream had before; 0 if it takes the producer over.
@@ -344,6 +347,7 @@ class Host:
         Raises:
             ProducerFenced: the stream is resumed, but another one has been opened since.
             LearnerReplaced: the learner is another one.
+            JournalUnavailable: the opening could not be written.
         """
         _check_opening(producer, stream_id, resumed_epoch)
         if self._draining:
@@ -358,9 +362,18 @@ class Host:
         if producer not in hosted.producers and len(hosted.producers) >= _MOST_PRODUCERS:
             description = f"would be one more than the {_MOST_PRODUCERS} that one learner may have; use the names again"
             raise InvalidRequest(FieldViolation("open.producer", description))
-        return self._opened_stream(hosted, producer, stream_id, resumed_epoch)
+        session, written = self._opened_stream(hosted, producer, stream_id, resumed_epoch)
+        try:
+            await written
+        except BaseException:
+            session.close()
+            raise
+        return session
 
-    def _opened_stream(self, hosted: Hosted, producer: str, stream_id: str, resumed_epoch: int) -> TrainSession:
+    def _opened_stream(
+        self, hosted: Hosted, producer: str, stream_id: str, resumed_epoch: int
+    ) -> tuple[TrainSession, "asyncio.Future[None]"]:
+        """The stream, and when its opening, with all that was accepted before it, is in the journal."""
         state = hosted.producers.setdefault(producer, Producer(producer))
         epoch = state.open(stream_id, resumed_epoch)
         earlier = hosted.sessions.pop(producer, None)
@@ -376,15 +389,20 @@ class Host:
             on_rejected=self._observer.batch_rejected,
             on_close=partial(self._forget_session, hosted),
         )
-        opened = self._changes.record(
-            hosted.log,
-            NewEntry(kind=EntryKind.OPEN, payload=stream_id.encode(), producer=producer, epoch=epoch),
-            lambda position: messages.OpenProducer(hosted.uid, position, producer, epoch, stream_id),
-        )
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def request(position: int) -> messages.OpenProducer:
+            if not written.done():
+                written.set_result(None)
+            return messages.OpenProducer(hosted.uid, position, producer, epoch, stream_id)
+
+        entry = NewEntry(kind=EntryKind.OPEN, payload=stream_id.encode(), producer=producer, epoch=epoch)
+        opened = self._changes.record(hosted.log, entry, request)
+        pass_on(opened, written)  # also if it cannot be written
         self._residence.watch(hosted, opened)  # if it fails, so does the stream's first batch
         self._checkpointer.note_change(hosted)
         self._show_producer(hosted, state)
-        return session
+        return session, written
 
     async def predict(self, learner_id: str, features: NDArray[np.generic]) -> messages.PredictReport:
         """Raw outputs of the live network between two of its steps, for features [N, in_features]."""

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sqlite3
+import threading
 import time
 
 import grpc
@@ -555,14 +556,49 @@ def test_without_a_journal_of_batches_nothing_becomes_durable_by_a_recovery_in_m
     learner.teach(stream, examples(10, seed=1))
     assert stream.receive().acknowledgement.durable_sequence == 0
     flag.touch()
-    other = wire.stream("clicks", "other")  # cannot be noted in the journal
-    other.failure()
+    with pytest.raises(grpc.RpcError, match="database is away"):
+        wire.stream("clicks", "other")
     flag.unlink()
     again = stream_when_back(wire)
     assert (again.opened.applied_sequence, again.opened.durable_sequence) == (1, 0)
     learner.check(wire)
     checkpoint(wire, "clicks")
     assert again.receive().acknowledgement.durable_sequence == 1
+
+
+def test_a_new_process_is_not_told_of_batches_that_a_crash_could_still_take(
+    own_server, connect, small_spec, examples
+):
+    """It goes on in its source behind what it is told of, and nobody else would send what is missing."""
+    wire = connect(own_server.grpc_target)
+    wire.create("clicks")
+    first = wire.stream("clicks")
+    with contextlib.closing(sqlite3.connect(own_server.data_dir / "journal.db")) as database:
+        database.execute("BEGIN IMMEDIATE")  # the server waits for its turn to write
+        first.send_batch(1, *examples(10, seed=1))
+        wait_until(lambda: view(own_server)["queued_batches"] == 1)
+        first.close()
+        told = []
+
+        def begin_second():
+            with contextlib.suppress(grpc.RpcError):
+                told.append(wire.stream("clicks").opened)
+
+        second = threading.Thread(target=begin_second)
+        second.start()
+        wait_until(lambda: view(own_server)["producers"][0]["epoch"] == 2)
+        own_server.kill()
+        second.join()
+    assert told == []
+
+    own_server.start()
+    wire = connect(own_server.grpc_target)
+    learner = Taught(small_spec)
+    again = wire.stream("clicks")
+    assert again.opened.next_sequence == 1
+    learner.teach(again, examples(10, seed=1))
+    again.results(1)
+    learner.check(wire)
 
 
 SLOW_CHECKPOINTS = """
