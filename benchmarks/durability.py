@@ -57,6 +57,7 @@ INTERVALS = (1.0, 5.0, 30.0)  # s, between two checkpoints; the last one is the 
 NEVER = 1e6  # s
 MESSAGE_SIZE = 256  # examples
 POOL = 20  # different messages, sent over and over
+REPLAYED_BYTES = 64 * 2**20  # of features of those to be replayed: no cache holds them, as none holds a journal
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,8 @@ class Replay:
 async def measure_replay(effort: Effort, directory: Path) -> None:
     rows = []
     for net in (A, D, C):
-        messages = net.make_messages(POOL, MESSAGE_SIZE)
+        message_bytes = 4 * MESSAGE_SIZE * net.widths[0]
+        messages = net.make_messages(REPLAYED_BYTES // message_bytes, MESSAGE_SIZE)
         rounds = [
             await replay(net, messages, effort.replay_seconds, subdirectory(directory, f"{net.name}-{number}"))
             for number in range(effort.replay_rounds)

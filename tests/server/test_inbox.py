@@ -121,6 +121,40 @@ def test_company_is_the_first_batch_of_each_other_learner_that_is_wanted():
     assert numbers(inbox, 4) == [3, 5, 1, 4]  # c and d have kept their places
 
 
+def test_batches_behind_another_come_with_it_and_can_be_given_back():
+    inbox = Inbox()
+    for number, request in enumerate([*(train("a", sequence) for sequence in range(1, 5)), Sample("a"), train("b")]):
+        inbox.put(Call(number, request))
+    first = inbox.take()
+    behind = inbox.take_batches_behind(first, 9)
+    assert [call.number for call in behind] == [1, 2, 3]
+    inbox.put(Call(6, Checkpoint("a", 1, "a")))
+    inbox.give_back(behind[1:])
+    assert numbers(inbox, 5) == [5, 6, 2, 3, 4]  # the checkpoint waits for no batch that has not begun
+
+    inbox.put(Call(7, train("c", 1)), Call(8, train("c", 2)))
+    first = inbox.take()
+    assert inbox.take_batches_behind(first, 0) == []
+    behind = inbox.take_batches_behind(first, 9)
+    assert inbox.would_wait
+    inbox.give_back([])
+    assert inbox.would_wait
+    inbox.give_back(behind)
+    assert numbers(inbox, 1) == [8]
+    assert inbox.take_batches_behind(first, 9) == []
+
+
+def test_batches_that_are_given_back_while_training_is_aborted_are_dropped():
+    inbox = Inbox()
+    inbox.put(Call(0, train("a", 1)), Call(1, train("a", 2)))
+    behind = inbox.take_batches_behind(inbox.take(), 9)
+    inbox.put(Call(2, AbortTraining()))
+    inbox.give_back(behind)
+    assert inbox.take_dropped() == behind
+    assert numbers(inbox, 1) == [2]
+    assert inbox.would_wait
+
+
 def test_half_a_batch_goes_on_in_company():
     inbox = Inbox()
     inbox.put(Call(0, train("a", 1)))

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from cbp import Batch, Learner, LearnerSpec, train_together
-from cbp_server.engine import messages, training
+from cbp_server.engine import messages, training, worker
 from cbp_server.engine.inbox import Inbox
 from cbp_server.engine.worker import EngineWorker
-from cbp_server.errors import BatchNotLearnt, EngineFault, NotInEngine
+from cbp_server.errors import BatchNotLearnt, EngineFault, NotInEngine, SequenceGap, ServerDraining
 
 SPEC = LearnerSpec.parse(
     {
@@ -29,6 +29,7 @@ class Front:
         self._answers = {}
         self._answered = threading.Condition()
         self.steps = 0
+        self.order = []  # of the last answers' numbers
         options = messages.EngineOptions(str(tmp_path), "cpu", "stacked", 1, 0.0, "info", "json")
         self._worker = EngineWorker(options, self._inbox, self._take)
         self._thread = threading.Thread(target=self._worker.run)
@@ -43,12 +44,18 @@ class Front:
     def _take(self, news):
         with self._answered:
             self._answers |= {answer.number: answer for answer in news.answers}
+            self.order += [answer.number for answer in news.answers]
             self.steps += news.steps
             self._answered.notify()
+
+    def tell(self, request):
+        """Without waiting for the answer."""
+        self._inbox.put(messages.Call(id(request), request))
 
     def ask(self, *requests, quiet=()):
         """All at once; their answers, but those of `quiet`, which come before: what they are answered is in `heard`."""
         numbers = [id(request) for request in requests]
+        self.order.clear()
         self._inbox.put(*(messages.Call(id(request), request, quiet=True) for request in quiet))
         for number, request in zip(numbers, requests, strict=True):
             self._inbox.put(messages.Call(number, request))
@@ -60,10 +67,10 @@ class Front:
             return [self._answers.pop(number) for number in numbers]
 
 
-def train(uid, value, sequence=1):
+def train(uid, value, sequence=1, *, sequence_sent=None):
     features = np.full((5, 3), value, np.float32)
     batch = Batch.validate(SPEC, features, np.zeros((5, 2), np.float32))
-    return messages.Train(uid, sequence, "web", 1, sequence, "hash", batch, return_outputs=False)
+    return messages.Train(uid, sequence, "web", 1, sequence_sent or sequence, "hash", batch, return_outputs=False)
 
 
 def watch_engine_calls(monkeypatch, watcher):
@@ -148,15 +155,83 @@ def test_quiet_calls_are_answered_only_if_they_fail(tmp_path):
         assert front.steps == 15
 
 
+@pytest.mark.parametrize(("longest_turn", "order"), [(60.0, "aaabbb"), (0.0, "ababab")])
+def test_a_learner_goes_on_with_its_next_batches_while_its_turn_lasts(tmp_path, monkeypatch, longest_turn, order):
+    monkeypatch.setattr(worker, "_LONGEST_TURN", longest_turn)
+    learnt = []
+    watch_engine_calls(monkeypatch, lambda pairs: learnt.append(" ab"[int(pairs[0][1].features[0, 0])]))
+    with Front(tmp_path) as front:
+        front.ask(messages.Create("a", SPEC, "torch"), messages.Create("b", SPEC, "torch"))
+        batches = [train(uid, value, sequence) for uid, value in (("a", 1.0), ("b", 2.0)) for sequence in (1, 2, 3)]
+        answers = front.ask(*batches)
+        assert "".join(learnt) == order
+        assert [answer.value.step for answer in answers] == [5, 10, 15, 5, 10, 15]
+        alone = Learner(SPEC, engine="torch")
+        losses = [alone.train(batch.batch).loss for batch in batches[:3]]
+        assert [answer.value.result.loss for answer in answers[:3]] == losses
+        assert [answers[index].value.progress.step for index in (2, 5)] == [15, 15]
+        [described] = front.ask(messages.Describe("b"))
+    position = described.value.positions["web"]
+    assert (described.value.journal_position, position.sequence, len(position.hashes)) == (3, 3, 3)
+    assert front.steps == 30
+
+
+def test_a_batch_that_fails_behind_others_takes_nothing_from_them(tmp_path, monkeypatch):
+    def fail_for_the_unlucky(pairs):
+        if pairs[0][1].features[0, 0] == 13.0:
+            raise RuntimeError("unforeseen")
+
+    watch_engine_calls(monkeypatch, fail_for_the_unlucky)
+    monkeypatch.setattr(worker, "_LONGEST_TURN", 60.0)
+    with Front(tmp_path) as front:
+        front.ask(messages.Create("a", SPEC, "torch"))
+        good, unlucky, behind = front.ask(train("a", 1.0, 1), train("a", 13.0, 2), train("a", 1.0, 3))
+    assert good.value.step == 5
+    assert isinstance(unlucky.error, BatchNotLearnt)
+    assert unlucky.error.sequence == 2
+    assert isinstance(behind.error, NotInEngine)
+    assert front.order == [good.number, unlucky.number, behind.number]
+
+
+def test_a_batch_out_of_order_behind_others_is_refused_and_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "_LONGEST_TURN", 60.0)
+    with Front(tmp_path) as front:
+        front.ask(messages.Create("a", SPEC, "torch"))
+        first, gap, second = front.ask(train("a", 1.0, 1), train("a", 1.0, 2, sequence_sent=7), train("a", 1.0, 2))
+    assert first.value.step == 5
+    assert isinstance(gap.error, SequenceGap)
+    assert second.value.step == 10
+
+
+def test_giving_up_ends_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "_LONGEST_TURN", 60.0)
+    abort = messages.AbortTraining()
+
+    def give_up_at_the_second(pairs):
+        if pairs[0][1].features[0, 0] == 2.0:
+            front.tell(abort)
+
+    watch_engine_calls(monkeypatch, give_up_at_the_second)
+    with Front(tmp_path) as front:
+        front.ask(messages.Create("a", SPEC, "torch"))
+        first, second, third = front.ask(*(train("a", float(number), number) for number in (1, 2, 3)))
+        [described] = front.ask(messages.Describe("a"))
+    assert first.value.step == 5
+    assert isinstance(second.error, ServerDraining)
+    assert isinstance(third.error, ServerDraining)
+    assert described.value.journal_position == 2
+    assert described.value.progress.step + described.value.progress.pending == 10
+
+
 def test_results_do_not_wait_for_what_comes_behind_them(tmp_path, monkeypatch):
     sent, at_hand = [], []
     inbox = Inbox()
     options = messages.EngineOptions(str(tmp_path), "cpu", "torch", 1, 0.0, "info", "json")
-    worker = EngineWorker(options, inbox, sent.append)
-    monkeypatch.setattr(worker, "_engine_at_hand", lambda name: at_hand.append(len(sent)) or name)
+    engine = EngineWorker(options, inbox, sent.append)
+    monkeypatch.setattr(engine, "_engine_at_hand", lambda name: at_hand.append(len(sent)) or name)
     requests = [messages.Create("a", SPEC, "torch"), train("a", 1.0), messages.Create("a", SPEC, "torch")]
     inbox.put(*(messages.Call(number, request) for number, request in enumerate(requests)))
-    thread = threading.Thread(target=worker.run)
+    thread = threading.Thread(target=engine.run)
     thread.start()
     while sum(len(news.answers) for news in sent) < 3 and thread.is_alive():
         thread.join(0.01)

@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from threading import Condition
 
 from cbp_server.engine.messages import AbortTraining, Call, Checkpoint, Predict, Train
@@ -81,6 +82,34 @@ class Inbox:
             self._predicted_last = False
             return self._take_turn()
 
+    def take_batches_behind(self, first: Call, most: int) -> list[Call]:
+        """The learner's next requests, as far as they are batches and not more than so many."""
+        with self._condition:
+            learner = first.request.learner
+            queue = self._waiting.get(learner)
+            batches: list[Call] = []
+            if queue is None:
+                return batches
+            while queue and len(batches) < most and isinstance(queue[0].request, Train):
+                batches.append(queue.popleft())
+            if not queue:
+                del self._waiting[learner]
+                self._turns.remove(learner)
+            return batches
+
+    def give_back(self, batches: Sequence[Call]) -> None:
+        """Returns batches of a learner that have not begun: they are its next ones again."""
+        if not batches:
+            return
+        with self._condition:
+            if self.aborting:
+                self._dropped += batches
+                return
+            queue = self._queue(batches[0].request.learner)
+            place = sum(1 for _ in takewhile(lambda call: isinstance(call.request, Checkpoint), queue))
+            for call in reversed(batches):
+                queue.insert(place, call)
+
     def take_company(self, first: Call, wanted: Callable[[str], bool], most: int) -> list[Call]:
         """What goes together with `first`: the first requests of other learners, as far as they are batches of
         learners that are `wanted`; whoever is passed over keeps its place."""
@@ -113,6 +142,11 @@ class Inbox:
     def would_wait(self) -> bool:
         """Whether `take` would, because nothing is here whose time has come."""
         return not (self._urgent or self._predictions or self._has_turn_now())
+
+    @property
+    def has_predictions(self) -> bool:
+        """Whether a prediction waits."""
+        return bool(self._predictions)
 
     def has_turns(self) -> bool:
         """Whether anybody waits for a turn, or the training under way is to be given up."""

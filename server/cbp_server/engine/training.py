@@ -16,7 +16,7 @@ from cbp import Batch, DivergenceError, Learner, LearnerSpec, TrainResult, train
 _SLICE_WORK = 2e8
 _MOST_STEPS = 512
 #: Multiplications that take some 0.3 ms.
-_SHORT_WORK = 2e6
+_LONG_WORK = 2e6
 
 
 class StopTrainingError(Exception):
@@ -48,7 +48,7 @@ class TrainingJob:
     @property
     def is_short(self) -> bool:
         """Whether the next slice takes well below a millisecond."""
-        return min(self._slice, len(self._batch) - self._taken) * self._pace.example_work < _SHORT_WORK
+        return not self._pace.takes_long(min(self._slice, len(self._batch) - self._taken))
 
     @property
     def steps(self) -> int:
@@ -141,6 +141,14 @@ class Pace:
             return cls(weights, 0)
         steps = _SLICE_WORK / (weights * spec.batch_size)
         return cls(weights, int(min(max(steps, 1), _MOST_STEPS)) * spec.batch_size)
+
+    def fits_one_slice(self, batch: Batch) -> bool:
+        """Whether the batch is not cut."""
+        return not self.slice_examples or len(batch) <= self.slice_examples
+
+    def takes_long(self, examples: int) -> bool:
+        """Whether it takes a large part of a millisecond, or more, to learn so many examples."""
+        return examples * self.example_work >= _LONG_WORK
 
 
 def _joined(results: Sequence[TrainResult], *, return_outputs: bool) -> TrainResult:

@@ -31,6 +31,7 @@ from cbp import (
     LearnerSnapshot,
     PlasticitySample,
     SnapshotError,
+    TrainResult,
 )
 from cbp_server.engine import messages
 from cbp_server.engine.frames import encode_frame, receive_frame
@@ -55,6 +56,9 @@ from cbp_server.store.checkpoints import CheckpointFiles
 
 #: Seconds between two full progress reports of a learner that has more batches waiting.
 _PROGRESS_INTERVAL = 0.25
+#: Seconds after which a learner begins no other batch in its turn, and batches of a turn at most.
+_LONGEST_TURN = 2e-3
+_LONGEST_ROW = 16
 #: Newest plasticity samples saved with each checkpoint, so that a restart does not blind its watchers.
 _SAMPLES_SAVED = 100
 #: Learners that share a call of the stacked engine at most.
@@ -110,6 +114,11 @@ class HostedLearner:
         if producer is None:
             producer = self.producers[name] = ProducerState.at(messages.Position())
         return producer
+
+    def sequence_of(self, name: str) -> int:
+        """The producer's last one that the learner contains."""
+        producer = self.producers.get(name)
+        return producer.sequence if producer is not None else 0
 
     def place(self, positions: Mapping[str, messages.Position]) -> None:
         """Where all its producers stand."""
@@ -208,9 +217,108 @@ class EngineWorker:
     # -- learning and predicting --
 
     def _train(self, first: messages.Call) -> None:
-        """Learns a batch, or the next part of one that has begun, together with batches of other learners that wait
-        and can share an engine call with it; answers those that are finished."""
-        calls = [first, *self._company(first)]
+        """Learns a batch, or the next part of one; what goes with it makes the turn worth its while."""
+        company = self._company(first)
+        if company or not self._fits_one_slice(first):
+            self._train_in_slices([first, *company])
+        else:
+            self._train_in_a_row([first, *self._inbox.take_batches_behind(first, _LONGEST_ROW - 1)])
+
+    def _fits_one_slice(self, call: messages.Call) -> bool:
+        request = cast(messages.Train, call.request)
+        hosted = self._hosted.get(request.learner)
+        return hosted is not None and request.learner not in self._begun and hosted.pace.fits_one_slice(request.batch)
+
+    def _train_in_a_row(self, calls: Sequence[messages.Call]) -> None:
+        """Learns batches of one learner, as many as its turn has time for.
+
+        They are checked before, and accounted for afterwards, all in one go: between two batches every line of code
+        costs several times what it costs in a loop, since the processor has forgotten it.
+        """
+        hosted = self._hosted[calls[0].request.learner]
+        row, refusal = self._checked(hosted, calls)
+        if row and (len(row) > 1 or hosted.pace.takes_long(len(row[0].batch))):
+            self._outbox.flush()
+        learner, inbox, between_steps = hosted.learner, self._inbox, self._between_steps
+        results: list[TrainResult] = []
+        failure: Exception | None = None
+        started = time.perf_counter()
+        ends = started + _LONGEST_TURN
+        try:
+            for request in row:
+                results.append(
+                    learner.train(request.batch, return_outputs=request.return_outputs, between_steps=between_steps)
+                )
+                if inbox.has_predictions or time.perf_counter() > ends:
+                    break
+        except Exception as error:
+            failure = error
+        self._outbox.count(time.perf_counter() - started, sum(result.steps for result in results))
+        learnt = len(results)
+        if learnt < len(row):
+            refusal = None  # of a batch that has not had its turn
+        ended_at_one = failure is not None or refusal is not None
+        self._inbox.give_back(calls[learnt + ended_at_one :])
+        self._report_row(hosted, calls, row, results)
+        if failure is not None:
+            self._take_failure(hosted, calls[learnt], failure)
+        elif refusal is not None:
+            self._fail(calls[learnt], refusal)
+
+    def _checked(
+        self, hosted: HostedLearner, calls: Sequence[messages.Call]
+    ) -> tuple[list[messages.Train], CbpError | None]:
+        """The batches that may be learnt one after another, and why the one behind them may not, if there is one that
+        may never be."""
+        row: list[messages.Train] = []
+        position = hosted.journal_position
+        sequences: dict[str, int] = {}
+        for call in calls:
+            request = cast(messages.Train, call.request)
+            producer = request.producer
+            if producer not in sequences:
+                sequences[producer] = hosted.sequence_of(producer)
+            try:
+                _check_order(position, request.journal_position - request.journaled)
+                _check_sequence(sequences[producer], request)
+            except CbpError as refusal:
+                return row, refusal
+            if not hosted.pace.fits_one_slice(request.batch):
+                break
+            row.append(request)
+            position = request.journal_position
+            sequences[producer] = request.sequence
+        return row, None
+
+    def _report_row(
+        self,
+        hosted: HostedLearner,
+        calls: Sequence[messages.Call],
+        row: Sequence[messages.Train],
+        results: Sequence[TrainResult],
+    ) -> None:
+        newest = len(results) - 1
+        for index, (call, request, result) in enumerate(zip(calls, row, results, strict=False)):
+            self._advance(hosted, request)
+            samples = hosted.stamp(hosted.learner.take_samples()) if index == newest else ()
+            if not call.quiet:
+                progress = self._due_progress(request.learner, hosted) if index == newest else None
+                self._report(call, result, samples, progress)
+
+    def _take_failure(self, hosted: HostedLearner, call: messages.Call, failure: Exception) -> None:
+        if isinstance(failure, StopTrainingError):
+            self._give_up(hosted, call)
+        else:
+            self._lose([call], failure)
+
+    def _give_up(self, hosted: HostedLearner, call: messages.Call) -> None:
+        """The batch counts as applied: what is left of it waits in the learner, and is in its last checkpoint."""
+        self._advance(hosted, cast(messages.Train, call.request))
+        self._fail(call, ServerDraining())
+
+    def _train_in_slices(self, calls: Sequence[messages.Call]) -> None:
+        """Learns the next part of each batch, of different learners, in as few engine calls as possible; answers those
+        that are finished."""
         under_way: list[tuple[messages.Call, TrainingJob]] = []
         for call in calls:
             try:
@@ -253,8 +361,8 @@ class EngineWorker:
         job = self._begun.pop(request.learner, None)
         if job is None:
             hosted = self._get(request.learner)
-            _check_order(hosted, request.journal_position - request.journaled)
-            _check_sequence(hosted, request)
+            _check_order(hosted.journal_position, request.journal_position - request.journaled)
+            _check_sequence(hosted.sequence_of(request.producer), request)
             job = TrainingJob(hosted.learner, request.batch, hosted.pace, return_outputs=request.return_outputs)
         return job
 
@@ -275,9 +383,8 @@ class EngineWorker:
         request = cast(messages.Train, call.request)
         if job.failure is not None:
             self._lose([call], job.failure)
-        elif stopped:  # it counts as applied: what is left of it waits in the learner, and is in its last checkpoint
-            self._advance(self._get(request.learner), request)
-            self._fail(call, ServerDraining())
+        elif stopped:
+            self._give_up(self._get(request.learner), call)
         elif job.finished:
             self._finish(call, request, job)
         else:
@@ -309,15 +416,18 @@ class EngineWorker:
         hosted = self._get(request.learner)
         self._advance(hosted, request)
         samples = hosted.stamp(hosted.learner.take_samples())
-        if call.quiet:
-            return
-        result = job.result()
-        report = messages.TrainReport(
-            result=result,
-            step=result.first_step + result.steps - 1,
-            samples=samples,
-            progress=self._due_progress(request.learner, hosted),
-        )
+        if not call.quiet:
+            self._report(call, job.result(), samples, self._due_progress(request.learner, hosted))
+
+    def _report(
+        self,
+        call: messages.Call,
+        result: TrainResult,
+        samples: tuple[SampleRecord, ...],
+        progress: LearnerProgress | None,
+    ) -> None:
+        step = result.first_step + result.steps - 1
+        report = messages.TrainReport(result=result, step=step, samples=samples, progress=progress)
         self._outbox.hold(messages.Answer(call.number, value=report))
 
     def _advance(self, hosted: HostedLearner, request: messages.Train | messages.Skip) -> None:
@@ -329,7 +439,7 @@ class EngineWorker:
     def _change(self, request: messages.Change[Any]) -> object:
         """Applies an entry of the journal other than a batch; one that the learner refuses has no effect."""
         hosted = self._get(request.learner)
-        _check_order(hosted, request.journal_position - 1)
+        _check_order(hosted.journal_position, request.journal_position - 1)
         try:
             return self._applied_change(hosted, request)
         finally:
@@ -347,7 +457,7 @@ class EngineWorker:
                 counts = hosted.learner.reset_units(request.layers, request.fraction)
                 return messages.ResetReport(counts, hosted.learner.progress)
             case messages.Skip():
-                _check_sequence(hosted, request)
+                _check_sequence(hosted.sequence_of(request.producer), request)
                 self._advance(hosted, request)
             case messages.SwitchEngine():
                 hosted.learner.switch_engine(self._engine_at_hand(request.engine))
@@ -528,17 +638,16 @@ class EngineWorker:
         return hosted
 
 
-def _check_order(hosted: HostedLearner, before: int) -> None:
+def _check_order(position: int, before: int) -> None:
     """`before` is the position of the entry before the one to be applied."""
-    if before != hosted.journal_position:
-        raise EngineFault(f"the change behind position {before} came when the learner was at {hosted.journal_position}")
+    if before != position:
+        raise EngineFault(f"the change behind position {before} came when the learner was at {position}")
 
 
-def _check_sequence(hosted: HostedLearner, request: messages.Train | messages.Skip) -> None:
-    producer = hosted.producers.get(request.producer)
-    expected = producer.sequence + 1 if producer is not None else 1
-    if request.sequence != expected:  # one before it was refused here: nothing may overtake that
-        raise SequenceGap(request.sequence, expected)
+def _check_sequence(sequence: int, request: messages.Train | messages.Skip) -> None:
+    """`sequence` is the producer's last one."""
+    if request.sequence != sequence + 1:  # one before it was refused here: nothing may overtake that
+        raise SequenceGap(request.sequence, sequence + 1)
 
 
 class _Copy:

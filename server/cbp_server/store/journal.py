@@ -4,20 +4,22 @@ Synchronous; the front reaches it through `GroupCommit`, which runs it on a thre
 """
 
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from isal import isal_zlib
 from sqlalchemy import ColumnElement, Engine, delete, func, insert, select
 
 from cbp_server.errors import JournalDamaged
 from cbp_server.store.database import transaction
 from cbp_server.store.tables import JOURNAL, RESUMES
 
-#: Rows and bytes of payload read back at a time, so that large ones do not fill the memory.
+#: Rows and bytes of payload read back at a time, so that large ones do not fill the memory; at first fewer bytes, for
+#: whoever waits for the first rows has nothing to do before.
 _READ_ROWS = 256
+_READ_BYTES_FIRST = 2**20
 _READ_BYTES = 16 * 2**20
 _BUFFERED_ROWS = 8  # that PostgreSQL sends at a time, whatever their size
 #: Rows and bytes of payload removed at a time, so that appending does not wait for long.
@@ -87,7 +89,9 @@ class Journal:
             JournalDamaged: an entry is missing or is not what was written.
         """
         expected = after + 1
-        while rows := self._next_rows(learner_uid, expected, up_to):
+        size = _READ_BYTES_FIRST
+        while rows := self._next_rows(learner_uid, expected, up_to, size):
+            size = min(4 * size, _READ_BYTES)
             for row in rows:
                 entry = _entry(row)
                 if entry.position != expected:
@@ -95,8 +99,8 @@ class Journal:
                 expected += 1
                 yield entry
 
-    def _next_rows(self, learner_uid: str, first: int, up_to: int | None) -> list[Mapping[Any, Any]]:
-        """Some rows from position `first` on, no more than fit in memory well; none at the end."""
+    def _next_rows(self, learner_uid: str, first: int, up_to: int | None, size_bytes: int) -> list[Mapping[Any, Any]]:
+        """Some rows from position `first` on, with about so many bytes of payload; none at the end."""
         query = select(JOURNAL).where(_of(learner_uid), JOURNAL.c.position >= first)
         if up_to is not None:
             query = query.where(JOURNAL.c.position <= up_to)
@@ -107,7 +111,7 @@ class Journal:
             for row in result.mappings():
                 rows.append(row)
                 size += len(row["payload"])
-                if size >= _READ_BYTES:
+                if size >= size_bytes:
                     break
         return rows
 
@@ -217,10 +221,11 @@ def _of(learner_uid: str) -> ColumnElement[bool]:
 
 
 def _crc(entry: Entry) -> int:
-    """Over all that replay uses; signed, as databases have it."""
+    """Over all that replay uses; signed, as databases have it. The polynomial is zlib's, which takes twenty times as
+    long: a third of a millisecond for a message of 800 KB."""
     head = (
         f"{entry.learner_uid} {entry.position} {entry.kind} "
         f"{entry.producer} {entry.epoch} {entry.sequence} {entry.payload_hash}"
     )
-    unsigned = zlib.crc32(entry.payload, zlib.crc32(head.encode()))
+    unsigned = isal_zlib.crc32(entry.payload, isal_zlib.crc32(head.encode()))
     return unsigned - 2**32 if unsigned >= 2**31 else unsigned
