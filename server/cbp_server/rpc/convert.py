@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import xxhash
@@ -33,6 +33,7 @@ _UPDATABLE = {"optimizer", "resets", "monitoring"}
 _LARGEST_SPEC = 2**16
 _DIMENSIONS_HASHED = 9
 _TENSORS = ("features", "targets", "weights")
+_FLOAT32, _INT64 = np.dtype(np.float32), np.dtype(np.int64)
 _STATES = {
     LearnerState.ACTIVE: learner_pb2.Learner.STATE_ACTIVE,
     LearnerState.UNAVAILABLE: learner_pb2.Learner.STATE_UNAVAILABLE,
@@ -204,9 +205,30 @@ def incoming_batch(message: training_service_pb2.TrainBatch, limits: Limits) -> 
 
 
 def journaled_batch(payload: bytes, spec: LearnerSpec) -> Batch:
-    """The batch in an entry of the journal, accepted before. Raises `BatchError` if it does not fit the learner."""
+    """The batch in an entry of the journal: its values were checked when it was accepted, and are not once more where
+    nothing has to be converted. Raises `BatchError` if it does not fit the learner."""
     message = training_service_pb2.TrainBatch.FromString(payload)
-    return _batch(message, _tensor_data(message), spec, limits=None)
+    data = _tensor_data(message)
+    if not message.HasField("weights"):
+        features, targets = (_array(getattr(message, field), field, [], data[field]) for field in _TENSORS[:2])
+        if _is_as_learnt(features, targets, spec):
+            return Batch(
+                features=cast(NDArray[np.float32], features),
+                targets=cast(NDArray[np.int64], targets),
+                weights=None,
+                task=message.task,
+            )
+    return _batch(message, data, spec, limits=None)
+
+
+def _is_as_learnt(features: NDArray[np.generic], targets: NDArray[np.generic], spec: LearnerSpec) -> bool:
+    count, width = len(features) if features.ndim else 0, spec.network.out_features
+    wanted = ((count,), _INT64) if spec.loss.kind == "cross_entropy" else ((count, width), _FLOAT32)
+    return (
+        count > 0
+        and (features.shape, features.dtype) == ((count, spec.network.in_features), _FLOAT32)
+        and (targets.shape, targets.dtype) == wanted
+    )
 
 
 def _tensor_data(message: training_service_pb2.TrainBatch) -> dict[str, bytes]:

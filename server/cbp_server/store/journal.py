@@ -4,13 +4,13 @@ Synchronous; the front reaches it through `GroupCommit`, which runs it on a thre
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from isal import isal_zlib
-from sqlalchemy import ColumnElement, Engine, delete, func, insert, select
+from sqlalchemy import ColumnElement, Engine, Row, delete, func, insert, select
 
 from cbp_server.errors import JournalDamaged
 from cbp_server.store.database import transaction
@@ -99,18 +99,20 @@ class Journal:
                 expected += 1
                 yield entry
 
-    def _next_rows(self, learner_uid: str, first: int, up_to: int | None, size_bytes: int) -> list[Mapping[Any, Any]]:
+    def _next_rows(
+        self, learner_uid: str, first: int, up_to: int | None, size_bytes: int
+    ) -> list[Row[Any]]:
         """Some rows from position `first` on, with about so many bytes of payload; none at the end."""
         query = select(JOURNAL).where(_of(learner_uid), JOURNAL.c.position >= first)
         if up_to is not None:
             query = query.where(JOURNAL.c.position <= up_to)
         query = query.order_by(JOURNAL.c.position).limit(_READ_ROWS)
-        rows: list[Mapping[Any, Any]] = []
+        rows: list[Row[Any]] = []
         size = 0
         with self._portioned.connect() as connection, connection.execute(query) as result:
-            for row in result.mappings():
+            for row in result:
                 rows.append(row)
-                size += len(row["payload"])
+                size += len(row[-1])
                 if size >= size_bytes:
                     break
         return rows
@@ -127,7 +129,7 @@ class Journal:
         if up_to is not None:
             query = query.where(JOURNAL.c.position <= up_to)
         with self._engine.connect() as connection:
-            return [_entry(row) for row in connection.execute(query.order_by(JOURNAL.c.position)).mappings()]
+            return [_entry(row) for row in connection.execute(query.order_by(JOURNAL.c.position))]
 
     def resumes(self, learner_uid: str, after: int) -> list[Entry]:
         """The learner's entries of kind RESUME behind position `after`, in order.
@@ -137,7 +139,7 @@ class Journal:
         """
         query = select(JOURNAL).where(_of(learner_uid), JOURNAL.c.position > after, RESUMES)
         with self._engine.connect() as connection:
-            return [_entry(row) for row in connection.execute(query.order_by(JOURNAL.c.position)).mappings()]
+            return [_entry(row) for row in connection.execute(query.order_by(JOURNAL.c.position))]
 
     def bounds(self, learner_uid: str) -> tuple[int, int] | None:
         """The first and the last position that the log holds of the learner."""
@@ -204,15 +206,23 @@ def _values(entry: Entry) -> tuple[Any, ...]:
     )
 
 
-def _entry(row: Mapping[Any, Any]) -> Entry:
-    fields = dict(row)
-    crc = fields.pop("crc")
+def _entry(row: Row[Any]) -> Entry:
+    uid, position, kind, producer, epoch, sequence, payload_hash, crc, payload = tuple(row)
     try:
-        entry = Entry(**fields | {"kind": EntryKind(fields["kind"])})
+        entry = Entry(
+            learner_uid=uid,
+            position=position,
+            kind=EntryKind(kind),
+            payload=payload,
+            payload_hash=payload_hash,
+            producer=producer,
+            epoch=epoch,
+            sequence=sequence,
+        )
     except ValueError as error:
-        raise JournalDamaged(fields["learner_uid"], fields["position"]) from error
+        raise JournalDamaged(uid, position) from error
     if _crc(entry) != crc:
-        raise JournalDamaged(entry.learner_uid, entry.position)
+        raise JournalDamaged(uid, position)
     return entry
 
 
