@@ -286,7 +286,7 @@ def _sizes(quick: Size, reported: Size, full: Size) -> Mapping[Protocol, Size]:
 
 _FULL = Size(seeds=10, tasks=1100)
 _FULL_SMALL = Size(seeds=10, tasks=1100, examples=1797)
-_QUICK = Size(seeds=2, tasks=12, examples=5000)
+_QUICK = Size(seeds=2, tasks=10, examples=5000)
 _QUICK_SMALL = Size(seeds=2, tasks=30, examples=1797)
 
 FINDINGS: Mapping[str, Finding] = {
@@ -295,7 +295,7 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="layers",
             question="Does backprop lose plasticity, does CBP keep it, and in which layers must it reset?",
-            sizes=_sizes(Size(seeds=2, tasks=25), Size(seeds=5, tasks=50), _FULL),
+            sizes=_sizes(Size(seeds=2, tasks=20), Size(seeds=5, tasks=50), _FULL),
             build=_layers,
         ),
         Finding(
@@ -307,7 +307,7 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="regression",
             question="Does CBP help in slowly changing regression?",
-            sizes=_sizes(Size(seeds=5, tasks=20), Size(seeds=10, tasks=100), Size(seeds=100, tasks=500)),
+            sizes=_sizes(Size(seeds=3, tasks=20), Size(seeds=10, tasks=100), Size(seeds=100, tasks=500)),
             build=_regression,
         ),
         Finding(
@@ -319,7 +319,7 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="utilities",
             question="Which utility suits which activation?",
-            sizes=_sizes(Size(seeds=1, tasks=20, examples=1797), Size(seeds=3, tasks=60, examples=1797), _FULL_SMALL),
+            sizes=_sizes(Size(seeds=1, tasks=20, examples=1797), Size(seeds=10, tasks=60, examples=1797), _FULL_SMALL),
             build=_utilities,
         ),
         Finding(
@@ -331,7 +331,7 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="utilities_regression",
             question="Do the utilities compare alike in regression?",
-            sizes=_sizes(Size(seeds=3, tasks=20), Size(seeds=10, tasks=50), Size(seeds=100, tasks=500)),
+            sizes=_sizes(Size(seeds=2, tasks=15), Size(seeds=10, tasks=50), Size(seeds=100, tasks=500)),
             build=_utilities_regression,
         ),
         Finding(
@@ -343,19 +343,19 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="utilities_labels",
             question="Do utilities compare alike when labels shift rather than inputs?",
-            sizes=_sizes(_QUICK_SMALL, Size(seeds=5, tasks=60, examples=1797), _FULL_SMALL),
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=60, examples=1797), _FULL_SMALL),
             build=_utilities_labels,
         ),
         Finding(
             name="activations_long",
             question="Do activations that lose plasticity slowly lose it in the end?",
-            sizes=_sizes(_QUICK_SMALL, Size(seeds=5, tasks=200, examples=1797), _FULL_SMALL),
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=200, examples=1797), _FULL_SMALL),
             build=_activations_long,
         ),
         Finding(
             name="layers_by_activation",
             question="Which layers should be reset with other activations?",
-            sizes=_sizes(_QUICK_SMALL, Size(seeds=5, tasks=60, examples=1797), _FULL_SMALL),
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=60, examples=1797), _FULL_SMALL),
             build=_layers_by_activation,
         ),
         Finding(
@@ -391,13 +391,13 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="matched",
             question="Does it hold across depths with as many parameters?",
-            sizes=_sizes(_QUICK, Size(seeds=2, tasks=20), _FULL),
+            sizes=_sizes(_QUICK, Size(seeds=3, tasks=20), _FULL),
             build=_matched,
         ),
         Finding(
             name="activations",
             question="What happens with each activation in the thesis's setting?",
-            sizes={"quick": _QUICK, "full": _FULL},
+            sizes=_sizes(_QUICK, Size(seeds=3, tasks=20), _FULL),
             build=_activations,
         ),
     )

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from experiments.archive import MEASURES, ROW_SCHEMA, Archive
+from experiments.archive import MEASURES, ROW_SCHEMA, Archive, Run
 from experiments.cells import Cell
 from experiments.runner import runs_of
 
@@ -140,6 +140,10 @@ class Results:
 
     def __contains__(self, cell: Cell) -> bool:
         return bool(self._complete(cell))
+
+    def has_run(self, run: Run) -> bool:
+        """Whether the run is there to the cell's last task, or to where it diverged."""
+        return run.seed in self._complete(run.cell)
 
     def _complete(self, cell: Cell) -> list[int]:
         """Seeds of the cell's runs that went to its last task, or diverged."""
