@@ -45,7 +45,11 @@ MnistOption = Annotated[
 ]
 EarlierOption = Annotated[
     Path | None,
-    typer.Option(exists=True, dir_okay=False, help="A tidy table of earlier runs: what it has need not be run again."),
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="A tidy table of runs made before: what it has is not run again, and goes into the new one.",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 
@@ -123,19 +127,26 @@ def collect(
     protocol: ProtocolOption = "quick",
     output: DirectoryOption = Path("experiments-output"),
     results: Annotated[Path | None, typer.Option(help="Directory to write to; by default that of the runs.")] = None,
+    earlier: EarlierOption = None,
     mnist: MnistOption = None,
 ) -> None:
     """Gather what runs there are in a tidy table, PROTOCOL.parquet, and single tanh units in PROTOCOL-units.parquet."""
     archive = Archive(output / "runs")
     by_finding = chosen_cells(protocol, "", mnist)
+    known = ResultsPaths(earlier, earlier.with_name(f"{earlier.stem}-units.parquet")) if earlier else None
     try:
-        table = collected([cell for cells in by_finding.values() for cell in cells], archive)
+        table = collected(
+            [cell for cells in by_finding.values() for cell in cells],
+            archive,
+            pq.read_table(known.results) if known else None,
+        )
     except MissingResultsError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
+    known_units = pq.read_table(known.units) if known and known.units.is_file() else None
     paths = results_paths(results or output, protocol)
     write(table, paths.results)
-    write(units.describe(tanh_cells(by_finding["utilities_tanh"]), archive), paths.units)
+    write(units.describe(tanh_cells(by_finding["utilities_tanh"]), archive, known_units), paths.units)
     for path in paths:
         print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
 
