@@ -83,12 +83,13 @@ class _Lines:
     """Writes a line every few seconds, and one at the end of each finding."""
 
     def __init__(self, name: str) -> None:
+        """`name` begins each line."""
         self._name = name
         self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
 
     def __call__(self, progress: Progress) -> None:
         if time.monotonic() >= self._next or progress.runs_done == progress.runs:
-            print(f"{self._name:<22} {progress}", file=sys.stderr, flush=True)
+            print(f"{self._name:<26} {progress}", file=sys.stderr, flush=True)
             self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
 
 
@@ -113,9 +114,10 @@ def run(
     archive = Archive(output / "runs")
     known = Results.read(earlier) if earlier else None
     try:
-        for name, chosen in cells.items():
+        for place, (name, chosen) in enumerate(cells.items(), start=1):
             runs = [run for run in runs_of(chosen) if known is None or not known.has_run(run)]
-            if not execute(runs, archive, device=device, deadline=deadline, mnist=mnist, on_progress=_Lines(name)):
+            lines = _Lines(f"{place}/{len(cells)} {name}")
+            if not execute(runs, archive, device=device, deadline=deadline, mnist=mnist, on_progress=lines):
                 raise typer.Exit(3)
     except DataError as error:
         print(error, file=sys.stderr)

@@ -269,6 +269,16 @@ def _layers_by_activation(size: Size) -> Iterator[Cell]:
         yield from of_masks(replace(cell, utility="adaptable_contribution"), [name for name in names if name in known])
 
 
+def _sigmoid(size: Size) -> Iterator[Cell]:
+    """How often, and from what age on, units are reset in one layer of two or in both."""
+    cell = small_cell_of("sigmoid", size)
+    yield cell
+    adaptable = replace(cell, utility="adaptable_contribution")
+    for rate, threshold in ((1e-5, 100), (3e-5, 100), (1e-4, 100), (3e-4, 100), (1e-4, 1000)):
+        changed = replace(adaptable, replacement_rate=rate, maturity_threshold=threshold)
+        yield from of_masks(changed, ("all", "only first", "only second"))
+
+
 def tanh_cells(cells: Iterable[Cell]) -> list[Cell]:
     """Of the cells of `utilities_tanh`, those whose single units are looked at: three seeds of each."""
     return [
@@ -357,6 +367,12 @@ FINDINGS: Mapping[str, Finding] = {
             question="Which layers should be reset with other activations?",
             sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=60, examples=1797), _FULL_SMALL),
             build=_layers_by_activation,
+        ),
+        Finding(
+            name="sigmoid",
+            question="Why do resets in both layers of a sigmoid network do less well than in one?",
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=60, examples=1797), _FULL_SMALL),
+            build=_sigmoid,
         ),
         Finding(
             name="long",

@@ -72,6 +72,7 @@ class Report:
             "layers_by_activation": lambda cells: {
                 "layers_by_activation": self._by_mask(cells, lambda cell: cell.activation, "activation")
             },
+            "sigmoid": lambda cells: {"sigmoid": self._by_mask(cells, _rate_and_threshold, "ρ, m")},
             "utilities_tanh": self._tanh_tables,
             "utilities": lambda cells: {"utilities": self._utility_table(cells)},
             "utilities_regression": lambda cells: {"utilities_regression": self._relative_utility_table(cells)},
@@ -532,6 +533,10 @@ def _decay(cell: Cell) -> str:
 
 def _activation_and_lr(cell: Cell) -> str:
     return f"{cell.activation}, {cell.lr:g}, {cell.replacement_rate:g}"
+
+
+def _rate_and_threshold(cell: Cell) -> str:
+    return f"{cell.replacement_rate:g}, {cell.maturity_threshold:,}"
 
 
 def _activation_and_utility(cell: Cell) -> str:
