@@ -1,6 +1,6 @@
 """What is asked, and the cells that answer it, at three sizes.
 
-`full` is the thesis's protocol; `reported` is what docs/paper.md shows, cut down to an hour or two of two cores;
+`full` is the thesis's protocol; `reported` is what docs/paper.md shows, cut down to some hours of two cores;
 `quick` shows in minutes that every finding can be had.
 """
 
@@ -183,13 +183,16 @@ def _shifts(size: Size) -> Iterator[Cell]:
 
 
 def _activations(size: Size) -> Iterator[Cell]:
-    """As in the thesis: with `contribution`, SELU and tanh at its learning and replacement rates."""
+    """As in the thesis: with `contribution`, SELU and tanh also at its learning and replacement rates; then with
+    `adaptable_contribution`."""
     cell = thesis_cell(size)
     for activation in ("relu", "leaky_relu", "elu", "gelu", "silu", "sigmoid", "selu", "tanh"):
         yield from of_masks(replace(cell, activation=activation), ("none", "all", "only first"))
     for activation, rate in (("selu", 1e-4), ("tanh", 1e-6)):
         gentle = replace(cell, activation=activation, lr=0.0005, replacement_rate=rate)
         yield from of_masks(gentle, ("none", "all", "only first"))
+    for activation in ("relu", "leaky_relu", "elu", "gelu", "silu", "selu", "tanh"):
+        yield from of_masks(replace(cell, activation=activation, utility="adaptable_contribution"), ("all",))
 
 
 def _tanh(size: Size) -> Iterator[Cell]:

@@ -59,7 +59,9 @@ class Report:
                 "shifts": self._by_mask(cells, lambda cell: _SHIFTS_SHOWN[cell.stream.kind], "shift")
             },
             "weight_decay": lambda cells: {"weight_decay": self._by_mask(cells, _decay, "weight decay, ρ")},
-            "activations": lambda cells: {"activations": self._by_mask(cells, _activation_and_lr, "activation, lr, ρ")},
+            "activations": lambda cells: {
+                "activations": self._by_mask(cells, _activation_and_rates, "activation, utility, lr, ρ")
+            },
             "tanh": lambda cells: {"tanh": self._by_mask(cells, _activation_and_utility, "activation, utility")},
             "utilities_labels": lambda cells: {
                 "utilities_labels": self._by_mask(cells, _activation_and_utility, "activation, utility")
@@ -531,8 +533,8 @@ def _decay(cell: Cell) -> str:
     return f"{cell.weight_decay:g}" + (f", {cell.replacement_rate:g}" if cell.mask else "")
 
 
-def _activation_and_lr(cell: Cell) -> str:
-    return f"{cell.activation}, {cell.lr:g}, {cell.replacement_rate:g}"
+def _activation_and_rates(cell: Cell) -> str:
+    return f"{_activation_and_utility(cell)}, {cell.lr:g}, {cell.replacement_rate:g}"
 
 
 def _rate_and_threshold(cell: Cell) -> str:
