@@ -18,6 +18,7 @@ from experiments.results import CellResults, Results
 from experiments.statistics import Interval, interval, paired_difference
 
 _IMAGES_SHOWN = {"digits_8x8": "8×8", "digits_16x16": "16×16", "digits_28x28": "28×28", "mnist": "MNIST"}
+_EARLY = "none, early"
 _SHIFTS_SHOWN = {
     "permuted_inputs": "inputs permuted",
     "permuted_labels": "labels permuted",
@@ -60,7 +61,7 @@ class Report:
             },
             "weight_decay": lambda cells: {"weight_decay": self._by_mask(cells, _decay, "weight decay, ρ")},
             "activations": lambda cells: {
-                "activations": self._by_mask(cells, _activation_and_rates, "activation, utility, lr, ρ")
+                "activations": self._by_mask(cells, _activation_and_rates, "activation, utility, lr, ρ", early=True)
             },
             "tanh": lambda cells: {"tanh": self._by_mask(cells, _activation_and_utility, "activation, utility")},
             "utilities_labels": lambda cells: {
@@ -122,8 +123,9 @@ class Report:
         ]
         return tables.markdown(("finding", "question", "cells", "each cell"), rows)
 
-    def _by_mask(self, cells: Sequence[Cell], row: Callable[[Cell], str], heading: str) -> str:
-        """Scores by setting and mask; the score without resets stands in every row of its setting."""
+    def _by_mask(self, cells: Sequence[Cell], row: Callable[[Cell], str], heading: str, *, early: bool = False) -> str:
+        """Scores by setting and mask; the score without resets stands in every row of its setting, if wanted also that
+        of the first fifth of its tasks."""
         complete: list[Cell] = []
         for cell in cells:
             if cell.mask or row(cell) not in {row(other) for other in cells if other.mask}:
@@ -139,7 +141,8 @@ class Report:
             baseline = baselines.get(_setting(cell))
             if baseline is not None:
                 entry["none"] = tables.show(interval(self._results.of(baseline).late))
-        columns = list(dict.fromkeys(columns))
+                entry[_EARLY] = tables.show(interval(self._results.of(baseline).early))
+        columns = [*([_EARLY] if early else []), *dict.fromkeys(columns)]
         rows = [[name, *(entry.get(column, "–") for column in columns)] for name, entry in entries.items()]
         return tables.markdown([heading, *columns], rows)
 
@@ -363,6 +366,7 @@ class Report:
         figures.finish_dots(
             axes, "Behind resets in all layers", "online accuracy of the last fifth, minus that of all, points"
         )
+        axes.set_ylabel("images, examples a task, learning rate, depth")
         self._draw_second_layer(alive, settings.values())
         return figure
 
