@@ -62,11 +62,11 @@ bench-durability: .venv/installed ## what the journal and checkpoints cost, and 
 	$(BIN)/python benchmarks/durability.py
 
 reproduce-quick: PROTOCOL := quick
-reproduce-quick: .venv/installed ## every finding of docs/paper.md at reduced size, and one experiment over gRPC (meant for 15 minutes of two idle cores)
+reproduce-quick: .venv/installed ## every finding of docs/paper.md at reduced size, and one experiment over gRPC (less than 15 minutes on two cores)
 	$(REPRODUCE)
 
 reproduce: PROTOCOL := full
-reproduce: .venv/installed ## the full protocol; it says first how long it will take here, and goes on where it was stopped (DEVICE=cuda, CBP_MNIST=directory)
+reproduce: .venv/installed ## the full protocol (days on two cores); it says first how long it will take here, and goes on where it was stopped (DEVICE=cuda, CBP_MNIST=directory)
 	$(BIN)/python -m experiments plan --protocol full --device $(DEVICE)
 	$(REPRODUCE)
 

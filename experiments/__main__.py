@@ -1,9 +1,11 @@
 """The experiments' command line: `python -m experiments run|plan|report|service`."""
 
+import shutil
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, NamedTuple, get_args
 
 import pyarrow.parquet as pq
@@ -24,7 +26,9 @@ from experiments.results import MissingResultsError, Results, write
 from experiments.results import collect as collected
 from experiments.runner import Progress, execute, runs_of
 from experiments.service import MOST_TASKS, ROUNDING, comparison, experiment, in_process, over_grpc, picture
+from experiments.status_page import PIXELS, Chart, chart_table, photograph
 from experiments.tables import fill, markdown
+from experiments.watching import PanelCurve, compare_panels, panel_picture, panel_table, watched_by_prometheus
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +42,14 @@ DirectoryOption = Annotated[Path, typer.Option(help="Where runs are kept.")]
 MnistOption = Annotated[
     Path | None,
     typer.Option(envvar="CBP_MNIST", help="Directory of MNIST's IDX files, to use in place of the enlarged digits."),
+]
+EarlierOption = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="A tidy table of runs made before: what it has is not run again, and goes into the new one.",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 
@@ -71,12 +83,13 @@ class _Lines:
     """Writes a line every few seconds, and one at the end of each finding."""
 
     def __init__(self, name: str) -> None:
+        """`name` begins each line."""
         self._name = name
         self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
 
     def __call__(self, progress: Progress) -> None:
         if time.monotonic() >= self._next or progress.runs_done == progress.runs:
-            print(f"{self._name:<22} {progress}", file=sys.stderr, flush=True)
+            print(f"{self._name:<26} {progress}", file=sys.stderr, flush=True)
             self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
 
 
@@ -85,6 +98,7 @@ def run(
     protocol: ProtocolOption = "quick",
     findings: FindingsOption = "",
     output: DirectoryOption = Path("experiments-output"),
+    earlier: EarlierOption = None,
     mnist: MnistOption = None,
     device: DeviceOption = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of the compiled engine; learners are shared out.")] = 2,
@@ -98,10 +112,12 @@ def run(
     torch.set_num_threads(threads)
     compile_ahead()
     archive = Archive(output / "runs")
+    known = Results.read(earlier) if earlier else None
     try:
-        for name, chosen in cells.items():
-            runs = runs_of(chosen)
-            if not execute(runs, archive, device=device, deadline=deadline, mnist=mnist, on_progress=_Lines(name)):
+        for place, (name, chosen) in enumerate(cells.items(), start=1):
+            runs = [run for run in runs_of(chosen) if known is None or not known.has_run(run)]
+            lines = _Lines(f"{place}/{len(cells)} {name}")
+            if not execute(runs, archive, device=device, deadline=deadline, mnist=mnist, on_progress=lines):
                 raise typer.Exit(3)
     except DataError as error:
         print(error, file=sys.stderr)
@@ -113,19 +129,26 @@ def collect(
     protocol: ProtocolOption = "quick",
     output: DirectoryOption = Path("experiments-output"),
     results: Annotated[Path | None, typer.Option(help="Directory to write to; by default that of the runs.")] = None,
+    earlier: EarlierOption = None,
     mnist: MnistOption = None,
 ) -> None:
     """Gather what runs there are in a tidy table, PROTOCOL.parquet, and single tanh units in PROTOCOL-units.parquet."""
     archive = Archive(output / "runs")
     by_finding = chosen_cells(protocol, "", mnist)
+    known = ResultsPaths(earlier, earlier.with_name(f"{earlier.stem}-units.parquet")) if earlier else None
     try:
-        table = collected([cell for cells in by_finding.values() for cell in cells], archive)
+        table = collected(
+            [cell for cells in by_finding.values() for cell in cells],
+            archive,
+            pq.read_table(known.results) if known else None,
+        )
     except MissingResultsError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
+    known_units = pq.read_table(known.units) if known and known.units.is_file() else None
     paths = results_paths(results or output, protocol)
     write(table, paths.results)
-    write(units.describe(tanh_cells(by_finding["utilities_tanh"]), archive), paths.units)
+    write(units.describe(tanh_cells(by_finding["utilities_tanh"]), archive, known_units), paths.units)
     for path in paths:
         print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
 
@@ -174,28 +197,54 @@ def service(
 ) -> None:
     """Run one experiment over gRPC, and the same in this process: both must give the same numbers.
 
-    While it runs, the server's status page and Prometheus metrics show it. Exit status 1 if numbers differ.
+    A server that is started here is watched as well: by a Prometheus, if one is installed, which is asked what the
+    dashboard's panels ask, and on its status page, if there is a chromium. Exit status 1 if any numbers differ.
     """
     output.mkdir(parents=True, exist_ok=True)
     cells = experiment(tasks)
     torch.set_num_threads(1)  # as in the server, so that sums are made in the same order
+    here = in_process(cells, seed)
+    curves: list[PanelCurve] = []
+    charts: list[Chart] = []
     with ExitStack() as stack:
         target = server
         if target is None:
-            local = stack.enter_context(local_server(output / "service", output / "service.log"))
+            data = stack.enter_context(TemporaryDirectory())
+            local = stack.enter_context(local_server(Path(data), output / "service.log"))
             target = local.grpc_target
             print(f"server {local.grpc_target}, status page {local.http_url}/", file=sys.stderr)
+        prometheus, browser = (None if server else _installed(name) for name in ("prometheus", "chromium"))
+        watch = stack.enter_context(watched_by_prometheus(prometheus, local.http_url)) if prometheus else None
         served = over_grpc(
             target, cells, seed, lambda name, sent: print(f"{name:<24} task {sent}/{tasks}", file=sys.stderr)
         )
-    here = in_process(cells, seed)
+        if watch:
+            curves = watch.curves(cells[0].steps)
+        if browser:
+            charts = photograph(browser, local.http_url, here, output)
     print(comparison(served, here))
-    path = output / "service.png"
-    save(picture(served, here), path)
-    print(path)
-    if any(one.difference(other) > ROUNDING for one, other in zip(served, here, strict=True)):
+    same = all(one.difference(other) <= ROUNDING for one, other in zip(served, here, strict=True))
+    save(picture(served, here), output / "service.png")
+    if curves:
+        compared = compare_panels(curves, here)
+        print(panel_table(compared))
+        same = same and all(one.difference is None or one.difference <= ROUNDING for one in compared)
+        save(panel_picture(curves, here), output / "service_panels.png")
+    if charts:
+        print(chart_table(charts))
+        same = same and all(chart.off <= PIXELS for chart in charts)
+    for path in sorted(output.glob("service*.png")):
+        print(path)
+    if not same:
         print("The server's numbers differ; does it run another engine, or on another machine?", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _installed(program: str) -> str | None:
+    path = shutil.which(program)
+    if path is None:
+        print(f"{program} is not installed; what it would show is left out", file=sys.stderr)
+    return path
 
 
 @app.command()

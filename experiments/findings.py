@@ -1,6 +1,6 @@
 """What is asked, and the cells that answer it, at three sizes.
 
-`full` is the thesis's protocol; `reported` is what docs/paper.md shows, cut down to an hour or two of two cores;
+`full` is the thesis's protocol; `reported` is what docs/paper.md shows, cut down to some hours of two cores;
 `quick` shows in minutes that every finding can be had.
 """
 
@@ -183,13 +183,16 @@ def _shifts(size: Size) -> Iterator[Cell]:
 
 
 def _activations(size: Size) -> Iterator[Cell]:
-    """As in the thesis: with `contribution`, SELU and tanh at its learning and replacement rates."""
+    """As in the thesis: with `contribution`, SELU and tanh also at its learning and replacement rates; then with
+    `adaptable_contribution`."""
     cell = thesis_cell(size)
     for activation in ("relu", "leaky_relu", "elu", "gelu", "silu", "sigmoid", "selu", "tanh"):
         yield from of_masks(replace(cell, activation=activation), ("none", "all", "only first"))
     for activation, rate in (("selu", 1e-4), ("tanh", 1e-6)):
         gentle = replace(cell, activation=activation, lr=0.0005, replacement_rate=rate)
         yield from of_masks(gentle, ("none", "all", "only first"))
+    for activation in ("relu", "leaky_relu", "elu", "gelu", "silu", "selu", "tanh"):
+        yield from of_masks(replace(cell, activation=activation, utility="adaptable_contribution"), ("all",))
 
 
 def _tanh(size: Size) -> Iterator[Cell]:
@@ -269,6 +272,16 @@ def _layers_by_activation(size: Size) -> Iterator[Cell]:
         yield from of_masks(replace(cell, utility="adaptable_contribution"), [name for name in names if name in known])
 
 
+def _sigmoid(size: Size) -> Iterator[Cell]:
+    """How often, and from what age on, units are reset in one layer of two or in both."""
+    cell = small_cell_of("sigmoid", size)
+    yield cell
+    adaptable = replace(cell, utility="adaptable_contribution")
+    for rate, threshold in ((1e-5, 100), (3e-5, 100), (1e-4, 100), (3e-4, 100), (1e-4, 1000)):
+        changed = replace(adaptable, replacement_rate=rate, maturity_threshold=threshold)
+        yield from of_masks(changed, ("all", "only first", "only second"))
+
+
 def tanh_cells(cells: Iterable[Cell]) -> list[Cell]:
     """Of the cells of `utilities_tanh`, those whose single units are looked at: three seeds of each."""
     return [
@@ -286,7 +299,7 @@ def _sizes(quick: Size, reported: Size, full: Size) -> Mapping[Protocol, Size]:
 
 _FULL = Size(seeds=10, tasks=1100)
 _FULL_SMALL = Size(seeds=10, tasks=1100, examples=1797)
-_QUICK = Size(seeds=2, tasks=12, examples=5000)
+_QUICK = Size(seeds=2, tasks=10, examples=5000)
 _QUICK_SMALL = Size(seeds=2, tasks=30, examples=1797)
 
 FINDINGS: Mapping[str, Finding] = {
@@ -295,7 +308,7 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="layers",
             question="Does backprop lose plasticity, does CBP keep it, and in which layers must it reset?",
-            sizes=_sizes(Size(seeds=2, tasks=25), Size(seeds=5, tasks=50), _FULL),
+            sizes=_sizes(Size(seeds=2, tasks=20), Size(seeds=5, tasks=50), _FULL),
             build=_layers,
         ),
         Finding(
@@ -307,7 +320,7 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="regression",
             question="Does CBP help in slowly changing regression?",
-            sizes=_sizes(Size(seeds=5, tasks=20), Size(seeds=10, tasks=100), Size(seeds=100, tasks=500)),
+            sizes=_sizes(Size(seeds=3, tasks=20), Size(seeds=10, tasks=100), Size(seeds=100, tasks=500)),
             build=_regression,
         ),
         Finding(
@@ -319,7 +332,7 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="utilities",
             question="Which utility suits which activation?",
-            sizes=_sizes(Size(seeds=1, tasks=20, examples=1797), Size(seeds=3, tasks=60, examples=1797), _FULL_SMALL),
+            sizes=_sizes(Size(seeds=1, tasks=20, examples=1797), Size(seeds=10, tasks=60, examples=1797), _FULL_SMALL),
             build=_utilities,
         ),
         Finding(
@@ -331,7 +344,7 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="utilities_regression",
             question="Do the utilities compare alike in regression?",
-            sizes=_sizes(Size(seeds=3, tasks=20), Size(seeds=10, tasks=50), Size(seeds=100, tasks=500)),
+            sizes=_sizes(Size(seeds=2, tasks=15), Size(seeds=10, tasks=50), Size(seeds=100, tasks=500)),
             build=_utilities_regression,
         ),
         Finding(
@@ -343,20 +356,26 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="utilities_labels",
             question="Do utilities compare alike when labels shift rather than inputs?",
-            sizes=_sizes(_QUICK_SMALL, Size(seeds=5, tasks=60, examples=1797), _FULL_SMALL),
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=60, examples=1797), _FULL_SMALL),
             build=_utilities_labels,
         ),
         Finding(
             name="activations_long",
             question="Do activations that lose plasticity slowly lose it in the end?",
-            sizes=_sizes(_QUICK_SMALL, Size(seeds=5, tasks=200, examples=1797), _FULL_SMALL),
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=200, examples=1797), _FULL_SMALL),
             build=_activations_long,
         ),
         Finding(
             name="layers_by_activation",
             question="Which layers should be reset with other activations?",
-            sizes=_sizes(_QUICK_SMALL, Size(seeds=5, tasks=60, examples=1797), _FULL_SMALL),
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=60, examples=1797), _FULL_SMALL),
             build=_layers_by_activation,
+        ),
+        Finding(
+            name="sigmoid",
+            question="Why do resets in both layers of a sigmoid network do less well than in one?",
+            sizes=_sizes(_QUICK_SMALL, Size(seeds=10, tasks=60, examples=1797), _FULL_SMALL),
+            build=_sigmoid,
         ),
         Finding(
             name="long",
@@ -391,13 +410,13 @@ FINDINGS: Mapping[str, Finding] = {
         Finding(
             name="matched",
             question="Does it hold across depths with as many parameters?",
-            sizes=_sizes(_QUICK, Size(seeds=2, tasks=20), _FULL),
+            sizes=_sizes(_QUICK, Size(seeds=3, tasks=20), _FULL),
             build=_matched,
         ),
         Finding(
             name="activations",
             question="What happens with each activation in the thesis's setting?",
-            sizes={"quick": _QUICK, "full": _FULL},
+            sizes=_sizes(_QUICK, Size(seeds=3, tasks=20), _FULL),
             build=_activations,
         ),
     )

@@ -44,7 +44,7 @@ def planned(findings: Mapping[str, Sequence[Cell]], device: str, mnist: Path | N
 
 def _kind(cell: Cell) -> tuple[object, ...]:
     """What a step's time depends on."""
-    return (cell.stream, cell.hidden, cell.activation)
+    return (cell.stream, cell.hidden, cell.activation, cell.optimizer, cell.weight_decay > 0)
 
 
 def _measure(runs: Sequence[Run], device: str, mnist: Path | None) -> float:

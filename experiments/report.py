@@ -18,6 +18,7 @@ from experiments.results import CellResults, Results
 from experiments.statistics import Interval, interval, paired_difference
 
 _IMAGES_SHOWN = {"digits_8x8": "8×8", "digits_16x16": "16×16", "digits_28x28": "28×28", "mnist": "MNIST"}
+_EARLY = "none, early"
 _SHIFTS_SHOWN = {
     "permuted_inputs": "inputs permuted",
     "permuted_labels": "labels permuted",
@@ -59,7 +60,9 @@ class Report:
                 "shifts": self._by_mask(cells, lambda cell: _SHIFTS_SHOWN[cell.stream.kind], "shift")
             },
             "weight_decay": lambda cells: {"weight_decay": self._by_mask(cells, _decay, "weight decay, ρ")},
-            "activations": lambda cells: {"activations": self._by_mask(cells, _activation_and_lr, "activation, lr, ρ")},
+            "activations": lambda cells: {
+                "activations": self._by_mask(cells, _activation_and_rates, "activation, utility, lr, ρ", early=True)
+            },
             "tanh": lambda cells: {"tanh": self._by_mask(cells, _activation_and_utility, "activation, utility")},
             "utilities_labels": lambda cells: {
                 "utilities_labels": self._by_mask(cells, _activation_and_utility, "activation, utility")
@@ -72,6 +75,7 @@ class Report:
             "layers_by_activation": lambda cells: {
                 "layers_by_activation": self._by_mask(cells, lambda cell: cell.activation, "activation")
             },
+            "sigmoid": lambda cells: {"sigmoid": self._by_mask(cells, _rate_and_threshold, "ρ, m")},
             "utilities_tanh": self._tanh_tables,
             "utilities": lambda cells: {"utilities": self._utility_table(cells)},
             "utilities_regression": lambda cells: {"utilities_regression": self._relative_utility_table(cells)},
@@ -119,8 +123,9 @@ class Report:
         ]
         return tables.markdown(("finding", "question", "cells", "each cell"), rows)
 
-    def _by_mask(self, cells: Sequence[Cell], row: Callable[[Cell], str], heading: str) -> str:
-        """Scores by setting and mask; the score without resets stands in every row of its setting."""
+    def _by_mask(self, cells: Sequence[Cell], row: Callable[[Cell], str], heading: str, *, early: bool = False) -> str:
+        """Scores by setting and mask; the score without resets stands in every row of its setting, if wanted also that
+        of the first fifth of its tasks."""
         complete: list[Cell] = []
         for cell in cells:
             if cell.mask or row(cell) not in {row(other) for other in cells if other.mask}:
@@ -136,7 +141,8 @@ class Report:
             baseline = baselines.get(_setting(cell))
             if baseline is not None:
                 entry["none"] = tables.show(interval(self._results.of(baseline).late))
-        columns = list(dict.fromkeys(columns))
+                entry[_EARLY] = tables.show(interval(self._results.of(baseline).early))
+        columns = [*([_EARLY] if early else []), *dict.fromkeys(columns)]
         rows = [[name, *(entry.get(column, "–") for column in columns)] for name, entry in entries.items()]
         return tables.markdown([heading, *columns], rows)
 
@@ -360,6 +366,7 @@ class Report:
         figures.finish_dots(
             axes, "Behind resets in all layers", "online accuracy of the last fifth, minus that of all, points"
         )
+        axes.set_ylabel("images, examples a task, learning rate, depth")
         self._draw_second_layer(alive, settings.values())
         return figure
 
@@ -530,8 +537,12 @@ def _decay(cell: Cell) -> str:
     return f"{cell.weight_decay:g}" + (f", {cell.replacement_rate:g}" if cell.mask else "")
 
 
-def _activation_and_lr(cell: Cell) -> str:
-    return f"{cell.activation}, {cell.lr:g}, {cell.replacement_rate:g}"
+def _activation_and_rates(cell: Cell) -> str:
+    return f"{_activation_and_utility(cell)}, {cell.lr:g}, {cell.replacement_rate:g}"
+
+
+def _rate_and_threshold(cell: Cell) -> str:
+    return f"{cell.replacement_rate:g}, {cell.maturity_threshold:,}"
 
 
 def _activation_and_utility(cell: Cell) -> str:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from experiments.archive import MEASURES, ROW_SCHEMA, Archive
+from experiments.archive import MEASURES, ROW_SCHEMA, Archive, Run
 from experiments.cells import Cell
 from experiments.runner import runs_of
 
@@ -28,14 +28,19 @@ class MissingResultsError(Exception):
     """A cell of which no run has got as far as it should."""
 
 
-def collect(cells: Sequence[Cell], archive: Archive) -> pa.Table:
+def collect(cells: Sequence[Cell], archive: Archive, earlier: pa.Table | None = None) -> pa.Table:
     """The tidy table of all runs, as far as they have come: the cell's settings, seed, task, and what `TaskRow` has.
 
-    Numbers are rounded to four decimals, and classification goes without its loss, to keep the file small.
+    Numbers are rounded to four decimals, and classification goes without its loss, to keep the file small. Of runs that
+    `earlier`, such a table, has to their ends, its rows are taken over. Raises `MissingResultsError` if there is none.
     """
-    tables = []
-    for run in runs_of(cells):
-        rows = archive.table(run)
+    runs = runs_of(cells)
+    known = None if earlier is None else Results(earlier)
+    kept = [] if known is None else [run for run in runs if known.has_run(run)]
+    tables = [] if earlier is None or not kept else [rows_of(earlier, kept)]
+    taken = set(kept)
+    for run in runs:
+        rows = None if run in taken else archive.table(run)
         if rows is None:
             continue
         rows = rows.slice(0, run.cell.tasks)
@@ -50,6 +55,13 @@ def collect(cells: Sequence[Cell], archive: Archive) -> pa.Table:
     if not tables:
         raise MissingResultsError("There is no run; run the experiments first")
     return pa.concat_tables(tables).unify_dictionaries()
+
+
+def rows_of(table: pa.Table, runs: Sequence[Run]) -> pa.Table:
+    """Of a table with columns `cell` and `seed`, the rows of these runs."""
+    wanted = {(run.cell.key, run.seed) for run in runs}
+    places = zip(table["cell"].cast(pa.string()).to_pylist(), table["seed"].to_pylist(), strict=True)
+    return table.filter(pa.array([place in wanted for place in places], pa.bool_()))
 
 
 def _shown(value: Any) -> Any:
@@ -140,6 +152,10 @@ class Results:
 
     def __contains__(self, cell: Cell) -> bool:
         return bool(self._complete(cell))
+
+    def has_run(self, run: Run) -> bool:
+        """Whether the run is there to the cell's last task, or to where it diverged."""
+        return run.seed in self._complete(run.cell)
 
     def _complete(self, cell: Cell) -> list[int]:
         """Seeds of the cell's runs that went to its last task, or diverged."""

@@ -6,7 +6,7 @@ Shapes: T tasks, N examples of the last task, C classes.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cbp import Batch, DivergenceError, Learner, train_together
+from cbp import Batch, DivergenceError, Learner, LearnerProgress, LearnerSpec, PlasticitySample, train_together
 from cbp_client import AsyncClient, AsyncLearner, NotFound
 from experiments import figures
 from experiments.cells import Cell
@@ -50,6 +50,16 @@ class Outcome:
             (self.outputs, other.outputs),
         )
         return max(float((np.abs(one - two) / np.maximum(1.0, np.abs(two))).max()) for one, two in pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class Followed(Outcome):
+    """What one learner did in this process, and how it stood at the start and after each message."""
+
+    standings: Mapping[int, LearnerProgress]
+    """By the examples learnt."""
+    samples: Sequence[PlasticitySample]
+    """Of the end of each task."""
 
 
 def experiment(tasks: int) -> list[Cell]:
@@ -115,26 +125,40 @@ def _task_name(number: int) -> str:
     return f"task-{number + 1:03d}"
 
 
-def in_process(cells: Sequence[Cell], seed: int) -> list[Outcome]:
-    """What learners here do with the same examples. Raises `DivergenceError`."""
-    learners = [Learner(cell.learner_spec(seed), engine="auto") for cell in cells]
-    accuracies: list[list[float]] = [[] for _ in cells]
-    weights: list[list[float]] = [[] for _ in cells]
-    examples: Examples | None = None
-    for number in range(cells[0].tasks):
-        examples = cells[0].stream.task(seed, number)
-        batches = [Batch.validate(learner.spec, *examples, task=_task_name(number)) for learner in learners]
+def in_process(cells: Sequence[Cell], seed: int) -> list[Followed]:
+    """What learners here do with the same messages. Raises `DivergenceError`."""
+    learners = [Learner(LearnerSpec.parse(_monitored(cell, seed)), engine="auto") for cell in cells]
+    standings = [{0: learner.progress} for learner in learners]
+    samples: list[list[PlasticitySample]] = [[] for _ in cells]
+    for message, task in _messages(cells[0], seed):
+        batches = [Batch.validate(learner.spec, *message, task=task) for learner in learners]
         for place, result in enumerate(train_together(list(zip(learners, batches, strict=True)))):
             if isinstance(result, DivergenceError):
                 raise result
-            assert result.accuracy is not None
-            accuracies[place].append(result.accuracy)
-            weights[place].append(learners[place].sample_plasticity().layers[0].mean_abs_weight or 0.0)
-    assert examples is not None
+            progress = learners[place].progress
+            standings[place][progress.examples] = progress
+            samples[place] += learners[place].take_samples()
+    features, _ = cells[0].stream.task(seed, cells[0].tasks - 1)
     return [
-        Outcome(cell, np.array(accuracies[place]), np.array(weights[place]), learner.predict(examples[0]))
+        Followed(
+            cell,
+            np.array([task.accuracy for task in learner.progress.tasks], np.float64),
+            np.array([sample.layers[0].mean_abs_weight for sample in samples[place]], np.float64),
+            learner.predict(features),
+            standings[place],
+            samples[place],
+        )
         for place, (cell, learner) in enumerate(zip(cells, learners, strict=True))
     ]
+
+
+def _messages(cell: Cell, seed: int) -> Iterator[tuple[Examples, str]]:
+    """As the client cuts them, each with its task's name."""
+    for number in range(cell.tasks):
+        features, labels = cell.stream.task(seed, number)
+        for start in range(0, len(labels), _EXAMPLES_A_MESSAGE):
+            part = slice(start, start + _EXAMPLES_A_MESSAGE)
+            yield (features[part], labels[part]), _task_name(number)
 
 
 def comparison(served: Sequence[Outcome], local: Sequence[Outcome]) -> str:

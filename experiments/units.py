@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cbp import LearnerSnapshot
 from experiments.archive import Archive, Run
 from experiments.cells import Cell
+from experiments.results import rows_of
 from experiments.runner import hidden_activations, is_saturated
 
 SCHEMA = pa.schema(
@@ -32,17 +33,20 @@ SCHEMA = pa.schema(
 )
 
 
-def describe(cells: Sequence[Cell], archive: Archive) -> pa.Table:
+def describe(cells: Sequence[Cell], archive: Archive, earlier: pa.Table | None = None) -> pa.Table:
     """A row for each hidden unit of each run that has reached the cell's last task; `saturated` is the share of the
-    probe on which the unit is, utilities are means over the probe."""
+    probe on which the unit is, utilities are means over the probe. Runs whose learner is gone are taken from `earlier`,
+    such a table."""
     rows: list[dict[str, Any]] = []
-    for cell in cells:
-        for seed in range(cell.seeds):
-            run = Run(cell, seed)
-            snapshot = archive.learner(run)
-            if snapshot is not None and archive.tasks_done(run) >= cell.tasks:
-                rows += _units(run, snapshot)
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    gone: list[Run] = []
+    for run in (Run(cell, seed) for cell in cells for seed in range(cell.seeds)):
+        snapshot = archive.learner(run)
+        if snapshot is not None and archive.tasks_done(run) >= run.cell.tasks:
+            rows += _units(run, snapshot)
+        else:
+            gone.append(run)
+    described = pa.Table.from_pylist(rows, schema=SCHEMA)
+    return described if earlier is None else pa.concat_tables([rows_of(earlier, gone), described])
 
 
 def _units(run: Run, snapshot: LearnerSnapshot) -> list[dict[str, Any]]:

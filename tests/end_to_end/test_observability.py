@@ -6,9 +6,7 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -21,21 +19,13 @@ import pytest
 from faults.processes import children
 from playwright.sync_api import sync_playwright
 from server_process import wait_until
+from system_tools import system_tool
 
 from cbp_client import Client, LearnerQuarantined, Unavailable
+from experiments.prometheus import DASHBOARDS, SETUP, Prometheus, filled_in, panels
 
 ROOT = Path(__file__).parents[2]
-PROMETHEUS = ROOT / "deploy" / "prometheus"
-DASHBOARDS = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
-RULES = re.findall(r"^ +- alert: (\w+)", (PROMETHEUS / "alerts.yml").read_text(), flags=re.MULTILINE)
-
-
-def system_tool(name: str) -> str:
-    """The path of a program that comes with the system; without it the test is skipped, but fails in CI."""
-    path = shutil.which(name)
-    if path is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{name} is not installed")
-    return path
+RULES = re.findall(r"^ +- alert: (\w+)", (SETUP / "alerts.yml").read_text(), flags=re.MULTILINE)
 
 
 # --- the files in deploy/ ------------------------------------------------------------------------------------------
@@ -51,14 +41,12 @@ def system_tool(name: str) -> str:
     ids=lambda check: " ".join(check),
 )
 def test_promtool_accepts(check: list[str]) -> None:
-    checked = subprocess.run(
-        [system_tool("promtool"), *check], cwd=PROMETHEUS, capture_output=True, text=True, check=False
-    )
+    checked = subprocess.run([system_tool("promtool"), *check], cwd=SETUP, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_every_alert_is_tested_and_explained() -> None:
-    tested = set(re.findall(r"alertname: (\w+)", (PROMETHEUS / "alerts_test.yml").read_text()))
+    tested = set(re.findall(r"alertname: (\w+)", (SETUP / "alerts_test.yml").read_text()))
     explained = set(re.findall(r"^\| `(Cbp\w+)`", (ROOT / "docs" / "operations.md").read_text(), flags=re.MULTILINE))
     assert tested == explained == set(RULES)
 
@@ -84,50 +72,6 @@ def test_every_panel_says_what_it_shows() -> None:
 # --- a server that trains, and a Prometheus that scrapes it --------------------------------------------------------
 
 
-class Prometheus:
-    """A Prometheus of its own, that scrapes and evaluates every second."""
-
-    def __init__(self, binary: str, directory: Path, target: str) -> None:
-        config = (PROMETHEUS / "prometheus.yml").read_text()
-        config = config.replace("server:8080", target).replace("15s", "1s")
-        (directory / "prometheus.yml").write_text(config)
-        shutil.copy(PROMETHEUS / "alerts.yml", directory)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self._log = (directory / "prometheus.log").open("wb")
-        self._process = subprocess.Popen(
-            [
-                binary,
-                f"--config.file={directory / 'prometheus.yml'}",
-                f"--storage.tsdb.path={directory / 'data'}",
-                f"--web.listen-address={address}",
-            ],
-            stdout=self._log,
-            stderr=self._log,
-        )
-        self._api = httpx.Client(
-            base_url=f"http://{address}/api/v1", transport=httpx.HTTPTransport(retries=10), timeout=10
-        )
-
-    def get(self, path: str, **parameters: str) -> Any:
-        """The `data` of an answer; raises if it is no success."""
-        response = self._api.get(path, params=parameters)
-        body = response.json()
-        assert body["status"] == "success", body
-        return body["data"]
-
-    def values(self, query: str) -> list[float]:
-        """The value of each series that `query` finds now."""
-        return [float(series["value"][1]) for series in self.get("/query", query=query)["result"]]
-
-    def close(self) -> None:
-        self._api.close()
-        self._process.terminate()
-        self._process.wait(30)
-        self._log.close()
-
-
 @pytest.fixture(scope="module")
 def busy_server(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Like the shared server, but one that writes checkpoints every second."""
@@ -146,7 +90,7 @@ def observed(busy_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
     training = threading.Thread(target=train, args=(busy_server.grpc_target, stop))
     training.start()
     try:
-        wait_until(lambda: prometheus_answers(prometheus))
+        wait_until(prometheus.answers)
         wait_until(lambda: prometheus.values("count_over_time(cbp_learner_steps_total{learner='observed'}[1m]) >= 5"))
         yield prometheus
     finally:
@@ -178,13 +122,6 @@ def train(target: str, stop: threading.Event) -> None:
                     break
 
 
-def prometheus_answers(prometheus: Prometheus) -> bool:
-    try:
-        return bool(prometheus.values("up"))
-    except (httpx.TransportError, ValueError):  # while it starts it answers in plain text
-        return False
-
-
 # --- the status page -----------------------------------------------------------------------------------------------
 
 
@@ -206,18 +143,6 @@ def test_the_example_on_the_empty_page_works(busy_server: Any) -> None:
 
 
 # --- what dashboards and alerts ask --------------------------------------------------------------------------------
-
-
-def panels(path: Path) -> list[dict[str, Any]]:
-    return [panel for panel in json.loads(path.read_text())["panels"] if panel["type"] != "row"]
-
-
-def filled_in(query: str) -> str:
-    """The query as Grafana sends it with every variable at All."""
-    query = query.replace("$__rate_interval", "1m").replace("$__range", "1m")
-    query = re.sub(r"\$(instance|learner|layer)\b", ".*", query)
-    assert "$" not in query, query
-    return query
 
 
 PANEL_QUERIES = [

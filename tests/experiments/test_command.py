@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from experiments import findings
 from experiments.__main__ import app
 from experiments.findings import Finding, Size
+from experiments.results import Results
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,29 @@ def test_from_runs_to_tables_and_pictures(tmp_path: Path) -> None:
     assert "old" not in text
     pictures = {"layers", "layers_score", "weights", "units", "tanh_over_time", "tanh_units"}
     assert {path.stem for path in tmp_path.glob("*.png")} == pictures
+
+
+def test_results_grow_by_runs_that_they_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the runs themselves gone, as in the repository."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    chosen = ("--findings", "layers,utilities_tanh")
+    assert invoke("run", *chosen, "--output", before)[0] == 0
+    assert invoke("collect", "--output", before)[0] == 0
+    layers = findings.FINDINGS["layers"]
+    monkeypatch.setitem(findings.FINDINGS, "layers", with_quick_size(layers, Size(seeds=3, tasks=2, examples=60)))
+    earlier = ("--earlier", before / "quick.parquet")
+    status, output = invoke("run", *chosen, "--output", after, *earlier)
+    assert status == 0
+    assert "13/13 runs, 100.0% of the work" in output
+    assert invoke("collect", "--output", after, *earlier)[0] == 0
+    [old, new] = (pq.read_table(directory / "quick.parquet") for directory in (before, after))
+    assert new.schema.equals(old.schema)
+    assert new.slice(0, len(old)).equals(old)
+    assert set(new.slice(len(old))["seed"].to_pylist()) == {2}
+    assert {Results(new).of(cell).accuracy.shape for cell in findings.FINDINGS["layers"].cells("quick")} == {(3, 2)}
+    [old, new] = (pq.read_table(directory / "quick-units.parquet") for directory in (before, after))
+    assert len(old) > 0
+    assert new.equals(old)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """A server's live state without its engine: real records behind the read model that HTTP and metrics ask."""
 
-import os
-import shutil
 import socket
 import threading
 from collections import deque
@@ -115,19 +113,6 @@ class HttpServer:
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join()
-
-
-@pytest.fixture(scope="session")
-def system_tool() -> Callable[[str], str]:
-    """The path of a program that comes with the system; without it the test is skipped, but fails in CI."""
-
-    def find(name: str) -> str:
-        path = shutil.which(name)
-        if path is None:
-            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{name} is not installed")
-        return path
-
-    return find
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
+from system_tools import system_tool
 
 from cbp_server.errors import LearnerNotFound, SequenceGap
 from cbp_server.exposition import Exposition, TextFormat
@@ -305,9 +306,11 @@ def test_the_text_reads_back(everything: Scraper) -> None:
     assert not [family.name for family in families if family.name.endswith("_created")]
 
 
-def test_promtool_has_nothing_to_say(everything: Scraper, system_tool: Callable[[str], str]) -> None:
-    promtool = system_tool("promtool")
+def test_promtool_has_nothing_to_say(everything: Scraper) -> None:
     checked = subprocess.run(
-        [promtool, "check", "metrics"], input=everything.text().encode(), capture_output=True, check=False
+        [system_tool("promtool"), "check", "metrics"],
+        input=everything.text().encode(),
+        capture_output=True,
+        check=False,
     )
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")

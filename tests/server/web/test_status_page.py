@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from system_tools import system_tool
 
 from cbp import TaskRecord
 from cbp_server.records import Durability, JournalStatus, LearnerRecord, LearnerState
@@ -25,7 +26,7 @@ _CHROMIUM_FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def browser(system_tool: Callable[[str], str]) -> Iterator[Browser]:
+def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=system_tool("chromium"), args=list(_CHROMIUM_FLAGS))
         yield browser
