@@ -566,9 +566,7 @@ def test_without_a_journal_of_batches_nothing_becomes_durable_by_a_recovery_in_m
     assert again.receive().acknowledgement.durable_sequence == 1
 
 
-def test_a_new_process_is_not_told_of_batches_that_a_crash_could_still_take(
-    own_server, connect, small_spec, examples
-):
+def test_a_new_process_is_not_told_of_batches_that_a_crash_could_still_take(own_server, connect, small_spec, examples):
     """It goes on in its source behind what it is told of, and nobody else would send what is missing."""
     wire = connect(own_server.grpc_target)
     wire.create("clicks")
