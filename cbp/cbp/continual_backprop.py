@@ -104,8 +104,7 @@ class ContinualBackprop:
         self._gathered: list[list[Tensor]] = [[] for _ in self._found.taps]
         self._learned = False  # whether the optimizer has taken its step on what is gathered
         self._settle_on(self._device())
-        self._units = UnitState.fresh(1, self._grouping.layout.total, self._grouping.device)
-        self._units.mean_activation.resize_(1, self._grouping.readings).zero_()
+        self._units = self._grouping.fresh_units()
         self._schedule: ReplacementSchedule = self._schedule_from_ages([0.0] * len(groups))
         self._hooks = [
             tap.layer.register_forward_hook(self._gatherer(place, tap), with_kwargs=True)

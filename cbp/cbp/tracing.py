@@ -138,7 +138,7 @@ def _graph(module: nn.Module) -> fx.Graph:
         where = f"{path} ({type(inner).__name__})" if path else f"the forward method of {type(module).__name__}"
         text = (
             f"torch.fx cannot trace {where}: {str(error).rstrip('.')}. Name the units instead, as in "
-            "units=[HiddenUnits(producers='fc1', activation='relu', consumers='fc2')], by the layers' names in the module"
+            "units=[HiddenUnits(producers='fc1', activation='relu', consumers='fc2')], by the layers' names there"
         )
         raise SpecError([FieldViolation("module", text)]) from error
 
@@ -275,8 +275,11 @@ class _GraphReader:
             return value
         shaped = _SHAPES.get(name)
         if shaped is None:
-            raise UnknownPlacesError("not known to keep units apart")
-        return shaped(value, *node.args[1:], **node.kwargs)
+            raise UnknownPlacesError("it is not known to keep units apart")
+        try:
+            return shaped(value, *node.args[1:], **node.kwargs)
+        except TypeError as error:  # an argument that is not foreseen here
+            raise UnknownPlacesError(str(error)) from error
 
     def _concatenate(self, node: fx.Node, arguments: list[Any]) -> Features:
         axis = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0))
@@ -286,6 +289,8 @@ class _GraphReader:
 
     def _combine(self, name: str, node: fx.Node, arguments: list[Any]) -> Features:
         """Element by element: two values' units are tied, a unit stays one beside a number."""
+        if len(arguments) < 2:
+            raise UnknownPlacesError("its arguments go by name")
         given = [_only(value) for value in arguments[:2]]
         values = [value for value in given if value is not None]
         if len(values) == 2:
@@ -335,12 +340,11 @@ def _all_features(value: Any) -> list[Features]:
 
 
 def _is_torchs(target: Any) -> bool:
-    module = getattr(target, "__module__", None) or ""
-    return (
-        module.partition(".")[0] == "torch"
-        or module in ("_operator", "builtins", "math")
-        or hasattr(torch, getattr(target, "__name__", ""))
-    )
+    """Whether a function is torch's or Python's own, and its name tells what it does."""
+    module = getattr(target, "__module__", None)
+    if module is None:  # compiled ones
+        return hasattr(torch, target.__name__)
+    return str(module).partition(".")[0] == "torch" or module in ("_operator", "builtins")
 
 
 def _numbers(values: tuple[Any, ...]) -> list[int]:

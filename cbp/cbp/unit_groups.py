@@ -174,6 +174,11 @@ class Grouping:
         self.owner = torch.cat(owner).to(device)
         """[M] the unit that each reading is of."""
 
+    def fresh_units(self) -> UnitState:
+        """That of newborn units; mean activations [1, M], all else [1, U of all groups]."""
+        seen = UnitState.fresh(1, self.readings, self.device)
+        return replace(UnitState.fresh(1, self.layout.total, self.device), mean_activation=seen.mean_activation)
+
 
 class _Order:
     """How to see the units of a tensor's axis unit by unit; decided on the host, once."""
