@@ -120,11 +120,10 @@ class ContinualBackprop:
     def explain(self) -> str:
         """A table of all groups of units: layers that compute them, how many there are, who reads them, and whether
         they are reset or why not."""
-        rates = dict(zip(self._names, self._rates, strict=True))
-        named = [
-            (name, row, row.verdict if rates[name] else f"rate 0; else {row.verdict}")
-            for name, row in zip(self._names, self._found.rows, strict=True)
-        ]
+        named = []
+        for name, row, rate in zip(self._names, self._found.rows, self._rates, strict=True):
+            means = row.means if self._resets.bias_compensation else ()
+            named.append((name, row, "; ".join(["" if rate else "rate 0", row.verdict, *means]).removeprefix("; ")))
         named += [("-", row, row.verdict) for row in self._found.left_alone]
         return _table(named)
 
@@ -290,7 +289,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def _table(named: Sequence[tuple[str, TableRow, str]]) -> str:
     lines = [("group", "computed by", "units", "read by", "verdict")]
     lines += [
-        (name, ", ".join(row.layers), str(row.units), ", ".join(row.readers) or "-", verdict)
+        (name, ", ".join(row.layers), str(row.units or "-"), ", ".join(row.readers) or "-", verdict)
         for name, row, verdict in named
     ]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
@@ -300,7 +299,7 @@ def _table(named: Sequence[tuple[str, TableRow, str]]) -> str:
 
 
 def _nothing_to_reset(found: Discovery) -> SpecError:
-    reasons = [f"{', '.join(row.layers)}: {row.verdict}" for row in found.left_alone]
+    reasons = [f"{', '.join(row.layers)}: {row.verdict}" for row in found.left_alone[:8]]
     return _unsupported("module", f"No unit can be reset. {'; '.join(reasons) or 'It has no layers that make units'}")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from cbp.errors import FieldViolation, SpecError
+from cbp.layer_facts import PACKAGES, UNIT_LAYERS, known_layer
 from cbp.networks import initial_bound
 from cbp.spec import Initializer
 from cbp.tracing import trace
@@ -33,8 +34,11 @@ class TableRow:
     layers: tuple[str, ...]
     """Where the layers are that compute the units."""
     units: int
+    """0 where it is not known which they are."""
     readers: tuple[str, ...]
     verdict: str
+    means: tuple[str, ...] = ()
+    """What becomes of the mean of a unit that goes, reader by reader."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +127,20 @@ class _Grouper:
             else:
                 group = self._group(units, taps)
                 groups.append(group)
-                rows.append(TableRow(layers=layers, units=len(units), readers=readers, verdict=self._verdict(group)))
+                rows.append(
+                    TableRow(
+                        layers=layers,
+                        units=len(units),
+                        readers=readers,
+                        verdict="; ".join(["reset", *group.notes]),
+                        means=self._means(group),
+                    )
+                )
                 continue
             left_alone.append(TableRow(layers=layers, units=len(units), readers=readers, verdict=verdict))
-        return Discovery(groups=tuple(groups), taps=tuple(taps.taps), rows=tuple(rows), left_alone=tuple(left_alone))
+        return Discovery(
+            groups=tuple(groups), taps=tuple(taps.taps), rows=tuple(rows), left_alone=(*left_alone, *self._unmet())
+        )
 
     def _first_reasons(self) -> Labels:
         """[components] index of the first pin, or _NOT_PINNED."""
@@ -220,7 +234,7 @@ class _Grouper:
         positions = prod(shape[2:])
         return initial_bound(self._initializer, part.activation, shape[1] * positions, shape[0] * positions)
 
-    def _verdict(self, group: UnitGroup) -> str:
+    def _means(self, group: UnitGroup) -> tuple[str, ...]:
         means = []
         for part in group.outgoing:
             if part.heir is None:
@@ -229,7 +243,24 @@ class _Grouper:
                 layer, attribute, _ = part.heir
                 exact = f", exact {part.inexact}" if part.inexact else ""
                 means.append(f"mean to {self._names[layer]}.{attribute}{exact}")
-        return "; ".join(["reset", *group.notes, *_distinct(means)])
+        return _distinct(means)
+
+    def _unmet(self) -> Iterator[TableRow]:
+        """Layers that have parameters, but of whose units nothing is known."""
+        facts = self._facts
+        met = {part.layer for part in facts.computed} | {part.layer for part in facts.kept}
+        met |= {part.layer for part in facts.read}
+        for layer, name in self._names.items():
+            kind = known_layer(layer)
+            if layer in met or not any(True for _ in layer.parameters(recurse=False)):
+                continue
+            if kind is None or kind in PACKAGES:
+                verdict = f"left alone: what the units of {type(layer).__name__} are is not known"
+            elif kind in UNIT_LAYERS:
+                verdict = "left alone: not used, or only within a layer whose code is not followed"
+            else:
+                continue  # a normalisation has no units of its own
+            yield TableRow(layers=(name,), units=0, readers=(), verdict=verdict)
 
 
 class _Taps:

@@ -359,6 +359,9 @@ LAYERS: Mapping[type[nn.Module], Callable[[Call], Any]] = MappingProxyType(
 )
 """What a layer gives for what it is given: features, a list of them, or None."""
 
+UNIT_LAYERS = frozenset({nn.Linear, *_in_dimensions("Conv{}d"), nn.LSTM, nn.GRU, nn.RNN})
+"""Layers that make units."""
+
 PACKAGES: Mapping[type[nn.Module], Callable[[UnitFacts, Any], None]] = MappingProxyType(
     {
         nn.MultiheadAttention: _no_units_inside,

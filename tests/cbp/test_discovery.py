@@ -93,7 +93,7 @@ def test_the_table_says_who_reads_whom_and_why_not() -> None:
     assert lines[0].split() == ["group", "computed", "by", "units", "read", "by", "verdict"]
     assert lines[1].split()[:4] == ["hidden_0", "features.0", "6", "features.4"]
     assert lines[1].endswith("reset; mean to features.4.bias, exact but at borders padded with zeros")
-    assert "rate 0; else reset" in lines[2]
+    assert "rate 0; reset" in lines[2]
     assert lines[3].endswith("reset; mean to classifier.3.bias")
     assert lines[4].split()[:3] == ["-", "classifier.3", "4"]
     assert lines[4].endswith("left alone: its values are outputs of the module")
@@ -111,6 +111,24 @@ def test_what_attention_and_layer_normalisation_mix_is_left_alone() -> None:
     reasons = left_alone(TransformerClassifier())
     assert reasons["embed"] == "left alone: feeds TransformerEncoder encoder, which mixes all units"
     assert "a layer normalisation mixes them" in reasons["encoder.layers.0.linear2"]
+
+
+def test_layers_whose_units_are_not_known_are_listed() -> None:
+    module = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4), nn.Bilinear(1, 1, 1))
+    module[4] = nn.ConvTranspose1d(4, 2, 3)
+    assert left_alone(module) == {
+        "0": "left alone: what the units of Embedding are is not known",
+        "3": "left alone: feeds ConvTranspose1d 4, which is not known to keep units apart",
+        "4": "left alone: what the units of ConvTranspose1d are is not known",
+    }
+    assert left_alone(TransformerClassifier())["encoder.layers.0.self_attn.out_proj"] == (
+        "left alone: not used, or only within a layer whose code is not followed"
+    )
+
+
+def test_without_bias_compensation_the_table_is_silent_about_means() -> None:
+    text = watched(ARCHITECTURES["vgg"][0](), bias_compensation=False).explain()
+    assert "mean to" not in text
 
 
 @pytest.mark.parametrize("make", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
