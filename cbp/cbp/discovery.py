@@ -260,7 +260,7 @@ class _Grouper:
                 verdict = "left alone: not used, or only within a layer whose code is not followed"
             else:
                 continue  # a normalisation has no units of its own
-            yield TableRow(layers=(name,), units=0, readers=(), verdict=verdict)
+            yield TableRow(layers=(name or "the module itself",), units=0, readers=(), verdict=verdict)
 
 
 class _Taps:

@@ -85,7 +85,27 @@ _POOLING = frozenset(
 )
 _PRODUCTS = frozenset({"mul", "imul", "multiply", "div", "truediv", "itruediv", "divide"})
 _SUMS = frozenset({"add", "iadd", "sub", "isub", "subtract", "rsub", "maximum", "minimum"})
-_HARMLESS = frozenset({"size", "dim", "numel", "ndimension", "stride", "is_floating_point", "_assert", "eq", "ne"})
+_HARMLESS = frozenset(
+    [
+        "size",
+        "dim",
+        "numel",
+        "ndimension",
+        "stride",
+        "is_floating_point",
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_tensor",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+    ]
+)
 _ATTRIBUTES = frozenset({"shape", "device", "dtype", "ndim", "is_cuda", "requires_grad"})
 
 
@@ -207,13 +227,16 @@ class _GraphReader:
             return None
         first = inputs[0]
         value = first if isinstance(first, Features) else _only(first)
-        for other in inputs[1:]:
-            for extra in _all_features(other):
-                self._facts.pin(extra.known(), f"is more than the first input of {name}")
+        extras = [extra for other in inputs[1:] for extra in _all_features(other)]
+        for extra in extras:
+            self._facts.pin(extra.known(), f"is more than the first input of {name}")
         source = node.args[0] if node.args else next(iter(node.kwargs.values()))
         call = Call(self._facts, layer, value, self._follower(node), source)
         try:
-            return LAYERS[kind](call)
+            made = LAYERS[kind](call)
+            for value_made in _all_features(made) if extras else ():
+                self._facts.pin(value_made.known(), f"{name} starts from what another layer gives")
+            return made
         except UnknownPlacesError as error:
             if value is None:
                 return None

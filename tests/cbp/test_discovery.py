@@ -152,6 +152,22 @@ def test_inner_layers_of_a_recurrent_layer_are_left_alone() -> None:
         watched(module)
 
 
+def test_recurrent_layers_that_pass_their_state_on_are_left_alone() -> None:
+    class Decoder(Sequences):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.LSTM(7, 6, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.embed(x))
+            _, state = self.cell(x)
+            return self.head(self.second(x, state)[0].mean(1))
+
+    reasons = left_alone(Decoder())
+    assert reasons["cell"] == "left alone: is more than the first input of LSTM second"
+    assert reasons["second"] == "left alone: LSTM second starts from what another layer gives"
+
+
 class Code(nn.Module):
     """Two linear layers and what a function does between them."""
 
@@ -182,6 +198,16 @@ KEPT: dict[str, tuple[Callable[..., Tensor], dict[str, int], list[tuple[str, int
         lambda m, h, x: torch.cat([m.other(x), h], dim=-1),
         {"reader": 12},
         [("first", 6, "second"), ("other", 6, "second")],
+    ),
+    "some paths dropped": (
+        lambda m, h, x: h + m.other(x) * x.new_empty(x.shape[0], 1).bernoulli_(0.5) * torch.rand_like(h),
+        {},
+        [("first other", 6, "second")],
+    ),
+    "part by part": (
+        lambda _m, h, _x: torch.cat([h.chunk(2, dim=-1)[0], torch.tanh(h.chunk(2, dim=-1)[1])], -1),
+        {},
+        [("first", 6, "second")],
     ),
     "twice in one reader": (lambda _m, h, _x: torch.cat([h, -h], -1), {"reader": 12}, [("first", 6, "second")]),
     "flattened": (lambda _m, h, _x: h.flatten(1).view(-1, 6), {}, [("first", 6, "second")]),
