@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from cbp.errors import FieldViolation, SpecError
@@ -22,7 +22,7 @@ from cbp.networks import initial_bound
 from cbp.spec import Initializer
 from cbp.tracing import trace
 from cbp.unit_facts import Computed, Tap, UnitFacts
-from cbp.unit_groups import Attached, Incoming, Outgoing, Reading, UnitGroup
+from cbp.unit_groups import Attached, Incoming, Outgoing, Places, Reading, UnitGroup
 
 Labels = NDArray[np.int64]
 
@@ -164,13 +164,13 @@ class _Grouper:
     def _count(self, atoms: Labels, units: Labels) -> bool:
         return bool(np.isin(self._labels[atoms[atoms >= 0]], units[:1]).any())
 
-    def _places(self, atoms: Labels, units: Labels) -> Tensor:
-        """[U, k] where each unit is among the atoms."""
+    def _places(self, atoms: Labels, units: Labels) -> Places:
+        """Where each unit is among the atoms."""
         labels = np.where(atoms >= 0, self._labels[atoms], -1)
         order = np.argsort(labels, kind="stable")
         start = np.searchsorted(labels[order], units)
         count = int((labels == units[0]).sum())
-        return torch.from_numpy(order[start[:, None] + np.arange(count)].astype(np.int64))
+        return Places.of(torch.from_numpy(order[start[:, None] + np.arange(count)].astype(np.int64)))
 
     def _group(self, units: Labels, taps: "_Taps") -> UnitGroup:
         readings: list[Reading] = []

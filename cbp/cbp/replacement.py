@@ -39,6 +39,7 @@ class UnitLayout:
         """Per hidden layer: inputs of a unit, units, and units that read it."""
         self.widths = tuple(widths)
         self.fan_in = tuple(fan_in)
+        self.fan_out = tuple(fan_out)
         starts = accumulate(widths, initial=0)
         self.slices = tuple(slice(start, end) for start, end in pairwise(starts))
         self.total = sum(widths)

@@ -85,27 +85,9 @@ _POOLING = frozenset(
 )
 _PRODUCTS = frozenset({"mul", "imul", "multiply", "div", "truediv", "itruediv", "divide"})
 _SUMS = frozenset({"add", "iadd", "sub", "isub", "subtract", "rsub", "maximum", "minimum"})
-_HARMLESS = frozenset(
-    [
-        "size",
-        "dim",
-        "numel",
-        "ndimension",
-        "stride",
-        "is_floating_point",
-        "new_empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_tensor",
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-    ]
-)
+_HARMLESS = frozenset({"size", "dim", "numel", "ndimension", "stride", "is_floating_point", "_assert", "eq", "ne"})
+_HARMLESS |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like", "zeros_like", "ones_like"}
+_HARMLESS |= {"full_like", "rand_like", "randn_like"}
 _ATTRIBUTES = frozenset({"shape", "device", "dtype", "ndim", "is_cuda", "requires_grad"})
 
 

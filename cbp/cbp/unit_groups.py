@@ -33,6 +33,51 @@ from cbp.replacement import (
 _Write = Callable[[Tensor], None]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Places:
+    """Where units are along an axis of a tensor."""
+
+    index: Tensor
+    """[U, k] int64; k is the same for all units."""
+    start: int
+    contiguous: bool
+    """Whether the units' places follow each other from `start` on, unit by unit."""
+
+    @classmethod
+    def of(cls, index: Tensor) -> "Places":
+        """index [U, k] on the host."""
+        flat = index.flatten()
+        start = int(flat[0])
+        return cls(index=index, start=start, contiguous=torch.equal(flat, torch.arange(start, start + len(flat))))
+
+    @property
+    def each(self) -> int:
+        """k"""
+        return self.index.shape[1]
+
+    def __getitem__(self, units: Tensor) -> Tensor:
+        """[R, k] places of some units."""
+        return self.index[units]
+
+    def to(self, device: torch.device) -> "Places":
+        return replace(self, index=self.index.to(device))
+
+    def taken_from(self, values: Tensor, axis: int) -> Tensor:
+        """The values at all places, in place of the axis (counted from the left): [.., U, ..], or [.., U, k, ..]."""
+        if not self.contiguous:
+            values = values.index_select(axis, self.index.flatten())
+        elif values.shape[axis] != self.index.numel():
+            values = values.narrow(axis, self.start, self.index.numel())
+        if self.each > 1:
+            values = values.view(*values.shape[:axis], *self.index.shape, *values.shape[axis + 1 :])
+        return values
+
+    def summed(self, values: Tensor) -> Tensor:
+        """[U] sums over each unit's places in a vector."""
+        taken = self.taken_from(values, 0)
+        return taken.sum(dim=1) if self.each > 1 else taken
+
+
 @dataclass(frozen=True, kw_only=True)
 class Incoming:
     """Weights of a layer that compute the units."""
@@ -43,8 +88,8 @@ class Incoming:
     weight: str
     """Its attribute of shape [rows, …]."""
     bias: str | None
-    places: Tensor
-    """[U, k] int64: the rows that belong to each unit."""
+    places: Places
+    """The rows that belong to each unit."""
     bound: float
     """Redrawn from U(−bound, bound)."""
 
@@ -52,7 +97,7 @@ class Incoming:
     def count(self) -> int:
         """Weights into one unit."""
         weight: Tensor = getattr(self.layer, self.weight)
-        return self.places.shape[1] * prod(weight.shape[1:])
+        return self.places.each * prod(weight.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +108,8 @@ class Attached:
     name: str
     values: tuple[tuple[str, float], ...]
     """Attributes of shape [channels], with what a newborn has there."""
-    places: Tensor
-    """[U, k] int64 channels."""
+    places: Places
+    """Among the channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +122,8 @@ class Outgoing:
     """Its attribute of shape [out, in / groups, …]."""
     groups: int
     """Of a grouped convolution."""
-    places: Tensor
-    """[U, k] int64: the inputs, of all groups side by side, that show each unit."""
+    places: Places
+    """The inputs, of all groups side by side, that show each unit."""
     reading: int
     """Which of the group's readings the layer sees."""
     heir: tuple[nn.Module, str, float] | None
@@ -96,8 +141,8 @@ class Reading:
     """The activation tensors to look at, among all that are gathered."""
     axis: int
     """Of the tensor, from the right."""
-    places: Tensor
-    """[U, k] int64 along the axis."""
+    places: Places
+    """Along the axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +164,7 @@ class UnitGroup:
     @property
     def fan_out(self) -> int:
         return sum(
-            part.places.shape[1] * getattr(part.layer, part.weight).numel() // _inputs(part) for part in self.outgoing
+            part.places.each * getattr(part.layer, part.weight).numel() // _inputs(part) for part in self.outgoing
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -159,7 +204,6 @@ class Grouping:
             [group.fan_out for group in groups],
             device,
         )
-        self.reading_orders = tuple(tuple(_Order(part.places) for part in group.readings) for group in groups)
         starts = accumulate((group.units for group in groups for _ in group.readings), initial=0)
         slices = iter([slice(start, end) for start, end in pairwise(starts)])
         self.reading_slices = tuple(tuple(next(slices) for _ in group.readings) for group in groups)
@@ -180,23 +224,12 @@ class Grouping:
         return replace(UnitState.fresh(1, self.layout.total, self.device), mean_activation=seen.mean_activation)
 
 
-class _Order:
-    """How to see the units of a tensor's axis unit by unit; decided on the host, once."""
-
-    def __init__(self, places: Tensor) -> None:
-        flat = places.flatten()
-        first = int(flat[0])
-        self.shape = tuple(places.shape)
-        self.start = first
-        self.contiguous = bool(torch.equal(flat, torch.arange(first, first + len(flat))))
-
-
 @dataclass(frozen=True)
 class _Look:
     """One tensor of activations, with the units and their k places as axes of their own."""
 
     values: Tensor
-    """[…, U, k, …]"""
+    """[…, U, …], each unit's places among the axes behind"""
     axis: int
     """Of U, counted from the left."""
 
@@ -209,16 +242,10 @@ class _Look:
         return self.values.numel() // self.values.shape[self.axis]
 
 
-def _look(activations: Tensor, part: Reading, order: _Order) -> _Look:
+def _look(activations: Tensor, part: Reading) -> _Look:
     axis = activations.dim() + part.axis
-    flat = order.shape[0] * order.shape[1]
-    if not order.contiguous:
-        activations = activations.index_select(axis, part.places.flatten())
-    elif activations.shape[axis] != flat:
-        activations = activations.narrow(axis, order.start, flat)
-    if activations.dtype != torch.float32:  # under autocast
-        activations = activations.float()
-    return _Look(activations.view(*activations.shape[:axis], *order.shape, *activations.shape[axis + 1 :]), axis)
+    taken = part.places.taken_from(activations, axis)
+    return _Look(taken.float() if taken.dtype != torch.float32 else taken, axis)  # other types come from autocast
 
 
 def evaluate_groups(
@@ -235,11 +262,8 @@ def evaluate_groups(
     activity in `feature_by_input`, which no weight follows, is the mean over the values.
     """
     looks = [
-        [
-            [_look(activations, part, order) for activations in taps[part.tap]]
-            for part, order in zip(group.readings, orders, strict=True)
-        ]
-        for group, orders in zip(grouping.groups, grouping.reading_orders, strict=True)
+        [[_look(activations, part) for activations in taps[part.tap]] for part in group.readings]
+        for group in grouping.groups
     ]
     units.age.add_(1)
     means = torch.cat([_mean(passes, lambda look: look.values) for of_group in looks for passes in of_group])
@@ -268,20 +292,27 @@ def _instantaneous_utility(
     factors = UTILITY_FACTORS[settings.utility]
     means = mean_activations(units, settings, grouping)
     utilities = []
-    for group, of_group, slices in zip(grouping.groups, looks, grouping.reading_slices, strict=True):
+    layout = grouping.layout
+    parts = zip(grouping.groups, looks, grouping.reading_slices, layout.fan_in, layout.fan_out, strict=True)
+    for group, of_group, slices, fan_in, fan_out in parts:
         activity = [
             _activity(passes, factors.activity, means[columns])
             for passes, columns in zip(of_group, slices, strict=True)
         ]
         if factors.outgoing:
-            utility = torch.stack([_read_magnitude(part) * activity[part.reading] for part in group.outgoing])
-            utility = utility.sum(dim=0).div_(group.fan_out)
+            utility = _sum([_read_magnitude(part) * activity[part.reading] for part in group.outgoing])
+            utility = utility / fan_out
         else:
-            utility = torch.stack(activity).mean(dim=0)
+            utility = _sum(activity) / len(activity)
         if factors.incoming:
-            utility = utility.div_(_own_magnitude(group))
+            utility = utility / _own_magnitude(group, fan_in)
         utilities.append(utility)
     return torch.cat(utilities).unsqueeze(0)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    first, *others = tensors
+    return torch.stack([first, *others]).sum(dim=0) if others else first
 
 
 def _activity(passes: Sequence[_Look], kind: Literal["mean", "mean_corrected"] | None, mean: Tensor) -> Tensor:
@@ -316,16 +347,13 @@ def _read_magnitude(part: Outgoing) -> Tensor:
     """[U] Σ |w| over the weights that read each unit."""
     magnitude = _by_group(part, getattr(part.layer, part.weight)).abs()
     per_input = magnitude.sum(dim=[1, *range(3, magnitude.dim())]).flatten()
-    return per_input[part.places].sum(dim=1)
+    return part.places.summed(per_input)
 
 
-def _own_magnitude(group: UnitGroup) -> Tensor:
+def _own_magnitude(group: UnitGroup, fan_in: int) -> Tensor:
     """[U] mean |w| over the weights that compute each unit."""
-    total = torch.zeros((), device=group.incoming[0].places.device)
-    for part in group.incoming:
-        weight: Tensor = getattr(part.layer, part.weight)
-        total = total + weight.abs().flatten(1).sum(dim=1)[part.places].sum(dim=1)
-    return total.div_(group.fan_in).clamp_min_(SMALLEST_INCOMING)
+    sums = [part.places.summed(getattr(part.layer, part.weight).abs().flatten(1).sum(dim=1)) for part in group.incoming]
+    return (_sum(sums) / fan_in).clamp_min_(SMALLEST_INCOMING)
 
 
 class GroupDraws:

@@ -111,9 +111,11 @@ def test_constant_units_go_without_a_trace_under_bias_compensation(name: str, co
                 if parameter.dim() == 1:
                     parameter.uniform_(0.5, 1.5)
             for part in group.incoming:
-                getattr(part.layer, part.weight)[part.places[[1, 3]]] = 0.0
+                getattr(part.layer, part.weight)[part.places[torch.tensor([1, 3])]] = 0.0
                 if part.bias and group.attached:
-                    getattr(part.layer, part.bias)[part.places[[1, 3]]] = 0.0  # what the running mean starts from
+                    getattr(part.layer, part.bias)[part.places[torch.tensor([1, 3])]] = (
+                        0.0  # what the running mean starts from
+                    )
         for _ in range(3):
             learn(module, still, resets, inputs())
         module.eval()
