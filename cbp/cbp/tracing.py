@@ -207,8 +207,9 @@ class _GraphReader:
             self._pin(node, f"feeds {name}, which mixes all units")
             PACKAGES[kind](self._facts, layer)
             return None
-        first = inputs[0]
-        value = first if isinstance(first, Features) else _only(first)
+        value = _only(inputs[0])
+        for mixed in _all_features(inputs[0]) if value is None else ():
+            self._facts.pin(mixed.known(), f"feeds {name} with several values")
         extras = [extra for other in inputs[1:] for extra in _all_features(other)]
         for extra in extras:
             self._facts.pin(extra.known(), f"is more than the first input of {name}")
@@ -261,14 +262,14 @@ class _GraphReader:
             return None
         if name == "getitem" and isinstance(arguments[0], list):
             picked = node.args[1]
-            if isinstance(picked, int):
+            if isinstance(picked, int) and -len(arguments[0]) <= picked < len(arguments[0]):
                 return arguments[0][picked]
-            raise UnknownPlacesError("more than one value is taken")
+            raise UnknownPlacesError("what is taken out of several values is not known")
         if name in ("cat", "concat", "concatenate"):
             return self._concatenate(node, arguments)
         if name in _SUMS or name in _PRODUCTS:
             return self._combine(name, node, arguments)
-        value = _only(arguments[0])
+        value = _only(arguments[0]) if arguments else None
         others = list(_all_features([arguments[1:], *(self._of(argument) for argument in node.kwargs.values())]))
         if value is None or others:
             raise UnknownPlacesError("what it does with several values is not known")
@@ -288,15 +289,15 @@ class _GraphReader:
 
     def _concatenate(self, node: fx.Node, arguments: list[Any]) -> Features:
         axis = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0))
-        if not isinstance(axis, int) or not isinstance(arguments[0], list):
+        if not isinstance(axis, int) or not arguments or not isinstance(arguments[0], list):
             raise UnknownPlacesError("the axis of a concatenation is not known")
-        return at.concatenate([_only(value) or at.data() for value in arguments[0]], axis)
+        return at.concatenate([_single(value) or at.data() for value in arguments[0]], axis)
 
     def _combine(self, name: str, node: fx.Node, arguments: list[Any]) -> Features:
         """Element by element: two values' units are tied, a unit stays one beside a number."""
         if len(arguments) < 2:
             raise UnknownPlacesError("its arguments go by name")
-        given = [_only(value) for value in arguments[:2]]
+        given = [_single(value) for value in arguments[:2]]
         values = [value for value in given if value is not None]
         if len(values) == 2:
             return self._tie(values[0], values[1])
@@ -336,6 +337,13 @@ def _only(value: Any) -> Features | None:
     while isinstance(value, list) and len(value) == 1:
         [value] = value
     return value if isinstance(value, Features) else None
+
+
+def _single(value: Any) -> Features | None:
+    """The value; None if it has no units."""
+    if _only(value) is None and _all_features(value):
+        raise UnknownPlacesError("what it does with several values is not known")
+    return _only(value)
 
 
 def _all_features(value: Any) -> list[Features]:
@@ -399,8 +407,8 @@ def _chunk(value: Features, chunks: Any, dim: Any = 0) -> list[Features]:
 
 def _split(value: Features, split_size: Any, dim: Any = 0) -> list[Features]:
     [axis] = _numbers((dim,))
-    if not isinstance(split_size, int):
-        raise UnknownPlacesError("it is split into parts of several sizes")
+    if not isinstance(split_size, int) or value.position(axis) != value.axis:
+        raise UnknownPlacesError("it is split into parts of several sizes, or an unknown number of them")
     return at.chunk(value, -(-len(value.fixed_atoms()) // split_size), axis)
 
 

@@ -229,6 +229,9 @@ REASONS: dict[str, tuple[Callable[..., Tensor], dict[str, int], str]] = {
     "a shift of itself": (lambda _m, h, _x: h.roll(1, -1), {}, "feeds roll"),
     "sorted": (lambda _m, h, _x: h.sort(-1)[0], {}, "feeds sort"),
     "part of the units": (lambda _m, h, _x: h[:, :4], {"reader": 4}, "features meet a layer of 4 inputs"),
+    "part of a batch": (lambda _m, h, _x: h.flatten(1).split(2, dim=0)[7], {}, "an unknown number of them"),
+    "by name": (lambda _m, h, _x: torch.add(input=h, other=1), {}, "its arguments go by name"),
+    "several at once": (lambda _m, h, _x: torch.cat(torch.stack([h, h]).unbind(), -1), {}, "feeds stack"),
     "the weight is used": (
         lambda m, h, x: h * F.linear(x, m.first.weight),
         {},
