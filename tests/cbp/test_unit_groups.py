@@ -431,3 +431,48 @@ def test_packed_sequences_are_seen() -> None:
     for _ in range(12):
         learn(module, optimizer, resets, nn.utils.rnn.pack_sequence([torch.randn(4, 5), torch.randn(2, 5)]))  # type: ignore[arg-type]
     assert resets.replacements["hidden_0"] > 0
+
+
+def test_memory_format_plays_no_role() -> None:
+    states = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        make, inputs = ARCHITECTURES["plain_conv"]
+        module = make().to(memory_format=memory_format)
+        optimizer = Adam(module.parameters(), lr=0.001)
+        resets = ContinualBackprop(module, optimizer, **BUSY)
+        for _ in range(8):
+            learn(module, optimizer, resets, inputs().to(memory_format=memory_format))
+        states.append(resets.state_dict())
+    assert torch.equal(states[0]["age"], states[1]["age"])
+    torch.testing.assert_close(states[0]["utility"], states[1]["utility"], rtol=1e-3, atol=1e-4)
+
+
+def test_passes_of_several_sizes_count_by_their_positions() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    resets = ContinualBackprop(module, SGD(module.parameters(), lr=0.0), decay_rate=0.0)
+    small, large = torch.randn(2, 1, 2, 2), torch.randn(3, 1, 4, 4)
+    for example in (small, large):
+        module(example).sum().backward()
+    resets.step()
+    seen = torch.cat([torch.relu(module[0](example)).transpose(0, 1).flatten(1) for example in (small, large)], dim=1)
+    torch.testing.assert_close(resets._units.mean_activation[0], seen.mean(dim=1).detach())
+
+
+def test_under_autocast_the_state_stays_float32() -> None:
+    torch.manual_seed(0)
+    make, inputs = ARCHITECTURES["vgg"]
+    module = make()
+    optimizer = AdamW(module.parameters(), lr=0.001)
+    resets = ContinualBackprop(module, optimizer, **BUSY)
+    for _ in range(8):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = module(inputs()).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        resets.step()
+    assert sum(resets.replacements.values()) > 4
+    assert resets._units.utility.dtype == resets._units.mean_activation.dtype == torch.float32
+    assert torch.isfinite(resets._units.utility).all()
