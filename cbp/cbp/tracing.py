@@ -88,6 +88,7 @@ _SUMS = frozenset({"add", "iadd", "sub", "isub", "subtract", "rsub", "maximum", 
 _HARMLESS = frozenset({"size", "dim", "numel", "ndimension", "stride", "is_floating_point", "_assert", "eq", "ne"})
 _HARMLESS |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like", "zeros_like", "ones_like"}
 _HARMLESS |= {"full_like", "rand_like", "randn_like"}
+_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv"})
 _ATTRIBUTES = frozenset({"shape", "device", "dtype", "ndim", "is_cuda", "requires_grad"})
 
 
@@ -247,7 +248,11 @@ class _GraphReader:
         try:
             if not ours:
                 raise UnknownPlacesError("not an operation of torch")
-            return self._operate(str(name).removesuffix("_"), node, arguments)
+            made = self._operate(str(name).removesuffix("_"), node, arguments)
+            changed = node.args[0] if node.args and (str(name).endswith("_") or name in _IN_PLACE) else None
+            if isinstance(changed, fx.Node):
+                self._seen[changed] = made  # code that goes on with the old name sees the new values
+            return made
         except UnknownPlacesError as error:
             for value in found:
                 self._facts.pin(value.known(), f"feeds {name}: {error}")

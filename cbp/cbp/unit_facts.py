@@ -140,5 +140,6 @@ class UnitFacts:
                 self.tie(part.columns, read.columns, "shares a reader and so is tied")
                 part.tap = replace(part.tap, value=part.layer)
                 part.inexact = "if the unit is the same at every use of the layer"
+                part.heir = part.heir if part.heir == read.heir else None
                 return
         self.read.append(read)

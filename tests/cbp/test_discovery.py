@@ -168,6 +168,20 @@ def test_recurrent_layers_that_pass_their_state_on_are_left_alone() -> None:
     assert reasons["second"] == "left alone: LSTM second starts from what another layer gives"
 
 
+def test_a_reader_that_two_normalisations_follow_has_no_single_heir() -> None:
+    class TwoNorms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 4, bias=False)
+            self.left, self.right = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.left(self.second(torch.relu(h))) * self.right(self.second(torch.tanh(h)))
+
+    assert watched(TwoNorms())._found.rows[0].means == ("second has nothing that takes over a mean",)
+
+
 class Code(nn.Module):
     """Two linear layers and what a function does between them."""
 
@@ -184,6 +198,11 @@ class Code(nn.Module):
         return self.second(self._between(self, torch.relu(self.first(x)), x))
 
 
+def added_in_place(module: Code, h: Tensor, x: Tensor) -> Tensor:
+    h.add_(module.other(x))
+    return h
+
+
 def swish_gate(_module: Code, h: Tensor, _x: Tensor) -> Tensor:
     gate, value = h.chunk(2, dim=-1)
     return F.silu(gate) * value
@@ -192,6 +211,7 @@ def swish_gate(_module: Code, h: Tensor, _x: Tensor) -> Tensor:
 KEPT: dict[str, tuple[Callable[..., Tensor], dict[str, int], list[tuple[str, int, str]]]] = {
     "scaled": (lambda _m, h, _x: 2 * h / 3 + 1, {}, [("first", 6, "second")]),
     "halves of a gate": (swish_gate, {"reader": 3}, [("first", 3, "second")]),
+    "added in place": (added_in_place, {}, [("first other", 6, "second")]),
     "a product of layers": (lambda m, h, x: h * m.other(x), {}, [("first other", 6, "second")]),
     "beside the input": (lambda _m, h, x: torch.cat([x, h], 1), {"reader": 11}, [("first", 6, "second")]),
     "beside another": (
