@@ -39,6 +39,7 @@ class Call:
 
 
 _forward = attrgetter("forward")
+_feed_forward = attrgetter("_ff_block")
 
 
 def known_layer(layer: nn.Module) -> type[nn.Module] | None:
@@ -272,13 +273,17 @@ def _no_units_inside(_facts: UnitFacts, _layer: Any) -> None:
 def _feed_forward_blocks(facts: UnitFacts, package: Any) -> None:
     """The two linear layers in every block of a transformer, whose code `torch.fx` cannot follow."""
     for layer in package.modules():
-        if known_layer(layer) not in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
+        kind = known_layer(layer)
+        if kind not in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
             continue
+        if _feed_forward(type(layer)) is not _feed_forward(kind):
+            continue  # a derived class with a block of its own
         if facts.computed_by(layer.linear1, "weight") is not None:
             continue  # the package is used again
         value = _linear(Call(facts, layer.linear1, None))
-        kind = layer.activation
-        name = type(kind).__name__ if isinstance(kind, nn.Module) else getattr(kind, "__name__", "identity")
+        activation = layer.activation
+        own = type(activation) if isinstance(activation, nn.Module) else activation
+        name = getattr(own, "__name__", "identity")
         output = _linear(Call(facts, layer.linear2, decide_activation(value, name.lower())))
         facts.pin(output.known(), "join what attention gives, and a layer normalisation mixes them")
 

@@ -136,6 +136,15 @@ def test_a_transformer_block_alone(make: Callable[..., nn.Module]) -> None:
     assert groups(make(8, 2, 16)) == [("linear1", 16, "linear2")]
 
 
+def test_a_transformer_block_with_a_feed_forward_block_of_its_own_is_left_alone() -> None:
+    class Gated(nn.TransformerEncoderLayer):
+        def _ff_block(self, x: Tensor) -> Tensor:
+            return self.linear2(self.linear1(x).softmax(-1))
+
+    with pytest.raises(SpecError, match="linear1: left alone: not used, or only within a layer"):
+        watched(Gated(8, 2, 16))
+
+
 def test_a_layer_normalisation_between_is_said() -> None:
     text = watched(ARCHITECTURES["pre_norm_mlp"][0]()).explain()
     assert "norm mixes units, so outputs change a little" in text.splitlines()[1]
