@@ -6,6 +6,7 @@ from cbp.engines.choice import choose_engine, compile_ahead, compiled_before
 from cbp.engines.eager_engine import EngineName
 from cbp.errors import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
 from cbp.learner import Learner, TrainResult
+from cbp.named_units import HiddenUnits
 from cbp.plasticity import LayerPlasticity, PlasticitySample
 from cbp.progress import LearnerProgress, TaskRecord
 from cbp.serialization import LearnerSnapshot
@@ -31,6 +32,7 @@ __all__ = [
     "DivergenceError",
     "EngineName",
     "FieldViolation",
+    "HiddenUnits",
     "LayerPlasticity",
     "Learner",
     "LearnerProgress",

@@ -1,64 +1,50 @@
 """Continual Backprop for a training loop of your own.
 
-    cbp = ContinualBackprop(module, optimizer)
+    resets = ContinualBackprop(module, optimizer)
     loss.backward()
     optimizer.step()
-    cbp.step()
+    resets.step()
 
-The resets are those of `Learner`, by the same functions of `cbp.replacement`; what is here is how they reach the
-parameters, activations and optimizer state of a PyTorch module.
+The resets are those of `Learner`; what is here is when a module's activations are gathered, and what is saved. Which
+units a module has is found by `cbp.discovery`, and `cbp.unit_groups` evaluates and replaces them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.nn.utils.rnn import PackedSequence
+from torch.optim import Optimizer
 
-from cbp.activations import NONLINEARITIES
+from cbp.discovery import Discovery, TableRow, discover_units, group_units
 from cbp.errors import CbpError, FieldViolation, SnapshotError, SpecError
-from cbp.networks import LinearLayers, initial_bound
-from cbp.optimizers import adam_direction, log_decay
-from cbp.replacement import (
-    DrawSource,
-    GeneratorDraws,
-    ReplacementSchedule,
-    ResetSettings,
-    UnitLayout,
-    UnitState,
-    evaluate_units,
-    replace_units,
-    select_units,
-)
+from cbp.named_units import HiddenUnits, named_units
+from cbp.optimizer_slots import OptimizerSlots
+from cbp.replacement import DrawSource, ReplacementSchedule, ResetSettings, UnitState, select_units
 from cbp.serialization import take_tensor
-from cbp.spec import Activation, Initializer, ResetSpec, Utility, hidden_layer_name
-
-_OPTIMIZER_SLOTS: Mapping[type[Optimizer], tuple[str, ...]] = {
-    SGD: ("momentum_buffer",),
-    Adam: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    AdamW: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-}
+from cbp.spec import Initializer, ResetSpec, Utility, hidden_layer_name
+from cbp.unit_facts import Tap
+from cbp.unit_groups import GroupDraws, Grouping, evaluate_groups, replace_in_groups
 
 
 class ContinualBackprop:
-    """Resets low-utility units of an `nn.Sequential` of linear and activation layers.
+    """Resets low-utility units of any module that `torch.fx` can trace, or whose units are named.
+
+    Units are outputs of linear layers, channels of convolutions and hidden units of recurrent layers. What is found,
+    and what is left alone for which reason, says `explain()`. Groups of units that are reset alike take the place of
+    the hidden layers of a `LearnerSpec`, in the order of the code: "hidden_0", "hidden_1", and so on.
 
     A step looks at the hidden activations of the forward passes, in training mode, that the last `optimizer.step()`
     learned from. A pass counts from its backward pass on, so one whose loss is never differentiated leaves no trace
     and takes no memory. Several passes before one optimizer step, as in gradient accumulation, count as one larger
     batch. Where `optimizer.step()` is called several times for one `step`, the passes of the last one count.
-
-    Adam keeps one step count for a whole tensor, which would give fresh weights a step up to √((1 − β₂)⁻¹)·(1 − β₁)
-    times too large. This object keeps a count for every weight and, inside `optimizer.step()`, puts the difference
-    right. It needs an optimizer step to be a step: a fused Adam that skips one on its own, as under a gradient
-    scaler, is not supported.
+    The activations that count are kept until `step`.
     """
 
     def __init__(
         self,
-        module: nn.Sequential,
+        module: nn.Module,
         optimizer: Optimizer,
         *,
         layers: Literal["all", "first", "none"] | Sequence[int | str] = "all",
@@ -69,63 +55,81 @@ class ContinualBackprop:
         utility: Utility = "adaptable_contribution",
         initializer: Initializer = "default",
         bias_compensation: bool = True,
+        units: Sequence[HiddenUnits] | None = None,
         seed: int = 0,
         draws: DrawSource | None = None,
     ) -> None:
-        """The settings mean what they mean in `ResetSpec`.
+        """The settings mean what they mean in `ResetSpec`; a layer may also be called by its name in the module.
 
-        `initializer` is the distribution of redrawn weights; "default" is the one that `nn.Linear` starts with. `draws`
-        replaces the random numbers seeded by `seed`. Raises `SpecError` if a module, optimizer or setting is not
-        supported.
+        `initializer` is the distribution of redrawn weights; "default" is the one that PyTorch's layers start with.
+        `bias_compensation` works where something can take over a mean; `explain()` says where. `units` names the units
+        by hand, and the module is not traced. `draws` replaces the random numbers seeded by `seed`.
+
+        Raises `SpecError` if the module cannot be traced or has no unit that can be reset, or if the optimizer or a
+        setting is not supported.
         """
+        if initializer not in get_args(Initializer):
+            choices = ", ".join(get_args(Initializer))
+            raise _unsupported("initializer", f"Expected one of {choices}; got {initializer!r}")
+        optimized = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if units is None:
+            self._found = discover_units(module, optimized.__contains__, initializer)
+        else:
+            self._found = group_units(module, named_units(module, units), optimized.__contains__, initializer)
+        groups = self._found.groups
+        if not groups:
+            raise _nothing_to_reset(self._found)
+        self._names = tuple(hidden_layer_name(index) for index in range(len(groups)))
         resets = {
-            "layers": layers,
+            "layers": layers if isinstance(layers, str) else [self._hidden(layer) for layer in layers],
             "replacement_rate": replacement_rate,
-            "layer_replacement_rates": layer_replacement_rates or {},
+            "layer_replacement_rates": {
+                self._hidden(layer): rate for layer, rate in (layer_replacement_rates or {}).items()
+            },
             "maturity_threshold": maturity_threshold,
             "decay_rate": decay_rate,
             "utility": utility,
             "bias_compensation": bias_compensation,
         }
         self._resets = ResetSpec(**resets)  # type: ignore[arg-type]
-        if initializer not in get_args(Initializer):
-            choices = ", ".join(get_args(Initializer))
-            raise _unsupported("initializer", f"Expected one of {choices}; got {initializer!r}")
-        self._linears, activations = _linear_layers(module)
-        self._slot_names = _slot_names(optimizer)
-        _check_parameters(self._linears, optimizer, bias_compensation)
-        self._optimizer = optimizer
-        hidden = self._linears[:-1]
-        self._names = tuple(hidden_layer_name(index) for index in range(len(hidden)))
         self._rates = self._resets.rates(self._names)
-        self._bounds = [
-            initial_bound(initializer, activation, linear.in_features, linear.out_features)
-            for linear, activation in zip(hidden, activations, strict=True)
-        ]
+        self._parameters: dict[str, nn.Parameter] = {}
+        for group in groups:
+            self._parameters |= group.parameters()
+        self._slots = OptimizerSlots(optimizer, self._parameters.values())
         self._generator = torch.Generator().manual_seed(seed)
         self._given_draws = draws
         self._step = 0
-        self._replacements = [0] * len(hidden)
-        self._gathered: list[list[Tensor]] = [[] for _ in hidden]
+        self._replacements = [0] * len(groups)
+        self._gathered: list[list[Tensor]] = [[] for _ in self._found.taps]
         self._learned = False  # whether the optimizer has taken its step on what is gathered
-        self._adam_steps: dict[Tensor, Tensor] = {}
-        self._settle_on(self._linears[0].weight.device)
-        self._units: UnitState = UnitState.fresh(1, self._layout.total, self._device)
-        self._schedule: ReplacementSchedule = self._schedule_from_ages([0.0] * len(hidden))
+        self._settle_on(self._device())
+        self._units = self._grouping.fresh_units()
+        self._schedule: ReplacementSchedule = self._schedule_from_ages([0.0] * len(groups))
         self._hooks = [
-            reader.register_forward_hook(self._gatherer(layer)) for layer, reader in enumerate(self._linears[1:])
+            tap.layer.register_forward_hook(self._gatherer(place, tap), with_kwargs=True)
+            for place, tap in enumerate(self._found.taps)
         ]
         self._hooks.append(optimizer.register_step_post_hook(self._finish_gathering))
-        if isinstance(optimizer, Adam | AdamW):
-            self._hooks.append(optimizer.register_step_post_hook(self._correct_fresh_weights))
 
     @property
     def replacements(self) -> dict[str, int]:
-        """Units replaced so far, per hidden layer."""
+        """Units replaced so far, per group of units."""
         return dict(zip(self._names, self._replacements, strict=True))
+
+    def explain(self) -> str:
+        """A table of all groups of units: layers that compute them, how many there are, who reads them, and whether
+        they are reset or why not."""
+        named = []
+        for name, row, rate in zip(self._names, self._found.rows, self._rates, strict=True):
+            means = row.means if self._resets.bias_compensation else ()
+            named.append((name, row, "; ".join(["" if rate else "rate 0", row.verdict, *means]).removeprefix("; ")))
+        named += [("-", row, row.verdict) for row in self._found.left_alone]
+        return _table(named)
 
     def remove(self) -> None:
         """Takes the hooks off the module and the optimizer; the object is of no more use."""
+        self._slots.remove()
         for hook in self._hooks:
             hook.remove()
 
@@ -137,23 +141,22 @@ class ContinualBackprop:
         """
         if not all(self._gathered):
             raise CbpError("step() needs a forward pass in training mode, and its backward pass, since the last step")
-        activations = [passes[0] if len(passes) == 1 else torch.cat(passes, dim=1) for passes in self._gathered]
+        taps = [list(passes) for passes in self._gathered]
         self._forget_gathered()
-        if self._linears[0].weight.device != self._device:
-            self._settle_on(self._linears[0].weight.device)
-            self._units = self._units.to(self._device)
-        parameters = self._layers_of(lambda parameter: parameter)
-        evaluate_units(self._units, self._settings, self._layout, parameters, activations, self._draws)
+        if self._device() != self._grouping.device:
+            self._settle_on(self._device())
+            self._units = self._units.to(self._grouping.device)
+        evaluate_groups(self._units, self._settings, self._grouping, taps, self._draws)
         self._step += 1
         due = self._schedule.advance(self._step)
         if due is None:
             return
         self._replacements = [before + count for before, count in zip(self._replacements, due, strict=True)]
         selected = [
-            select_units(self._units, self._settings, self._layout, layer, [count]) for layer, count in enumerate(due)
+            select_units(self._units, self._settings, self._grouping.layout, group, [count])
+            for group, count in enumerate(due)
         ]
-        slots = [self._layers_of(slot) for slot in self._optimizer_slots()]
-        replace_units(selected, self._units, self._settings, self._layout, parameters, slots, self._draws)
+        replace_in_groups(selected, self._units, self._settings, self._grouping, self._slots, self._draws)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is not the module's or the optimizer's own; save it together with theirs."""
@@ -166,54 +169,65 @@ class ContinualBackprop:
             "mean_activation": self._units.mean_activation.clone(),
             "generator": self._generator.get_state(),
             "adam_steps": {
-                name: self._adam_steps[parameter].clone()
-                for name, parameter in self._named_parameters().items()
-                if parameter in self._adam_steps
+                name: self._slots.adam_steps[parameter].clone()
+                for name, parameter in self._parameters.items()
+                if parameter in self._slots.adam_steps
             },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned. Raises `SnapshotError` if it does not fit."""
         hidden = len(self._names)
+        device = self._grouping.device
         try:
             accumulated = [float(share) for share in state["accumulated_replacements"]]
             replacements = [int(count) for count in state["replacements"]]
             step = int(state["step"])
-            shape = self._units.utility.shape
+            shape, seen = self._units.utility.shape, self._units.mean_activation.shape
             units = UnitState(
-                utility=take_tensor(state, "utility", shape, torch.float32).to(self._device, copy=True),
-                age=take_tensor(state, "age", shape, torch.int64).to(self._device, copy=True),
-                mean_activation=take_tensor(state, "mean_activation", shape, torch.float32).to(self._device, copy=True),
+                utility=take_tensor(state, "utility", shape, torch.float32).to(device, copy=True),
+                age=take_tensor(state, "age", shape, torch.int64).to(device, copy=True),
+                mean_activation=take_tensor(state, "mean_activation", seen, torch.float32).to(device, copy=True),
             )
             generator_state = take_tensor(state, "generator", self._generator.get_state().shape, torch.uint8)
+            saved = state["adam_steps"]
+            strangers = sorted(set(saved) - set(self._parameters))
             adam_steps: dict[Tensor, Tensor] = {
-                parameter: take_tensor(state["adam_steps"], name, parameter.shape, torch.float32).to(
-                    parameter.device, copy=True
+                self._parameters[name]: take_tensor(saved, name, self._parameters[name].shape, torch.float32).to(
+                    self._parameters[name].device, copy=True
                 )
-                for name, parameter in self._named_parameters().items()
-                if name in state["adam_steps"]
+                for name in set(saved) - set(strangers)
             }
         except (KeyError, TypeError, ValueError) as error:
             raise SnapshotError(f"The state cannot be loaded: {type(error).__name__}: {error}") from error
+        if strangers:
+            raise SnapshotError(f"The state is of another network: this one resets no parameter {strangers[0]!r}")
         if len(accumulated) != hidden or len(replacements) != hidden:
-            raise SnapshotError(f"The state is of another network: this one has {hidden} hidden layers")
-        self._step, self._replacements, self._adam_steps = step, replacements, adam_steps
+            raise SnapshotError(f"The state is of another network: this one has {hidden} groups of units")
+        self._step, self._replacements = step, replacements
+        self._slots.resume(adam_steps)
         self._generator.set_state(generator_state.cpu().clone())
         self._units = units
         self._schedule = self._schedule_from_ages(accumulated)
 
+    def _hidden(self, layer: int | str) -> int | str:
+        """A group's own name, where a layer's name in the module is given."""
+        for name, row in zip(self._names, self._found.rows, strict=True):
+            if layer in row.layers and isinstance(layer, str) and not layer.isdecimal():
+                return name
+        return layer
+
+    def _device(self) -> torch.device:
+        devices = {parameter.device for parameter in self._parameters.values()}
+        if len(devices) > 1:
+            raise _unsupported("module", f"Its layers are on several devices: {', '.join(map(str, devices))}")
+        return devices.pop()
+
     def _settle_on(self, device: torch.device) -> None:
         """Brings what lives beside the weights to their device; the module may have been moved."""
-        *hidden, _ = self._linears
-        self._device = device
-        self._layout = UnitLayout(
-            [linear.in_features for linear in hidden],
-            [linear.out_features for linear in hidden],
-            [reader.out_features for reader in self._linears[1:]],
-            device,
-        )
+        self._grouping = Grouping(self._found.groups, device)
         self._settings = ResetSettings.of([self._resets], device)
-        self._draws = self._given_draws or GeneratorDraws([self._generator], self._layout, self._bounds)
+        self._draws = self._given_draws or GroupDraws(self._generator, self._grouping)
 
     def _schedule_from_ages(self, accumulated: Sequence[float]) -> ReplacementSchedule:
         ages = self._units.age[0].cpu().numpy()
@@ -222,34 +236,37 @@ class ContinualBackprop:
             self._resets.maturity_threshold,
             accumulated,
             self._step,
-            [ages[columns] for columns in self._layout.slices],
+            [ages[columns] for columns in self._grouping.layout.slices],
         )
 
-    def _gatherer(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        """A hook for the linear layer that reads a hidden layer: its input is that layer's activations.
+    def _gatherer(self, place: int, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        """A hook for the layer that reads units, whose input is their activations, or that makes them.
 
         Not a hook on the activation module, since one module may serve several layers. Until the backward pass
         comes, the activations hang on the graph that holds them anyway, and go with it.
         """
 
-        def gather(reader: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            if not (reader.training and output.requires_grad):
+        def gather(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            made = _tensors(output)
+            learned_from = [tensor for tensor in made if tensor.requires_grad]
+            if not (layer.training and learned_from):
                 return
-            waiting = [inputs[0].detach()]
+            seen = made if tap.side == "output" else _tensors((*inputs, *named.values()))
+            waiting = [seen[0].detach()]
 
             def differentiated(_gradient: Tensor) -> None:
-                if waiting:  # a graph may be walked more than once
-                    activations = waiting.pop()
-                    self._gather(layer, activations.reshape(1, -1, activations.shape[-1]))
+                if waiting:  # a graph may be walked more than once, and reach a layer by several of its outputs
+                    self._gather(place, waiting.pop())
 
-            output.register_hook(differentiated)  # type: ignore[no-untyped-call]
+            for tensor in learned_from:
+                tensor.register_hook(differentiated)  # type: ignore[no-untyped-call]
 
         return gather
 
-    def _gather(self, layer: int, activations: Tensor) -> None:
+    def _gather(self, place: int, activations: Tensor) -> None:
         if self._learned:
             self._forget_gathered()
-        self._gathered[layer].append(activations)
+        self._gathered[place].append(activations)
 
     def _finish_gathering(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         self._learned = True
@@ -259,126 +276,31 @@ class ContinualBackprop:
         for passes in self._gathered:
             passes.clear()
 
-    def _named_parameters(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{layer}.{name}": parameter
-            for layer, linear in enumerate(self._linears)
-            for name, parameter in linear.named_parameters(recurse=False)
-        }
 
-    def _layers_of(self, value_of: Callable[[Tensor], Tensor]) -> LinearLayers:
-        """What belongs to every parameter, as a stack of one learner; views, so that writing reaches the original."""
-        return LinearLayers(
-            weights=tuple(value_of(linear.weight).detach().unsqueeze(0) for linear in self._linears),
-            biases=tuple(
-                None if linear.bias is None else value_of(linear.bias).detach().unsqueeze(0) for linear in self._linears
-            ),
-        )
-
-    def _optimizer_slots(self) -> list[Callable[[Tensor], Tensor]]:
-        """How to find each of the tensors that the optimizer keeps for a parameter."""
-
-        def kept_by_optimizer(name: str) -> Callable[[Tensor], Tensor]:
-            def find(parameter: Tensor) -> Tensor:
-                kept = self._optimizer.state.get(parameter, {}).get(name)
-                # A parameter that has not been updated yet has no state, and there is nothing to zero.
-                return kept if isinstance(kept, Tensor) else torch.zeros_like(parameter)
-
-            return find
-
-        def steps_of(parameter: Tensor) -> Tensor:
-            steps = self._adam_steps.get(parameter)
-            return torch.zeros_like(parameter) if steps is None else steps
-
-        return [*(kept_by_optimizer(name) for name in self._slot_names), steps_of]
-
-    @torch.no_grad()
-    def _correct_fresh_weights(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        """Turns Adam's update by its one step count t into that by every weight's own count.
-
-        Both updates follow from the moments, which do not depend on the count: θ gains lr · (d(t) − d(own)), with
-        d = m̂ / (√v̂ + ε). Where the counts agree the difference is exactly 0.
-        """
-        ours = set(self._named_parameters().values())
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in ours and parameter.grad is not None:
-                    self._correct(parameter, optimizer.state[parameter], group)
-
-    def _correct(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        common = torch.as_tensor(state["step"], dtype=torch.float32).to(parameter.device)
-        own = self._adam_steps.get(parameter)
-        if own is None:
-            self._adam_steps[parameter] = common.expand_as(parameter).clone()
-            return
-        if own.device != parameter.device:
-            own = self._adam_steps[parameter] = own.to(parameter.device)
-        own.add_(1)
-        if not any(self._replacements):
-            return
-        log_beta1, log_beta2 = (log_decay([float(beta)], parameter.device).squeeze() for beta in group["betas"])
-        second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-
-        def direction(steps: Tensor) -> Tensor:
-            return adam_direction(state["exp_avg"], second, steps, log_beta1, log_beta2, group["eps"])
-
-        parameter.add_((direction(common.expand_as(own)) - direction(own)) * group["lr"])
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors of what a layer takes or gives, in its order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    return [found for entry in value for found in _tensors(entry)] if isinstance(value, tuple | list) else []
 
 
-def _linear_layers(module: nn.Sequential) -> tuple[list[nn.Linear], list[Activation]]:
-    """The linear layers, and the activation that follows each but the last. Raises `SpecError`.
-
-    Modules before the first and after the last linear layer may be anything that has no parameters.
-    """
-    if not isinstance(module, nn.Sequential):
-        raise _unsupported("module", f"Expected an nn.Sequential, got {type(module).__name__}")
-    children = list(module)
-    places = [place for place, child in enumerate(children) if isinstance(child, nn.Linear)]
-    linears = [child for child in children if isinstance(child, nn.Linear)]
-    if len(linears) < 2:
-        raise _unsupported("module", "Expected at least two linear layers: resets need a hidden layer")
-    if len(set(linears)) < len(linears):
-        raise _unsupported("module", "A linear layer occurs twice; units that share weights cannot be reset apart")
-    activations: list[Activation] = []
-    for place, following in pairwise(places):
-        between = children[place + 1 : following]
-        if len(between) > 1:
-            names = ", ".join(type(child).__name__ for child in between)
-            raise _unsupported(f"module[{place + 1}]", f"Expected one activation between linear layers, got {names}")
-        activations.append(_activation(between[0], place + 1) if between else "identity")
-    for place, child in enumerate(children):
-        if not places[0] <= place <= places[-1] and any(True for _ in child.parameters()):
-            raise _unsupported(f"module[{place}]", f"{type(child).__name__} has parameters but is not a linear layer")
-    return linears, activations
+def _table(named: Sequence[tuple[str, TableRow, str]]) -> str:
+    lines = [("group", "computed by", "units", "read by", "verdict")]
+    lines += [
+        (name, ", ".join(row.layers), str(row.units or "-"), ", ".join(row.readers) or "-", verdict)
+        for name, row, verdict in named
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]) for line in lines
+    )
 
 
-def _activation(module: nn.Module, place: int) -> Activation:
-    for activation, nonlinearity in NONLINEARITIES.items():
-        if isinstance(module, nonlinearity.module):
-            return activation
-    supported = ", ".join(nonlinearity.module.__name__ for nonlinearity in NONLINEARITIES.values())
-    raise _unsupported(f"module[{place}]", f"{type(module).__name__} between linear layers; supported are {supported}")
-
-
-def _slot_names(optimizer: Optimizer) -> tuple[str, ...]:
-    for kind, names in _OPTIMIZER_SLOTS.items():
-        if isinstance(optimizer, kind):
-            return names
-    raise _unsupported("optimizer", f"{type(optimizer).__name__} is not supported; use SGD, Adam or AdamW")
-
-
-def _check_parameters(linears: Sequence[nn.Linear], optimizer: Optimizer, bias_compensation: bool) -> None:
-    optimized = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    for layer, linear in enumerate(linears):
-        for name, parameter in linear.named_parameters(recurse=False):
-            if parameter not in optimized:
-                raise _unsupported("optimizer", f"The {name} of linear layer {layer} is not among its parameters")
-            if parameter.dtype != torch.float32:
-                raise _unsupported("module", f"Linear layer {layer} is {parameter.dtype}; expected float32 parameters")
-        if bias_compensation and layer and linear.bias is None:
-            raise _unsupported(
-                "bias_compensation", f"Linear layer {layer} has no bias to take over a mean; turn compensation off"
-            )
+def _nothing_to_reset(found: Discovery) -> SpecError:
+    reasons = [f"{', '.join(row.layers)}: {row.verdict}" for row in found.left_alone[:8]]
+    return _unsupported("module", f"No unit can be reset. {'; '.join(reasons) or 'It has no layers that make units'}")
 
 
 def _unsupported(field: str, description: str) -> SpecError:

@@ -177,8 +177,8 @@ def adam_direction(
     first_moment: Tensor,
     second_moment: Tensor,
     steps: Tensor,
-    log_beta1: Tensor,
-    log_beta2: Tensor,
+    log_beta1: Tensor | float,
+    log_beta2: Tensor | float,
     epsilon: Tensor | float,
 ) -> Tensor:
     """m̂ / (√v̂ + ε), with the moments corrected by each parameter's own step count."""

@@ -11,10 +11,11 @@ Nothing here reads from the device. How many units go at a step follows from cou
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Protocol
+from types import MappingProxyType
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from cbp.optimizers import log_decay
 from cbp.spec import ResetSpec, Utility
 
 # Below this mean |w_in| a unit counts as having it: dividing by less would overflow float32 and turn into NaN.
-_SMALLEST_INCOMING = 1e-12
+SMALLEST_INCOMING = 1e-12
 
 
 class UnitLayout:
@@ -38,6 +39,7 @@ class UnitLayout:
         """Per hidden layer: inputs of a unit, units, and units that read it."""
         self.widths = tuple(widths)
         self.fan_in = tuple(fan_in)
+        self.fan_out = tuple(fan_out)
         starts = accumulate(widths, initial=0)
         self.slices = tuple(slice(start, end) for start, end in pairwise(starts))
         self.total = sum(widths)
@@ -169,6 +171,31 @@ def _mean_over_examples(values: Tensor) -> Tensor:
     return values.squeeze(1) if values.shape[1] == 1 else values.mean(dim=1)
 
 
+@dataclass(frozen=True)
+class UtilityFactors:
+    """What the instantaneous utility of a unit is the product of; `random` is none of these."""
+
+    activity: Literal["mean", "mean_corrected"] | None
+    """mean |h|, mean |h − f̂|, or neither."""
+    outgoing: bool
+    """Times the mean |w| of the weights that read the unit."""
+    incoming: bool
+    """Over the mean |w| of the unit's own weights."""
+
+
+UTILITY_FACTORS: Mapping[Utility, UtilityFactors] = MappingProxyType(
+    {
+        "contribution": UtilityFactors("mean", outgoing=True, incoming=False),
+        "zero_contribution": UtilityFactors("mean_corrected", outgoing=True, incoming=False),
+        "adaptable_contribution": UtilityFactors("mean_corrected", outgoing=True, incoming=True),
+        "weight": UtilityFactors(None, outgoing=True, incoming=False),
+        "adaptation": UtilityFactors(None, outgoing=False, incoming=True),
+        "feature_by_input": UtilityFactors("mean_corrected", outgoing=False, incoming=True),
+    }
+)
+"""Dohare et al. 2024, methods, "Continual backpropagation"; the variants are those of their code."""
+
+
 def _instantaneous_utility(
     units: UnitState,
     settings: ResetSettings,
@@ -177,28 +204,24 @@ def _instantaneous_utility(
     activation: Tensor,
     draws: DrawSource,
 ) -> Tensor:
-    """[L, U]: y in Dohare et al. 2024, methods, "Continual backpropagation"; the variants are those of their code."""
-    match settings.utility:
-        case "random":
-            return to_device(draws.utilities(), activation.device)
-        case "weight":
-            return _outgoing_magnitude(_magnitudes(layers), layout)
-        case "adaptation":
-            return _incoming_magnitude(_magnitudes(layers), layout).reciprocal_()
-        case "contribution":
-            activity = _mean_over_examples(activation.abs())
-            return _outgoing_magnitude(_magnitudes(layers), layout).mul_(activity)
-        case "zero_contribution":
-            activity = _mean_corrected_activity(units, settings, activation)
-            return _outgoing_magnitude(_magnitudes(layers), layout).mul_(activity)
-        case "feature_by_input":
-            activity = _mean_corrected_activity(units, settings, activation)
-            return activity.div_(_incoming_magnitude(_magnitudes(layers), layout))
-        case "adaptable_contribution":
-            activity = _mean_corrected_activity(units, settings, activation)
-            magnitudes = _magnitudes(layers)
-            activity.div_(_incoming_magnitude(magnitudes, layout))
-            return _outgoing_magnitude(magnitudes, layout).mul_(activity)
+    """[L, U]: y, as `UTILITY_FACTORS` has it."""
+    if settings.utility == "random":
+        return to_device(draws.utilities(), activation.device)
+    factors = UTILITY_FACTORS[settings.utility]
+    utility = None
+    if factors.activity == "mean":
+        utility = _mean_over_examples(activation.abs())
+    elif factors.activity == "mean_corrected":
+        utility = _mean_corrected_activity(units, settings, activation)
+    magnitudes = _magnitudes(layers)
+    if factors.incoming:
+        incoming = _incoming_magnitude(magnitudes, layout)
+        utility = incoming.reciprocal_() if utility is None else utility.div_(incoming)
+    if factors.outgoing:
+        outgoing = _outgoing_magnitude(magnitudes, layout)
+        utility = outgoing if utility is None else outgoing.mul_(utility)
+    assert utility is not None
+    return utility
 
 
 def _mean_corrected_activity(units: UnitState, settings: ResetSettings, activation: Tensor) -> Tensor:
@@ -220,7 +243,7 @@ def _outgoing_magnitude(magnitudes: Sequence[Tensor], layout: UnitLayout) -> Ten
 def _incoming_magnitude(magnitudes: Sequence[Tensor], layout: UnitLayout) -> Tensor:
     """[L, U] mean |w| over each unit's own weights."""
     sums = torch.cat([magnitude.sum(dim=2) for magnitude in magnitudes[:-1]], dim=-1)
-    return sums.div_(layout.incoming_counts).clamp_min_(_SMALLEST_INCOMING)
+    return sums.div_(layout.incoming_counts).clamp_min_(SMALLEST_INCOMING)
 
 
 @dataclass(frozen=True)

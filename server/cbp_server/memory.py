@@ -9,14 +9,22 @@ import gc
 import os
 
 #: Of glibc's malloc.h, with the environment variables that set the same.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
+_VARIABLES = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_ARENA_MAX",
+    "GLIBC_TUNABLES",
+)
 
 #: Blocks up to here are cut from the heap; larger ones go back to the kernel when they are freed. In bytes.
 _LARGEST_KEPT = 32 * 2**20
 #: Free memory that the heap's end keeps, and by which it grows. In bytes.
 _FREE_KEPT = 256 * 2**20
 _GROWTH = 16 * 2**20
+#: Heaps: messages are made by one thread and freed by another, and would not serve the first one again.
+_HEAPS = 1
 
 
 def keep_freed_memory() -> bool:
@@ -28,7 +36,12 @@ def keep_freed_memory() -> bool:
     if any(name in os.environ for name in _VARIABLES) or not _is_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_MMAP_THRESHOLD, _LARGEST_KEPT), (_TRIM_THRESHOLD, _FREE_KEPT), (_TOP_PAD, _GROWTH))
+    settings = (
+        (_MMAP_THRESHOLD, _LARGEST_KEPT),
+        (_TRIM_THRESHOLD, _FREE_KEPT),
+        (_TOP_PAD, _GROWTH),
+        (_ARENA_MAX, _HEAPS),
+    )
     return all(mallopt(name, value) for name, value in settings)
 
 

@@ -13,10 +13,11 @@ from cbp.spec import Initializer, Utility
 REPOSITORY = Path(__file__).parents[2]
 ALGORITHM = (REPOSITORY / "docs" / "algorithm.md").read_text(encoding="utf-8")
 EXPORT = (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
+MODULES = (REPOSITORY / "docs" / "modules.md").read_text(encoding="utf-8")
 README = (REPOSITORY / "cbp" / "README.md").read_text(encoding="utf-8")
 EXAMPLES = [
     pytest.param(code, id=f"{name}-{index}")
-    for name, text in (("algorithm", ALGORITHM), ("export", EXPORT), ("readme", README))
+    for name, text in (("algorithm", ALGORITHM), ("export", EXPORT), ("modules", MODULES), ("readme", README))
     for index, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 ]
 
@@ -27,7 +28,7 @@ def test_examples_run(code: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 8
 
 
 @pytest.mark.parametrize("name", [*get_args(Utility), *get_args(Initializer)])
@@ -43,3 +44,10 @@ def test_measures_are_documented(name: str) -> None:
 @pytest.mark.parametrize("name", ResetSpec.model_fields)
 def test_reset_settings_say_what_they_mean(name: str) -> None:
     assert ResetSpec.model_fields[name].description
+
+
+def test_the_table_of_a_module_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.findall(r"```python\n(.*?)```", MODULES, re.DOTALL)[0]
+    exec(compile(code, "example", "exec"), {})
+    printed = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
+    assert printed in MODULES

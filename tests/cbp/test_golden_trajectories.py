@@ -17,7 +17,7 @@ import cbp.continual_backprop
 from cbp import Batch, ContinualBackprop, Learner, LearnerSpec, losses
 from cbp.engines.eager_engine import EngineName
 from cbp.engines.torch_engine import TorchEngine, initial_stack
-from cbp.replacement import replace_units
+from cbp.unit_groups import replace_in_groups
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
@@ -154,8 +154,8 @@ def test_learner_follows_the_published_algorithm(engine: EngineName, device: str
 
 def test_drop_in_follows_the_published_algorithm(trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch.optim, whose Adam keeps one step count for a whole tensor."""
-    in_published_order = functools.partial(replace_units, published_order=True)
-    monkeypatch.setattr(cbp.continual_backprop, "replace_units", in_published_order)
+    in_published_order = functools.partial(replace_in_groups, published_order=True)
+    monkeypatch.setattr(cbp.continual_backprop, "replace_in_groups", in_published_order)
     config = trajectory.config
     network = sequential(trajectory)
     optimizer_type = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[config["optimizer"]]

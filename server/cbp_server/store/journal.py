@@ -99,9 +99,7 @@ class Journal:
                 expected += 1
                 yield entry
 
-    def _next_rows(
-        self, learner_uid: str, first: int, up_to: int | None, size_bytes: int
-    ) -> list[Row[Any]]:
+    def _next_rows(self, learner_uid: str, first: int, up_to: int | None, size_bytes: int) -> list[Row[Any]]:
         """Some rows from position `first` on, with about so many bytes of payload; none at the end."""
         query = select(JOURNAL).where(_of(learner_uid), JOURNAL.c.position >= first)
         if up_to is not None:

@@ -1,0 +1,106 @@
+"""What the optimizers of `torch.optim` remember of single weights, and how a fresh weight starts afresh in them."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.utils.hooks import RemovableHandle
+
+from cbp.errors import FieldViolation, SpecError
+from cbp.networks import to_device
+from cbp.optimizers import adam_direction
+
+_SLOTS: Mapping[type[Optimizer], tuple[str, ...]] = MappingProxyType(
+    {
+        SGD: ("momentum_buffer",),
+        Adam: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        AdamW: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        RMSprop: ("square_avg", "momentum_buffer", "grad_avg"),
+    }
+)
+
+
+class OptimizerSlots:
+    """The tensors that an optimizer keeps beside some parameters, and for Adam a step count for every weight of them.
+
+    Adam keeps one step count for a whole tensor, which would give fresh weights a step up to √((1 − β₂)⁻¹)·(1 − β₁)
+    times too large. This object keeps a count for every weight and, inside `optimizer.step()`, puts the difference
+    right. It needs an optimizer step to be a step: a fused Adam that skips one on its own, as under a gradient
+    scaler, is not supported.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+        """Raises `SpecError` if the optimizer is none of SGD, Adam, AdamW and RMSprop."""
+        kinds = [kind for kind in _SLOTS if isinstance(optimizer, kind)]
+        if not kinds:
+            text = f"{type(optimizer).__name__} is not supported; use SGD, Adam, AdamW or RMSprop"
+            raise SpecError([FieldViolation("optimizer", text)])
+        self._optimizer = optimizer
+        self._names = _SLOTS[kinds[0]]
+        self._parameters = frozenset(parameters)
+        self._has_fresh_weights = False
+        self.adam_steps: dict[Tensor, Tensor] = {}
+        """Per parameter, float32 of its shape: updates of each weight since it was last drawn. Empty but for Adam."""
+        self._hook: RemovableHandle | None = None
+        if isinstance(optimizer, Adam | AdamW):
+            self._hook = optimizer.register_step_post_hook(self._correct_fresh_weights)
+
+    def remove(self) -> None:
+        """Takes the hook off the optimizer."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def forget(self, parameter: Tensor, zero: Callable[[Tensor], None]) -> None:
+        """Hands all that is kept for a parameter to `zero`, tensor by tensor, each of the parameter's shape.
+
+        A parameter that has not been updated yet has no state, and there is nothing to zero.
+        """
+        self._has_fresh_weights = True
+        kept = self._optimizer.state.get(parameter, {})
+        for name in self._names:
+            slot = kept.get(name)
+            if isinstance(slot, Tensor):
+                zero(slot)
+        if parameter in self.adam_steps:
+            zero(self.adam_steps[parameter])
+
+    def resume(self, adam_steps: dict[Tensor, Tensor]) -> None:
+        """Goes on from counts that were saved."""
+        self.adam_steps = adam_steps
+        self._has_fresh_weights = True
+
+    @torch.no_grad()
+    def _correct_fresh_weights(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Turns Adam's update by its one step count t into that by every weight's own count.
+
+        Both updates follow from the moments, which do not depend on the count: θ gains lr · (d(t) − d(own)), with
+        d = m̂ / (√v̂ + ε). Where the counts agree the difference is exactly 0.
+        """
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._parameters and parameter.grad is not None:
+                    self._correct(parameter, optimizer.state[parameter], group)
+
+    def _correct(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        common = to_device(torch.as_tensor(state["step"], dtype=torch.float32), parameter.device)
+        own = self.adam_steps.get(parameter)
+        if own is None:
+            self.adam_steps[parameter] = torch.empty_like(parameter).copy_(common)
+            return
+        if own.device != parameter.device:
+            own = self.adam_steps[parameter] = own.to(parameter.device)
+        own.add_(1)
+        if not self._has_fresh_weights:
+            return
+        second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+        # Host numbers: a tensor of them would have to be brought to the device, and the host would wait.
+        log_beta1, log_beta2 = (math.log(float(beta)) if beta else -math.inf for beta in group["betas"])
+
+        def direction(steps: Tensor) -> Tensor:
+            return adam_direction(state["exp_avg"], second, steps, log_beta1, log_beta2, group["eps"])
+
+        parameter.add_((direction(common.expand_as(own)) - direction(own)) * group["lr"])
