@@ -40,7 +40,7 @@ _TRAFFIC_SECONDS = 10.0
 _RARE = ("catalog.add", "catalog.restore")
 
 #: Compiled code takes all steps of so small a batch at once.
-ENGINE_OF_POINT: dict[str, Literal["torch"]] = {"training/step": "torch"}
+ENGINE_OF_POINT: dict[str, Literal["torch"]] = {"training/step": "torch", "training.row/step": "torch"}
 
 NetworkFault = Literal["cut", "cut within", "refuse", "delay", "throttle"]
 _NETWORK_FAULTS: tuple[NetworkFault, ...] = ("cut", "cut within", "refuse", "delay", "throttle")

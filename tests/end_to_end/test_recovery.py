@@ -377,13 +377,13 @@ def test_learners_serve_as_each_is_ready_and_the_server_is_ready_when_all_are(
 
 POISON = """
 import os
-from cbp_server.engine import training
-next_slice = training.TrainingJob.next_slice
-def next_or_die(job):
-    if job._batch.task == "poison":
+from cbp import Learner
+train = Learner.train
+def train_or_die(learner, batch, **options):
+    if batch.task == "poison":
         os.kill(os.getpid(), 9)
-    return next_slice(job)
-training.TrainingJob.next_slice = next_or_die
+    return train(learner, batch, **options)
+Learner.train = train_or_die
 """
 
 
@@ -767,13 +767,13 @@ def test_a_restore_counts_once_the_catalog_has_it_whatever_becomes_of_the_engine
 
 SLOW_BATCHES = """
 import os, time
-from cbp_server.engine import training
-next_slice = training.TrainingJob.next_slice
-def slow(job):
+from cbp import Learner
+train = Learner.train
+def slow(learner, batch, **options):
     if os.path.exists(os.environ["FLAG"]):
         time.sleep(0.2)
-    return next_slice(job)
-training.TrainingJob.next_slice = slow
+    return train(learner, batch, **options)
+Learner.train = slow
 """
 
 

@@ -9,7 +9,7 @@ _POINTS = {
     "journal": [point for point in METHODS if point.startswith("journal")],
     "catalog": ["catalog.add", "catalog.add_checkpoint"],
     "catalog-changes": ["catalog.remove_checkpoint", "catalog.restore"],
-    "engine": ["checkpoint.write", "training"],
+    "engine": ["checkpoint.write", "training", "training.row"],
 }
 
 

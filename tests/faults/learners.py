@@ -10,6 +10,9 @@ Durability = Literal["fsync", "os"]
 
 _FEATURES, _CLASSES = 4, 3
 
+#: Some batches have more steps than the engine takes in one go.
+_LONG_EVERY, _LONG_EXAMPLES = 20, 1536
+
 
 @dataclass(frozen=True, kw_only=True)
 class FedLearner:
@@ -56,5 +59,8 @@ def make_batch(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], str]:
     """Features, labels and task of the producer's batch of that sequence, always the same."""
     generator = np.random.default_rng([seed, sequence, *learner.encode(), 0, *producer.encode()])
-    features = generator.normal(size=(int(generator.integers(1, 40)), _FEATURES)).astype(np.float32)
+    examples = int(generator.integers(1, 40))
+    if sequence % _LONG_EVERY == 0:
+        examples += _LONG_EXAMPLES
+    features = generator.normal(size=(examples, _FEATURES)).astype(np.float32)
     return features, features[:, :_CLASSES].argmax(axis=1), f"t{sequence // 50}"

@@ -38,6 +38,7 @@ METHODS = {
         "engine", "cbp_server.store.checkpoints", "CheckpointFiles", "write", ("begin", "mkdir", "rename", "done")
     ),
     "training": Method("engine", "cbp_server.engine.training", "", "run_slices", ("step", "done")),
+    "training.row": Method("engine", "cbp_server.engine.training", "", "run_row", ("step", "done")),
 }
 
 #: Within SQLite: before a write and a sync of its files, and after a sync.

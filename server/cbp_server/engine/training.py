@@ -116,6 +116,33 @@ def run_slices(jobs: Sequence[TrainingJob], between_steps: Callable[[], None]) -
         job.learnt(result)
 
 
+def run_row(
+    learner: Learner,
+    batches: Sequence[Batch],
+    results: list[TrainResult],
+    *,
+    return_outputs: Sequence[bool],
+    between_steps: Callable[[], None],
+    is_over: Callable[[], bool],
+) -> None:
+    """Learns batches that need no slicing one after another, until the row `is_over`.
+
+    Args:
+        results: gets each batch's as it is learnt; those before one that fails are there.
+        between_steps: as in `run_slices`.
+        is_over: asked after each batch.
+
+    Raises:
+        DivergenceError: the learner is in no defined state then.
+        StopTrainingError: from between_steps; the examples of this batch that are left wait in the learner.
+    """
+    train = learner.train
+    for batch, wants_outputs in zip(batches, return_outputs, strict=True):
+        results.append(train(batch, return_outputs=wants_outputs, between_steps=between_steps))
+        if is_over():
+            break
+
+
 def _stop() -> None:
     raise StopTrainingError
 

@@ -33,13 +33,13 @@ from cbp import (
     SnapshotError,
     TrainResult,
 )
-from cbp_server.engine import messages
+from cbp_server.engine import messages, training
 from cbp_server.engine.frames import encode_frame, receive_frame
 from cbp_server.engine.inbox import Inbox
 from cbp_server.engine.outbox import Outbox
 from cbp_server.engine.preparation import Preparation
 from cbp_server.engine.spares import SpareSnapshots
-from cbp_server.engine.training import Pace, StopTrainingError, TrainingJob, run_slices
+from cbp_server.engine.training import Pace, StopTrainingError, TrainingJob
 from cbp_server.errors import (
     BatchNotLearnt,
     CheckpointFailed,
@@ -239,18 +239,19 @@ class EngineWorker:
         row, refusal = self._checked(hosted, calls)
         if row and (len(row) > 1 or hosted.pace.takes_long(len(row[0].batch))):
             self._outbox.flush()
-        learner, inbox, between_steps = hosted.learner, self._inbox, self._between_steps
         results: list[TrainResult] = []
         failure: Exception | None = None
         started = time.perf_counter()
         ends = started + _LONGEST_TURN
         try:
-            for request in row:
-                results.append(
-                    learner.train(request.batch, return_outputs=request.return_outputs, between_steps=between_steps)
-                )
-                if inbox.has_predictions or time.perf_counter() > ends:
-                    break
+            training.run_row(
+                hosted.learner,
+                [request.batch for request in row],
+                results,
+                return_outputs=[request.return_outputs for request in row],
+                between_steps=self._between_steps,
+                is_over=lambda: self._inbox.has_predictions or time.perf_counter() > ends,
+            )
         except Exception as error:
             failure = error
         self._outbox.count(time.perf_counter() - started, sum(result.steps for result in results))
@@ -404,7 +405,7 @@ class EngineWorker:
     def _run(self, jobs: Sequence[TrainingJob]) -> None:
         """Goes on with the batches until one of them is finished or somebody else wants a turn."""
         while True:
-            run_slices(jobs, between_steps=self._between_steps)
+            training.run_slices(jobs, between_steps=self._between_steps)
             if any(job.finished or job.failure for job in jobs) or self._inbox.has_turns():
                 break
             self._answer_predictions()
