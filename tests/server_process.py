@@ -3,11 +3,14 @@
 import json
 import os
 import pkgutil
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import cbp
@@ -17,6 +20,7 @@ import cbp_server
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
 #: What Python writes of itself about exceptions that nobody took.
+_FIRST_EPHEMERAL_PORT = 32_768
 _COMPLAINTS = (
     "Traceback (most recent call last)",
     "Exception ignored in",
@@ -24,6 +28,16 @@ _COMPLAINTS = (
     "was never awaited",
     "was destroyed but it is pending",
 )
+
+
+def lasting_port() -> int:
+    """A free port that stays free while its server is down: none that the system gives to whoever asks for any."""
+    while True:
+        port = 10_000 + secrets.randbelow(_FIRST_EPHEMERAL_PORT - 10_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class ServerProcess:
@@ -51,7 +65,7 @@ class ServerProcess:
 
     def launch(self, *flags: str) -> None:
         """Starts the process and returns at once."""
-        ports = [self.grpc_target.rpartition(":")[2] or "0", self.http_url.rpartition(":")[2] or "0"]
+        ports = [target.rpartition(":")[2] or str(lasting_port()) for target in (self.grpc_target, self.http_url)]
         (self.data_dir / "endpoints.json").unlink(missing_ok=True)  # left behind by a killed server
         with self.log_path.open("ab") as log_file:
             self._process = subprocess.Popen(

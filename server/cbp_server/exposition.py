@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import orjson
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
@@ -22,8 +23,6 @@ _OPENMETRICS = "application/openmetrics-text"
 _OPENMETRICS_END = b"# EOF\n"
 #: Schemes that double underscores, for readers of names that Prometheus once could not read. Ours need none.
 _OTHER_ESCAPING = re.compile(r";\s*escaping=(?:dots|values)\b")
-#: Where Python writes a float as Go does.
-_WRITTEN_ALIKE = 1e6
 
 
 class Turns:
@@ -92,7 +91,7 @@ class LineCollector(Protocol):
     """Knows series by their lines."""
 
     async def collect_lines(self, turns: Turns) -> Sequence[tuple[Family, Sequence[str]]]:
-        """Each family and its text in pieces, of any number of lines each: see `label_set` and `number`."""
+        """Each family and its text in pieces, of any number of lines each: see `label_set` and `lines`."""
         ...
 
 
@@ -101,12 +100,12 @@ def label_set(**labels: str) -> str:
     return "{" + ",".join(f'{name}="{_quotable(value)}"' for name, value in sorted(labels.items())) + "}"
 
 
-def number(value: float) -> str:
-    """A sample's value."""
-    value = float(value)
-    if -_WRITTEN_ALIKE < value < _WRITTEN_ALIKE:
-        return repr(value)
-    return str(floatToGoString(value))  # type: ignore[no-untyped-call]
+def lines(name: str, label_sets: Iterable[str], values: Sequence[float | None]) -> str:
+    """The samples of a series for each set of labels whose value is known."""
+    written = orjson.dumps(values)[1:-1].decode().split(",") if values else []
+    if "null" in written:  # JSON knows neither infinity nor NaN
+        written = ["" if value is None else str(floatToGoString(value)) for value in values]  # type: ignore[no-untyped-call]
+    return "".join([f"{name}{of_one} {text}\n" for of_one, text in zip(label_sets, written, strict=True) if text])
 
 
 def _escaped(text: str) -> str:

@@ -136,7 +136,7 @@ LEARNER_GAUGES = (
     _gauge(
         "cbp_learner_quarantined",
         "1 while the learner is quarantined, otherwise 0; of the others, how many are.",
-        lambda learner: learner.quarantine is not None,
+        lambda learner: int(learner.quarantine is not None),
         Summary.SUM,
     ),
 )

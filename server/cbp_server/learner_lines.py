@@ -1,11 +1,11 @@
 """Series of one learner as lines of text, written anew only when the learner has changed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 from cbp import LayerPlasticity
 from cbp.plasticity import QUANTILES
-from cbp_server.exposition import label_set, number
+from cbp_server.exposition import label_set, lines
 from cbp_server.learner_families import (
     LAYER_GAUGES,
     LEARNER_COUNTERS,
@@ -29,7 +29,7 @@ class LearnerLines:
 
     def __init__(self, learner_id: str) -> None:
         self._learner_id = learner_id
-        self._labels = label_set(learner=learner_id)
+        self._own = (label_set(learner=learner_id),)
         self._layer_labels: dict[str, str] = {}
         self._quantile_labels: dict[str, tuple[str, ...]] = {}
         self._state: tuple[object, ...] = ()
@@ -48,37 +48,24 @@ class LearnerLines:
 
     def _write_state(self, learner: LearnerRecord) -> Iterable[str]:
         for counter in LEARNER_COUNTERS:
-            yield f"{counter.family.sample_name}{self._labels} {number(counter.read(learner.progress))}\n"
+            yield lines(counter.family.sample_name, self._own, [counter.read(learner.progress)])
         for gauge in LEARNER_GAUGES:
-            value = gauge.read(learner)
-            yield "" if value is None else f"{gauge.family.sample_name}{self._labels} {number(value)}\n"
-        yield "".join(
-            f"{REPLACEMENTS.sample_name}{self._labels_of(layer)} {number(replaced)}\n"
-            for layer, replaced in learner.progress.replacements.items()
-        )
+            yield lines(gauge.family.sample_name, self._own, [gauge.read(learner)])
+        replacements = learner.progress.replacements
+        yield lines(REPLACEMENTS.sample_name, map(self._labels_of, replacements), list(replacements.values()))
 
     def _write_sample(self, layers: Sequence[LayerPlasticity]) -> Iterable[str]:
         labels = [self._labels_of(layer.layer) for layer in layers]
         by_gauge = zip(*map(gauges_of_layer, layers), strict=True)
         for name, values in zip(_GAUGE_NAMES, by_gauge, strict=True):
-            yield "".join(
-                [
-                    f"{name}{of_layer} {number(value)}\n"
-                    for of_layer, value in zip(labels, values, strict=True)
-                    if value is not None
-                ]
-            )
-        yield self._write_quantiles(UNIT_AGE.name, layers, [layer.age_quantiles for layer in layers])
-        yield self._write_quantiles(UNIT_UTILITY.name, layers, [layer.utility_quantiles for layer in layers])
+            yield lines(name, labels, values)
+        yield self._write_quantiles(UNIT_AGE.name, {layer.layer: layer.age_quantiles for layer in layers})
+        yield self._write_quantiles(UNIT_UTILITY.name, {layer.layer: layer.utility_quantiles for layer in layers})
 
-    def _write_quantiles(
-        self, name: str, layers: Sequence[LayerPlasticity], quantiles: Sequence[tuple[float, ...] | None]
-    ) -> str:
-        labels = chain.from_iterable(
-            zip(self._labels_of_quantiles(layer.layer), values or (), strict=False)
-            for layer, values in zip(layers, quantiles, strict=True)
-        )
-        return "".join([f"{name}{of_quantile} {number(value)}\n" for of_quantile, value in labels])
+    def _write_quantiles(self, name: str, by_layer: Mapping[str, tuple[float, ...] | None]) -> str:
+        known = {layer: values for layer, values in by_layer.items() if values}
+        labels = chain.from_iterable(map(self._labels_of_quantiles, known))
+        return lines(name, labels, list(chain.from_iterable(known.values())))
 
     def _labels_of(self, layer: str) -> str:
         if layer not in self._layer_labels:

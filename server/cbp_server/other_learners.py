@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cbp import LayerPlasticity, LearnerProgress
-from cbp_server.exposition import label_set, number
+from cbp_server.exposition import label_set, lines
 from cbp_server.learner_families import (
     LAYER_GAUGES,
     LEARNER_COUNTERS,
@@ -71,27 +71,21 @@ class OtherLearners:
         """The text of each of `STATE_FAMILIES` and `SAMPLE_FAMILIES`, empty while there is no member."""
         if not self._members:
             return ("",) * len(STATE_FAMILIES + SAMPLE_FAMILIES)
-        labels = label_set(learner=OTHERS)
-        layer_labels = {layer: label_set(learner=OTHERS, layer=layer) for layer in self._layer_gauges}
-        of_layers = [(layer_labels[layer], numbers.summaries()) for layer, numbers in self._layer_gauges.items()]
+        own = (label_set(learner=OTHERS),)
+        of_layers = [numbers.summaries() for numbers in self._layer_gauges.values()]
         counters = [
-            f"{counter.family.sample_name}{labels} {number(increase)}\n"
+            lines(counter.family.sample_name, own, [increase])
             for counter, increase in zip(LEARNER_COUNTERS, self._increases, strict=True)
         ]
         gauges = [
-            "" if value is None else f"{gauge.family.sample_name}{labels} {number(value)}\n"
+            lines(gauge.family.sample_name, own, [value])
             for gauge, value in zip(LEARNER_GAUGES, self._gauges.summaries(), strict=True)
         ]
-        replacements = "".join(
-            f"{REPLACEMENTS.sample_name}{label_set(learner=OTHERS, layer=layer)} {number(increase)}\n"
-            for layer, increase in self._replacements.items()
+        replacements = lines(
+            REPLACEMENTS.sample_name, map(_labels_of, self._replacements), list(self._replacements.values())
         )
         layers = [
-            "".join(
-                f"{gauge.family.sample_name}{of_layer} {number(value)}\n"
-                for of_layer, summaries in of_layers
-                if (value := summaries[position]) is not None
-            )
+            lines(gauge.family.sample_name, map(_labels_of, self._layer_gauges), [each[position] for each in of_layers])
             for position, gauge in enumerate(LAYER_GAUGES)
         ]
         no_quantiles = [""] * (len(SAMPLE_FAMILIES) - len(LAYER_GAUGES))
@@ -107,6 +101,10 @@ class OtherLearners:
     def _forget_layers(self, learner_id: str, member: _Member) -> None:
         for layer in member.layers:
             self._layer_gauges[layer.layer].remove(learner_id)
+
+
+def _labels_of(layer: str) -> str:
+    return label_set(learner=OTHERS, layer=layer)
 
 
 class _Numbers:
@@ -145,9 +143,9 @@ class _Numbers:
             if not count:
                 found.append(None)
             elif summary is Summary.LOWEST:
-                found.append(least)
+                found.append(float(least))
             else:
-                found.append(total if summary is Summary.SUM else total / count)
+                found.append(float(total if summary is Summary.SUM else total / count))
         return found
 
     def _grow(self) -> None:
