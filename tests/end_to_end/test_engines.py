@@ -30,7 +30,7 @@ def check(wire, local):
 
 
 def wait_for_engine(wire, engine):
-    wait_until(lambda: wire.get("clicks").engine == engine)
+    wait_until(lambda: wire.get("clicks").engine == engine, seconds=240.0)  # it may have to be compiled
 
 
 def test_compiled_code_takes_the_steps_unless_told_otherwise(start_server, connect):
