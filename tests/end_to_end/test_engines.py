@@ -65,6 +65,7 @@ def test_another_engine_takes_over_at_an_entry_of_the_journal(start_server, conn
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_a_stream_does_not_wait_for_the_compiler(start_server, connect, small_spec, examples, tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "code"))
     server = start_server("--checkpoint-interval", "1000000")
