@@ -1,0 +1,53 @@
+from .batches import Batch
+from .continual_backprop import ContinualBackprop
+from .engines.choice import choose_engine, compile_ahead, compiled_before
+from .engines.eager_engine import EngineName
+from .errors import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
+from .learner import Learner, TrainResult
+from .named_units import HiddenUnits
+from .plasticity import LayerPlasticity, PlasticitySample
+from .progress import LearnerProgress, TaskRecord
+from .serialization import LearnerSnapshot
+from .spec import (
+    AdamSpec,
+    AdamWSpec,
+    LearnerSpec,
+    LossSpec,
+    MlpSpec,
+    MonitoringSpec,
+    ResetSpec,
+    SgdSpec,
+)
+from .stack import train_together
+
+__all__ = [
+    "AdamSpec",
+    "AdamWSpec",
+    "Batch",
+    "BatchError",
+    "CbpError",
+    "ContinualBackprop",
+    "DivergenceError",
+    "EngineName",
+    "FieldViolation",
+    "HiddenUnits",
+    "LayerPlasticity",
+    "Learner",
+    "LearnerProgress",
+    "LearnerSnapshot",
+    "LearnerSpec",
+    "LossSpec",
+    "MlpSpec",
+    "MonitoringSpec",
+    "PlasticitySample",
+    "ResetSpec",
+    "SgdSpec",
+    "SnapshotError",
+    "SpecError",
+    "TaskRecord",
+    "TrainResult",
+    "choose_engine",
+    "compile_ahead",
+    "compiled_before",
+    "train_together",
+]
