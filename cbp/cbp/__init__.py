@@ -18,6 +18,7 @@ from cbp.spec import (
     MlpSpec,
     MonitoringSpec,
     ResetSpec,
+    RmspropSpec,
     SgdSpec,
 )
 from cbp.stack import train_together
@@ -43,6 +44,7 @@ __all__ = [
     "MonitoringSpec",
     "PlasticitySample",
     "ResetSpec",
+    "RmspropSpec",
     "SgdSpec",
     "SnapshotError",
     "SpecError",

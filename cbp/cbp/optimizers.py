@@ -1,24 +1,36 @@
-"""Stochastic gradient descent, Adam and AdamW over flat parameters.
+"""Stochastic gradient descent, RMSprop, Adam and AdamW over flat parameters.
 
 State is a named record of [L, P] tensors laid out like the parameters; a reset zeroes its entries for the replaced
 weights. Settings are [L, 1], so that learners with settings of their own share one call.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cbp.networks import FlatLayers, flat_layers
-from cbp.spec import AdamSpec, AdamWSpec, MlpSpec, SgdSpec
+from cbp.spec import AdamSpec, AdamWSpec, MlpSpec, RmspropSpec, SgdSpec
 
-AnyOptimizerSpec = SgdSpec | AdamSpec | AdamWSpec
+AnyOptimizerSpec = SgdSpec | RmspropSpec | AdamSpec | AdamWSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class SgdSettings:
     negative_lr: Tensor
+    momentum: Tensor
+    weight_decay: Tensor
+    uses_weight_decay: bool
+    nesterov: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmspropSettings:
+    negative_lr: Tensor
+    alpha: Tensor
+    one_minus_alpha: Tensor
+    epsilon: Tensor
     momentum: Tensor
     weight_decay: Tensor
     uses_weight_decay: bool
@@ -40,11 +52,11 @@ class AdamSettings:
     """1 − lr · weight_decay, AdamW's factor."""
 
 
-Settings = SgdSettings | AdamSettings
+Settings = SgdSettings | RmspropSettings | AdamSettings
 
 
 def settings(specs: Sequence[AnyOptimizerSpec], device: torch.device) -> Settings:
-    """The settings of L learners, all with the same kind of optimizer."""
+    """The settings of L learners, all with the same kind of optimizer; of SGD, all or none with Nesterov's momentum."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).to(device, torch.float32).unsqueeze(1)
@@ -59,8 +71,20 @@ def settings(specs: Sequence[AnyOptimizerSpec], device: torch.device) -> Setting
             momentum=column([spec.momentum for spec in sgd]),
             weight_decay=weight_decay,
             uses_weight_decay=uses_weight_decay,
+            nesterov=sgd[0].nesterov,
         )
-    adam = [spec for spec in specs if not isinstance(spec, SgdSpec)]
+    rmsprop = [spec for spec in specs if isinstance(spec, RmspropSpec)]
+    if rmsprop:
+        return RmspropSettings(
+            negative_lr=negative_lr,
+            alpha=column([spec.alpha for spec in rmsprop]),
+            one_minus_alpha=column([1 - spec.alpha for spec in rmsprop]),
+            epsilon=column([spec.epsilon for spec in rmsprop]),
+            momentum=column([spec.momentum for spec in rmsprop]),
+            weight_decay=weight_decay,
+            uses_weight_decay=uses_weight_decay,
+        )
+    adam = [spec for spec in specs if isinstance(spec, AdamSpec | AdamWSpec)]
     return AdamSettings(
         negative_lr=negative_lr,
         one_minus_beta1=column([1 - spec.beta1 for spec in adam]),
@@ -95,6 +119,21 @@ class SgdState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RmspropState:
+    square_average: FlatLayers
+    momentum: FlatLayers | None
+    """The running update; None while no learner uses momentum."""
+
+    def slots(self) -> dict[str, FlatLayers]:
+        momentum = {} if self.momentum is None else {"momentum": self.momentum}
+        return {"square_average": self.square_average} | momentum
+
+    def overflowing_unseen(self) -> tuple[FlatLayers, ...]:
+        """As `AdamState` has it."""
+        return (self.square_average,)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdamState:
     first_moment: FlatLayers
     second_moment: FlatLayers
@@ -110,12 +149,15 @@ class AdamState:
         return (self.second_moment,)
 
 
-OptimizerState = SgdState | AdamState
+OptimizerState = SgdState | RmspropState | AdamState
 
 
 def initial_state(specs: Sequence[AnyOptimizerSpec], network: MlpSpec, device: torch.device) -> OptimizerState:
+    momentum = flat_layers(network, len(specs), device) if uses_momentum(specs) else None
     if isinstance(specs[0], SgdSpec):
-        return SgdState(momentum=flat_layers(network, len(specs), device) if _use_momentum(specs) else None)
+        return SgdState(momentum=momentum)
+    if isinstance(specs[0], RmspropSpec):
+        return RmspropState(square_average=flat_layers(network, len(specs), device), momentum=momentum)
     return AdamState(
         first_moment=flat_layers(network, len(specs), device),
         second_moment=flat_layers(network, len(specs), device),
@@ -129,14 +171,15 @@ def adjusted_state(
     """The state to go on with after settings, though not the kind of optimizer, have changed."""
     if isinstance(state, AdamState):
         return state
-    if not _use_momentum(specs):
-        return SgdState(momentum=None)
+    if not uses_momentum(specs):
+        return replace(state, momentum=None)
     # Momentum 0 keeps nothing of the last step, so a buffer that was not needed is as good as one of zeros.
-    return SgdState(momentum=state.momentum or flat_layers(network, len(specs), device))
+    return replace(state, momentum=state.momentum or flat_layers(network, len(specs), device))
 
 
-def _use_momentum(specs: Sequence[AnyOptimizerSpec]) -> bool:
-    return any(isinstance(spec, SgdSpec) and spec.momentum > 0 for spec in specs)
+def uses_momentum(specs: Sequence[AnyOptimizerSpec]) -> bool:
+    """Whether any of them keeps a running update; Adam's first moment is none."""
+    return any(isinstance(spec, SgdSpec | RmspropSpec) and spec.momentum > 0 for spec in specs)
 
 
 def update(parameters: Tensor, gradient: Tensor, state: OptimizerState, settings: Settings) -> None:
@@ -144,6 +187,8 @@ def update(parameters: Tensor, gradient: Tensor, state: OptimizerState, settings
     match state, settings:
         case SgdState(), SgdSettings():
             _sgd(parameters, gradient, state, settings)
+        case RmspropState(), RmspropSettings():
+            _rmsprop(parameters, gradient, state, settings)
         case AdamState(), AdamSettings():
             _adam(parameters, gradient, state, settings)
         case _:
@@ -154,8 +199,21 @@ def _sgd(parameters: Tensor, gradient: Tensor, state: SgdState, settings: SgdSet
     if settings.uses_weight_decay:
         gradient.addcmul_(parameters, settings.weight_decay)
     if state.momentum is not None:
-        gradient = state.momentum.flat.mul_(settings.momentum).add_(gradient)
+        running = state.momentum.flat.mul_(settings.momentum).add_(gradient)
+        gradient = gradient.addcmul_(running, settings.momentum) if settings.nesterov else running
     parameters.addcmul_(gradient, settings.negative_lr)
+
+
+def _rmsprop(parameters: Tensor, gradient: Tensor, state: RmspropState, settings: RmspropSettings) -> None:
+    """As `torch.optim.RMSprop` has it. Nothing counts steps, so a fresh weight starts like those of a fresh network."""
+    if settings.uses_weight_decay:
+        gradient.addcmul_(parameters, settings.weight_decay)
+    average = state.square_average.flat
+    average.mul_(settings.alpha).addcmul_(gradient.square(), settings.one_minus_alpha)
+    direction = gradient.div_(average.sqrt().add_(settings.epsilon))
+    if state.momentum is not None:
+        direction = state.momentum.flat.mul_(settings.momentum).add_(direction)
+    parameters.addcmul_(direction, settings.negative_lr)
 
 
 def _adam(parameters: Tensor, gradient: Tensor, state: AdamState, settings: AdamSettings) -> None:

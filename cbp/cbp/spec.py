@@ -10,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from cbp.errors import FieldViolation, SpecError, shown
@@ -152,7 +162,7 @@ def _description(details: ErrorDetails) -> str:
 
 _FIELD_VIOLATION = "field_violation"
 _TAG_ERRORS = frozenset({"union_tag_invalid", "union_tag_not_found"})
-_UNION_TAGS = ("sgd", "adam", "adamw")
+_UNION_TAGS = ("sgd", "rmsprop", "adam", "adamw")
 
 
 def _contradiction(field: str, description: str) -> PydanticCustomError:
@@ -225,6 +235,34 @@ class SgdSpec(_Spec):
     """Share of the last update that carries over, from 0 up to but not including 1. 0 by default, as published."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """L2 coefficient, added to the gradient as weight_decay times the parameter."""
+    nesterov: bool = False
+    """Whether a step looks one update ahead (Sutskever et al. 2013, in PyTorch's form): the gradient plus momentum times
+    the running update, in place of that update itself. Needs momentum."""
+
+    @field_validator("nesterov")
+    @classmethod
+    def _nesterov_needs_momentum(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("momentum") == 0:
+            raise PydanticCustomError("nesterov", "Nesterov needs momentum; set momentum above 0, or nesterov to false")
+        return value
+
+
+class RmspropSpec(_Spec):
+    """RMSprop (Tieleman & Hinton 2012) by PyTorch's formula, not centred: with the mean square
+    v ← alpha · v + (1 − alpha) · g², a step is lr · g / (√v + epsilon)."""
+
+    kind: Literal["rmsprop"] = "rmsprop"
+    lr: Positive
+    """Learning rate, above 0. No default: it depends on the data."""
+    alpha: Decay = 0.99
+    """Decay of the mean squared gradient, from 0 up to but not including 1; PyTorch's default. The mean starts from 0,
+    and is not corrected for it: first steps of a weight, also after its reset, are up to 1/√(1 − alpha) times lr."""
+    epsilon: Positive = 1e-8
+    """Added to the denominator, above 0; PyTorch's default."""
+    momentum: Decay = 0.0
+    """Share of the last update that carries over, from 0 up to but not including 1; PyTorch's default."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """L2 coefficient, added to the gradient as weight_decay times the parameter."""
 
 
 class _AdamSpec(_Spec):
@@ -254,7 +292,7 @@ class AdamWSpec(_AdamSpec):
     """Share of each parameter, times the learning rate, subtracted at every step; PyTorch's default."""
 
 
-OptimizerSpec = Annotated[SgdSpec | AdamSpec | AdamWSpec, Field(discriminator="kind")]
+OptimizerSpec = Annotated[SgdSpec | RmspropSpec | AdamSpec | AdamWSpec, Field(discriminator="kind")]
 
 
 class ResetSpec(_Spec):

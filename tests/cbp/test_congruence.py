@@ -25,6 +25,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"kind": "sgd", "lr": 0.02},
     "decay": {"kind": "sgd", "lr": 0.02, "weight_decay": 0.01},
     "momentum": {"kind": "sgd", "lr": 0.01, "momentum": 0.9},
+    "nesterov": {"kind": "sgd", "lr": 0.01, "momentum": 0.9, "nesterov": True},
+    "rmsprop": {"kind": "rmsprop", "lr": 0.002, "weight_decay": 0.01},
+    "rmsprop_momentum": {"kind": "rmsprop", "lr": 0.0005, "momentum": 0.9, "alpha": 0.9, "epsilon": 1e-6},
     "adam": {"kind": "adam", "lr": 0.003, "weight_decay": 0.01},
     "adamw": {"kind": "adamw", "lr": 0.003, "beta1": 0.4, "beta2": 0.99},
 }

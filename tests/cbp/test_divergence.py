@@ -13,7 +13,7 @@ from cbp import Batch, CbpError, DivergenceError, Learner, LearnerSpec
 MakeSpec = Callable[..., LearnerSpec]
 MakeBatch = Callable[..., Batch]
 
-OPTIMIZERS: list[dict[str, Any]] = [{"kind": kind, "lr": 1e30} for kind in ("sgd", "adam", "adamw")]
+OPTIMIZERS: list[dict[str, Any]] = [{"kind": kind, "lr": 1e30} for kind in ("sgd", "rmsprop", "adam", "adamw")]
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "huber", "binary_cross_entropy"])
@@ -62,7 +62,7 @@ def test_parameters_are_checked_after_the_last_step(kind: str, make_spec: MakeSp
     assert (raised.value.step, raised.value.what) == (1, "parameters")
 
 
-@pytest.mark.parametrize("kind", ["adam", "adamw"])
+@pytest.mark.parametrize("kind", ["rmsprop", "adam", "adamw"])
 def test_an_infinite_second_moment_is_noticed(kind: str, make_spec: MakeSpec) -> None:
     """It would leave loss and parameters finite, and its parameters without a step for ever."""
     spec = make_spec(optimizer={"kind": kind, "lr": 1e-3})

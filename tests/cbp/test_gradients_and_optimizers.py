@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cbp import Batch, Learner, LearnerSpec
+from cbp.engines.eager_engine import EngineName
 from cbp.spec import Activation, LossKind
 
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
@@ -34,6 +35,19 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], Callable[[Any], torch.optim.Optimize
     "sgd_momentum_decay": (
         {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    ),
+    "sgd_nesterov": (
+        {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    ),
+    "sgd_nesterov_decay": (
+        {"kind": "sgd", "lr": 0.05, "momentum": 0.7, "nesterov": True, "weight_decay": 0.01},
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.7, nesterov=True, weight_decay=0.01),
+    ),
+    "rmsprop": ({"kind": "rmsprop", "lr": 0.005}, lambda p: torch.optim.RMSprop(p, lr=0.005)),
+    "rmsprop_all": (
+        {"kind": "rmsprop", "lr": 0.005, "alpha": 0.8, "epsilon": 1e-5, "momentum": 0.6, "weight_decay": 0.05},
+        lambda p: torch.optim.RMSprop(p, lr=0.005, alpha=0.8, eps=1e-5, momentum=0.6, weight_decay=0.05),
     ),
     "adam": ({"kind": "adam", "lr": 0.01}, lambda p: torch.optim.Adam(p, lr=0.01)),
     "adam_decay": (
@@ -65,8 +79,9 @@ def assert_trains_alike(
     optimizer_of: Callable[[Any], torch.optim.Optimizer],
     steps: int,
     weighted: bool,
+    engine: EngineName = "torch",
 ) -> None:
-    learner = Learner(spec)
+    learner = Learner(spec, engine=engine)
     module = module_like(learner)
     optimizer = optimizer_of(module.parameters())
     loss_of = LOSSES[spec.loss.kind]
@@ -110,7 +125,9 @@ def test_gradients_are_autograds(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("engine", get_args(EngineName))
 def test_optimizers_are_those_of_torch(
+    engine: EngineName,
     optimizer: str,
     loss: LossKind,
     batch_size: int,
@@ -127,4 +144,4 @@ def test_optimizers_are_those_of_torch(
         batch_size=batch_size,
         resets__layers="none",
     )
-    assert_trains_alike(spec, make_batch, optimizer_of, steps=12, weighted=False)
+    assert_trains_alike(spec, make_batch, optimizer_of, steps=12, weighted=False, engine=engine)

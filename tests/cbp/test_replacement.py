@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from read_back import NoReadBack
 
 from cbp import Batch, Learner, LearnerSpec, losses
+from cbp.engines.eager_engine import EngineName
 from cbp.engines.torch_engine import TorchEngine, initial_stack
 from cbp.networks import LinearLayers, initial_bounds
 from cbp.replacement import (
@@ -294,6 +295,29 @@ def test_momentum_moments_and_step_counts_of_exactly_the_replaced_weights_are_ze
         assert torch.equal(slots["steps"].biases[layer][0], age[layer].float())
         for moment in ("first_moment", "second_moment"):
             assert torch.equal(slots[moment].weights[layer][0] == 0, counted == 0)
+
+
+@pytest.mark.parametrize("engine", get_args(EngineName))
+def test_a_reset_weight_starts_like_a_new_one_under_rmsprop(
+    engine: EngineName, make_spec: Callable[..., LearnerSpec], make_batch: Callable[..., Batch]
+) -> None:
+    """Nothing of its past is left, so its first step is the 1/√(1 − alpha) · lr of every first step."""
+    optimizer = {"kind": "rmsprop", "lr": 1e-3, "alpha": 0.75, "momentum": 0.5, "epsilon": 1e-12}
+    spec = make_spec(optimizer=optimizer, network__activation="tanh")
+    learner = Learner(spec, engine=engine)
+    learner.train(make_batch(spec, 60))
+    state = learner._state
+    learner.reset_units([0], 0.25)
+    newborns = (state.units.age[0, :8] == 0).nonzero()[:, 0]
+    assert len(newborns) >= 2
+    for slot in state.optimizer.slots().values():
+        assert not slot.weights[0][0][newborns].any()
+        assert not slot.biases[0][0][newborns].any()
+        assert not slot.weights[1][0][:, newborns].any()
+        assert slot.weights[1][0].any()
+    learner.train(make_batch(spec, 2, seed=1))
+    moved = state.parameters.weights[1][0][:, newborns].abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 2e-3), rtol=1e-3, atol=0)
 
 
 def test_zeroed_outgoing_weights_do_not_move_before_the_next_gradient(

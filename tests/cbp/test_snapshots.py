@@ -16,6 +16,9 @@ MakeBatch = Callable[..., Batch]
 OPTIMIZERS: list[dict[str, Any]] = [
     {"kind": "sgd", "lr": 0.05},
     {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3},
+    {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
+    {"kind": "rmsprop", "lr": 0.005},
+    {"kind": "rmsprop", "lr": 0.005, "momentum": 0.5},
     {"kind": "adam", "lr": 0.01},
     {"kind": "adamw", "lr": 0.01},
 ]

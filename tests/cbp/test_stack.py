@@ -34,6 +34,9 @@ OPTIMIZERS: Mapping[str, dict[str, Any]] = {
     "sgd": {"kind": "sgd", "lr": 0.05},
     "decay": {"kind": "sgd", "lr": 0.02, "weight_decay": 0.01},
     "momentum": {"kind": "sgd", "lr": 0.02, "momentum": 0.9},
+    "nesterov": {"kind": "sgd", "lr": 0.02, "momentum": 0.9, "nesterov": True},
+    "rmsprop": {"kind": "rmsprop", "lr": 0.003},
+    "rmsprop_momentum": {"kind": "rmsprop", "lr": 0.001, "momentum": 0.9, "weight_decay": 0.01},
     "adam": {"kind": "adam", "lr": 0.01},
     "adamw": {"kind": "adamw", "lr": 0.01},
 }

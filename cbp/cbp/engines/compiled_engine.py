@@ -26,11 +26,11 @@ from cbp.engines.eager_engine import EagerEngine, EngineName, Work
 from cbp.engines.kernels import Real, Sum, Table
 from cbp.engines.torch_engine import StackState, initial_stack
 from cbp.networks import FlatLayers, initial_bounds, laid_out
-from cbp.optimizers import AdamState, SgdState
+from cbp.optimizers import AdamState, RmspropState, SgdState
 from cbp.pending import Examples, Probe
 from cbp.progress import Tally
 from cbp.replacement import DrawSource, ReplacementSchedule
-from cbp.spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, SgdSpec, Utility
+from cbp.spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, RmspropSpec, SgdSpec, Utility
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -116,8 +116,14 @@ class CompiledEngine(EagerEngine):
             case SgdState(momentum=None):
                 table[Table.OPTIMIZER] = kernels.SGD
             case SgdState(momentum=FlatLayers() as momentum):
-                table[Table.OPTIMIZER] = kernels.MOMENTUM_SGD
+                nesterov = isinstance(optimizer, SgdSpec) and optimizer.nesterov
+                table[Table.OPTIMIZER] = kernels.NESTEROV_SGD if nesterov else kernels.MOMENTUM_SGD
                 table[Table.MOMENTUM] = _address(momentum)
+            case RmspropState():
+                running = state.optimizer.momentum
+                table[Table.OPTIMIZER] = kernels.RMSPROP if running is None else kernels.MOMENTUM_RMSPROP
+                table[Table.MOMENTUM] = 0 if running is None else _address(running)
+                table[Table.SECOND_MOMENT] = _address(state.optimizer.square_average)
             case AdamState():
                 table[Table.OPTIMIZER] = kernels.ADAMW if optimizer.kind == "adamw" else kernels.ADAM
                 table[Table.MOMENTUM] = _address(state.optimizer.first_moment)
@@ -145,7 +151,7 @@ class CompiledEngine(EagerEngine):
         )
         self.table[Table.REMEMBERS] = remembers
         remembered = remembers and max(widths[:-2]) >= kernels.LARGE
-        self._assumes = remembered or not isinstance(optimizer, SgdSpec)
+        self._assumes = remembered or isinstance(optimizer, AdamSpec | AdamWSpec)
         turned = [
             bool(kernels.is_turned(int(remembers), depth, layer, before, after))
             for layer, (before, after) in enumerate(itertools.pairwise(widths))
@@ -179,7 +185,7 @@ class CompiledEngine(EagerEngine):
         """What a step takes, about."""
         parameters = self.spec.parameter_count
         nanoseconds = 500.0 + (0.25 + 0.05 * step_size) * parameters
-        if self.table[Table.OPTIMIZER] >= kernels.ADAM:
+        if self.table[Table.OPTIMIZER] >= kernels.RMSPROP:
             nanoseconds += 2.0 * parameters
         return nanoseconds
 
@@ -452,6 +458,11 @@ def _reals(spec: LearnerSpec) -> NDArray[np.float32]:
     match optimizer:
         case SgdSpec():
             reals[Real.MOMENTUM] = optimizer.momentum
+        case RmspropSpec():
+            reals[Real.MOMENTUM] = optimizer.momentum
+            reals[Real.BETA2] = optimizer.alpha
+            reals[Real.ONE_MINUS_BETA2] = 1 - optimizer.alpha
+            reals[Real.EPSILON] = optimizer.epsilon
         case AdamSpec() | AdamWSpec():
             reals[Real.ONE_MINUS_BETA1] = 1 - optimizer.beta1
             reals[Real.BETA2] = optimizer.beta2

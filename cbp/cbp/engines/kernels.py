@@ -120,7 +120,7 @@ class Sum(IntEnum):
     PARAMETERS = 5
     """All parameters' magnitudes after the last step; not finite if one of them is not."""
     MOMENTS = 6
-    """Adam's second moments after the last step."""
+    """Adam's second moments, or RMSprop's mean squares, after the last step."""
     COUNT = 7
 
 
@@ -132,6 +132,7 @@ class Real(IntEnum):
     WEIGHT_DECAY = 2
     ONE_MINUS_BETA1 = 3
     BETA2 = 4
+    """Of RMSprop, alpha."""
     ONE_MINUS_BETA2 = 5
     LOG_BETA1 = 6
     LOG_BETA2 = 7
@@ -148,7 +149,7 @@ class Real(IntEnum):
 
 RELU, LEAKY_RELU, ELU, SELU, GELU, SILU, TANH, SIGMOID, IDENTITY = range(9)
 CROSS_ENTROPY, MSE, HUBER, BINARY_CROSS_ENTROPY = range(4)
-SGD, MOMENTUM_SGD, ADAM, ADAMW = range(4)
+SGD, MOMENTUM_SGD, NESTEROV_SGD, RMSPROP, MOMENTUM_RMSPROP, ADAM, ADAMW = range(7)
 CONTRIBUTION, ZERO_CONTRIBUTION, ADAPTABLE_CONTRIBUTION, WEIGHT, ADAPTATION, FEATURE_BY_INPUT, RANDOM = range(7)
 
 _DEPTH, _BATCH, _ACTIVATION, _LOSS = int(Table.DEPTH), int(Table.BATCH), int(Table.ACTIVATION), int(Table.LOSS)
@@ -452,6 +453,54 @@ def _momentum_row(
         columns[i] += magnitude
         total += magnitude
     return total
+
+
+@in_any_order
+def _nesterov_row(
+    row: Floats, gradient: Floats, momentum: Floats, reals: Floats, decays: int, columns: Floats
+) -> Number:
+    negative_lr, kept, weight_decay = reals[_NEGATIVE_LR], reals[_MU], reals[_WEIGHT_DECAY]
+    if decays:
+        for i in range(len(row)):
+            gradient[i] += row[i] * weight_decay
+    total = _ZERO
+    for i in range(len(row)):
+        running = momentum[i] * kept + gradient[i]
+        momentum[i] = running
+        value = row[i] + (gradient[i] + running * kept) * negative_lr
+        row[i] = value
+        magnitude = abs(value)
+        columns[i] += magnitude
+        total += magnitude
+    return total
+
+
+@in_any_order
+def _rmsprop_row(
+    row: Floats, gradient: Floats, momentum: Floats, average: Floats, reals: Floats, decays: int, columns: Floats
+) -> tuple[Number, Number]:
+    """Without momentum its row is empty. Also returns the sum of the mean squares."""
+    negative_lr, weight_decay, epsilon = reals[_NEGATIVE_LR], reals[_WEIGHT_DECAY], reals[_EPSILON]
+    remembered, kept, gained = reals[_MU], reals[_BETA2], reals[_ONE_MINUS_BETA2]
+    if decays:
+        for i in range(len(row)):
+            gradient[i] += row[i] * weight_decay
+    total = averages = _ZERO
+    for i in range(len(row)):
+        square = average[i] * kept + gradient[i] * gradient[i] * gained
+        average[i] = square
+        averages += square
+        gradient[i] /= np.float32(math.sqrt(square)) + epsilon
+    for i in range(len(momentum)):
+        momentum[i] = momentum[i] * remembered + gradient[i]
+        gradient[i] = momentum[i]
+    for i in range(len(row)):
+        value = row[i] + gradient[i] * negative_lr
+        row[i] = value
+        magnitude = abs(value)
+        columns[i] += magnitude
+        total += magnitude
+    return total, averages
 
 
 @exactly
@@ -898,7 +947,7 @@ def _backward(
     second_factors: Floats,
 ) -> tuple[Number, Number]:
     """From the last layer to the first; for any optimizer. Returns the sums of the parameters' magnitudes, and of
-    Adam's second moments."""
+    Adam's second moments or RMSprop's mean squares."""
     depth, batch, width = table[_DEPTH], table[_BATCH], table[_WIDTHS]
     kind, decays = table[_OPTIMIZER], table[_DECAYS_WEIGHTS]
     widest = 0
@@ -962,6 +1011,14 @@ def _backward(
             elif kind == MOMENTUM_SGD:
                 momentum = _row(table[_MOMENTUM] + at, before)
                 incoming[o] = _momentum_row(weight[o], row_gradient, momentum, reals, decays, columns)
+            elif kind == NESTEROV_SGD:
+                momentum = _row(table[_MOMENTUM] + at, before)
+                incoming[o] = _nesterov_row(weight[o], row_gradient, momentum, reals, decays, columns)
+            elif kind < ADAM:
+                momentum = _row(table[_MOMENTUM] + at, before if kind == MOMENTUM_RMSPROP else 0)
+                average = _row(table[_SECOND_MOMENT] + at, before)
+                incoming[o], moments = _rmsprop_row(weight[o], row_gradient, momentum, average, reals, decays, columns)
+                moment_sum += moments
             else:
                 incoming[o], moments = _adam_row(
                     weight[o],
@@ -990,6 +1047,15 @@ def _backward(
         elif kind == MOMENTUM_SGD:
             momentum = _row(table[_MOMENTUM] + at, after)
             parameter_sum += _momentum_row(bias, bias_gradient, momentum, reals, decays, unused)
+        elif kind == NESTEROV_SGD:
+            momentum = _row(table[_MOMENTUM] + at, after)
+            parameter_sum += _nesterov_row(bias, bias_gradient, momentum, reals, decays, unused)
+        elif kind < ADAM:
+            momentum = _row(table[_MOMENTUM] + at, after if kind == MOMENTUM_RMSPROP else 0)
+            average = _row(table[_SECOND_MOMENT] + at, after)
+            magnitudes, moments = _rmsprop_row(bias, bias_gradient, momentum, average, reals, decays, unused)
+            parameter_sum += magnitudes
+            moment_sum += moments
         else:
             magnitudes, moments = _adam_row(
                 bias,

@@ -28,7 +28,7 @@ from cbp.networks import flat_layers
 from cbp.pending import Examples, Probe
 from cbp.progress import Tally
 from cbp.replacement import DrawSource, UnitState
-from cbp.spec import LearnerSpec, LossSpec, MlpSpec, Utility
+from cbp.spec import LearnerSpec, LossSpec, MlpSpec, SgdSpec, Utility
 
 _CPU_WIDTHS = (64, 32)
 """Multiples of the floats that two vector instructions take together, so that none of a row's numbers is left over for
@@ -50,6 +50,7 @@ class _Kind:
     loss: LossSpec
     optimizer: str
     uses_momentum: bool
+    nesterov: bool
     uses_weight_decay: bool
     utility: Utility
     step_size: int
@@ -94,8 +95,8 @@ class StackedEngine(EagerEngine):
             network=spec.network,
             loss=spec.loss,
             optimizer=spec.optimizer.kind,
-            uses_momentum=isinstance(self.state.optimizer, optimizers.SgdState)
-            and self.state.optimizer.momentum is not None,
+            uses_momentum=optimizers.uses_momentum([spec.optimizer]),
+            nesterov=isinstance(spec.optimizer, SgdSpec) and spec.optimizer.nesterov,
             uses_weight_decay=spec.optimizer.weight_decay > 0,
             utility=spec.resets.utility,
             step_size=step_size,
