@@ -80,6 +80,7 @@ Real = Annotated[
 Positive = Annotated[Real, Field(gt=0), AfterValidator(_refuse_float32_underflow)]
 Width = Annotated[Whole, Field(ge=1)]
 Rate = Annotated[Real, Field(ge=0, le=1)]
+Share = Annotated[Positive, Field(le=1)]
 Decay = Annotated[Real, Field(ge=0, lt=1)]
 
 
@@ -236,8 +237,8 @@ class SgdSpec(_Spec):
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """L2 coefficient, added to the gradient as weight_decay times the parameter."""
     nesterov: bool = False
-    """Whether a step looks one update ahead (Sutskever et al. 2013, in PyTorch's form): the gradient plus momentum times
-    the running update, in place of that update itself. Needs momentum."""
+    """Whether a step looks one update ahead (Sutskever et al. 2013, in PyTorch's form): the gradient plus momentum
+    times the running update, in place of that update itself. Needs momentum."""
 
     @field_validator("nesterov")
     @classmethod
@@ -320,6 +321,15 @@ class ResetSpec(_Spec):
     bias_compensation: bool = True
     """Whether the next layer's bias takes over a removed unit's mean output, so that the mean prediction stays.
     The paper intends it, the published code does not do it."""
+    strength: Share = 1.0
+    """How far a reset goes, above 0 up to 1. Incoming weights and bias go this share of the way to those of a newborn,
+    outgoing weights lose this share. 1 by default, as published: a newborn in the unit's place."""
+    max_replacements: Annotated[Whole, Field(ge=1)] | None = None
+    """Units of each layer that the rates may reset in one window of steps, at least 1; None for no such limit. What
+    would go beyond it stays, and is not made up for later."""
+    replacement_window: Annotated[Whole, Field(ge=1)] = 1000
+    """Steps in one window of max_replacements: the first is from step 1 to step 1000 by default, ten times the maturity
+    threshold. Windows do not overlap, so as much may go at the end of one and again at the start of the next."""
 
     def rates(self, hidden_layers: Sequence[str]) -> tuple[float, ...]:
         """The rate in force in each of a network's hidden layers; 0 where units are not reset.

@@ -21,6 +21,7 @@ def test_defaults_are_the_papers() -> None:
     assert (spec.resets.layers, spec.resets.replacement_rate, spec.resets.maturity_threshold) == ("all", 1e-4, 100)
     assert (spec.resets.decay_rate, spec.resets.utility) == (0.99, "adaptable_contribution")
     assert spec.resets.bias_compensation
+    assert (spec.resets.strength, spec.resets.max_replacements) == (1.0, None)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,7 @@ def test_defaults_are_the_papers() -> None:
         {"optimizer": {"kind": "rmsprop", "lr": 1e-3, "alpha": 0.9, "momentum": 0.5}},
         {"optimizer": {"kind": "sgd", "lr": 1e-3, "momentum": 0.5, "nesterov": True}},
         {"resets": {"layers": [0, "2"], "layer_replacement_rates": {"hidden_2": 0.5}}},
+        {"resets": {"strength": 0.5, "max_replacements": 3, "replacement_window": 50}},
         {"resets": {"layers": "none"}, "monitoring": {"interval": 0}, "batch_size": 0, "seed": 2**63 - 1},
     ],
 )
@@ -118,6 +120,11 @@ def test_layers_may_be_named_or_numbered(resets: dict[str, Any], rates: tuple[fl
             "not reset",
         ),
         ({"resets": {"mt": 3}}, "resets.mt", "Unknown field"),
+        ({"resets": {"strength": 0}}, "resets.strength", "greater than 0; got 0"),
+        ({"resets": {"strength": 1.01}}, "resets.strength", "less than or equal to 1; got 1.01"),
+        ({"resets": {"max_replacements": 0}}, "resets.max_replacements", "greater than or equal to 1; got 0"),
+        ({"resets": {"max_replacements": 1.5}}, "resets.max_replacements", "got 1.5"),
+        ({"resets": {"replacement_window": 0}}, "resets.replacement_window", "greater than or equal to 1; got 0"),
         ({"resets": {"decay_rate": 1.0}}, "resets.decay_rate", "less than 1"),
         ({"monitoring": {"probe_size": 0}}, "monitoring.probe_size", "got 0"),
     ],

@@ -298,7 +298,8 @@ class CompiledEngine(EagerEngine):
     def replace_due_units(self) -> None:
         state = self.state
         counts = state.schedules[0].advance(state.steps[0])
-        assert counts is not None
+        if counts is None:  # what is due may be beyond a limit
+            return
         self._replace([counts], published_order=self._published_order)
 
     def _replace(self, counts: Sequence[tuple[int, ...]], *, published_order: bool) -> None:
@@ -475,7 +476,8 @@ def _reals(spec: LearnerSpec) -> NDArray[np.float32]:
     reals[Real.ONE_MINUS_DECAY] = 1 - resets.decay_rate
     with np.errstate(divide="ignore"):
         reals[Real.LOG_DECAY] = np.log(resets.decay_rate)
-    reals[Real.BIAS_COMPENSATION] = resets.bias_compensation
+    reals[Real.BIAS_COMPENSATION] = resets.strength * resets.bias_compensation
+    reals[Real.STRENGTH], reals[Real.KEPT] = resets.strength, 1 - resets.strength
     reals[Real.DELTA] = spec.loss.delta
     return reals.astype(np.float32)
 

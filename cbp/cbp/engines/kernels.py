@@ -141,10 +141,15 @@ class Real(IntEnum):
     ONE_MINUS_DECAY = 10
     LOG_DECAY = 11
     BIAS_COMPENSATION = 12
+    """The share of a unit's mean that is handed on."""
     DELTA = 13
     SCALE = 14
     """What the loss's residual is multiplied by, apart from the example's weight."""
-    COUNT = 15
+    STRENGTH = 15
+    """Of a reset."""
+    KEPT = 16
+    """1 − strength"""
+    COUNT = 17
 
 
 RELU, LEAKY_RELU, ELU, SELU, GELU, SILU, TANH, SIGMOID, IDENTITY = range(9)
@@ -176,7 +181,7 @@ _ONE_MINUS_BETA1, _BETA2, _ONE_MINUS_BETA2 = int(Real.ONE_MINUS_BETA1), int(Real
 _LOG_BETA1, _LOG_BETA2, _EPSILON = int(Real.LOG_BETA1), int(Real.LOG_BETA2), int(Real.EPSILON)
 _SHRINKAGE, _ONE_MINUS_DECAY, _LOG_DECAY = int(Real.SHRINKAGE), int(Real.ONE_MINUS_DECAY), int(Real.LOG_DECAY)
 _BIAS_COMPENSATION, _DELTA, _SCALE = int(Real.BIAS_COMPENSATION), int(Real.DELTA), int(Real.SCALE)
-_REAL_COUNT = int(Real.COUNT)
+_STRENGTH, _KEPT, _REAL_COUNT = int(Real.STRENGTH), int(Real.KEPT), int(Real.COUNT)
 
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
 _LEAKY_SLOPE = np.float32(0.01)
@@ -1440,6 +1445,7 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
     """
     depth = table[_DEPTH]
     reals = _row(table[_REALS], _REAL_COUNT)
+    strength, kept = reals[_STRENGTH], reals[_KEPT]
     chosen = np.empty((depth - 1, max(counts)), np.int64)
     place = 0
     unit = 0
@@ -1465,12 +1471,17 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
                 turned,
                 _row(table[_PARAMETERS] + 4 * (next_place + readers * after), readers),
                 reals[_LOG_DECAY],
+                reals[_BIAS_COMPENSATION],
             )
         for rank in range(counts[layer]):
             j = chosen[layer, rank]
-            _put_incoming(table, layer, place, j, drawn[start : start + before])
+            newborn = drawn[start : start + before]
+            if strength != _ONE:
+                newborn = _approached(table, layer, place, j, newborn, strength)
+            _put_incoming(table, layer, place, j, newborn)
             start += before
-            _row(table[_PARAMETERS] + 4 * (place + after * before + j), 1)[0] = _ZERO
+            bias = _row(table[_PARAMETERS] + 4 * (place + after * before + j), 1)
+            bias[0] = bias[0] * kept if strength != _ONE else _ZERO
             for slot in (table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
                 if slot:  # then no layer is turned
                     _row(slot + 4 * (place + j * before), before)[:] = _ZERO
@@ -1479,7 +1490,7 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
             _row(table[_MEANS] + 4 * (unit + j), 1)[0] = _ZERO
             _integers(table[_AGES] + 8 * (unit + j), 1)[0] = 0
         if published_order:
-            _forget_outgoing(table, layer, next_place, chosen[layer, : counts[layer]])
+            _silence(table, layer, next_place, chosen[layer, : counts[layer]], strength, kept)
         place = next_place
         unit += after
 
@@ -1488,7 +1499,7 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
         for layer in range(depth - 1):
             before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
             place += after * (before + 1)
-            _forget_outgoing(table, layer, place, chosen[layer, : counts[layer]])
+            _silence(table, layer, place, chosen[layer, : counts[layer]], strength, kept)
 
     bias_sum = _ZERO
     place = 0
@@ -1525,12 +1536,13 @@ def _compensate(
     turned: int,
     readers_bias: Floats,
     log_decay: Number,
+    share: Number,
 ) -> None:
-    """readers: the weights of the next layer, [in, out] if turned."""
+    """readers: the weights of the next layer, [in, out] if turned; share of the means that is handed on."""
     corrected = np.empty(len(chosen), np.float32)
     for rank in range(len(chosen)):
         j = chosen[rank]
-        corrected[rank] = means[j] / _bias_correction(ages[j], log_decay)
+        corrected[rank] = means[j] / _bias_correction(ages[j], log_decay) * share
     for o in range(len(readers_bias)):
         handed_on = _ZERO
         for rank in range(len(chosen)):
@@ -1540,24 +1552,43 @@ def _compensate(
 
 
 @exactly
-def _forget_outgoing(table: Integers, layer: int, place: int, chosen: Integers) -> None:
-    """Zeroes what the next layer, its weights at `place`, reads of the chosen units."""
+def _silence(table: Integers, layer: int, place: int, chosen: Integers, strength: Number, kept: Number) -> None:
+    """Zeroes what the next layer, its weights at `place`, reads of the chosen units, or scales it down."""
     after, readers = table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
     if is_turned(table[_REMEMBERS], table[_DEPTH], layer + 1, after, readers):
         weight = _rows(table[_PARAMETERS] + 4 * place, after, readers)
         fineness, incoming, outgoing = _sums_of(table, layer + 1)
         for j in chosen:
+            outgoing[j] = 0
             for o in range(readers):
                 incoming[o] -= np.int64(_multiples(weight[j, o], fineness))
-                weight[j, o] = _ZERO
-            outgoing[j] = 0
+                weight[j, o] = weight[j, o] * kept if strength != _ONE else _ZERO
+                left = np.int64(_multiples(weight[j, o], fineness))
+                incoming[o] += left
+                outgoing[j] += left
         return
-    for slot in (table[_PARAMETERS], table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
+    weight = _rows(table[_PARAMETERS] + 4 * place, readers, after)
+    for o in range(readers):
+        for j in chosen:
+            weight[o, j] = weight[o, j] * kept if strength != _ONE else _ZERO
+    for slot in (table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
         if slot:
-            weight = _rows(slot + 4 * place, readers, after)
+            remembered = _rows(slot + 4 * place, readers, after)
             for o in range(readers):
                 for j in chosen:
-                    weight[o, j] = _ZERO
+                    remembered[o, j] = _ZERO
+
+
+@exactly
+def _approached(table: Integers, layer: int, place: int, j: int, drawn: Floats, strength: Number) -> Floats:
+    """Incoming weights of unit j, at `place`, so far on the way to the drawn ones."""
+    before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+    turned = is_turned(table[_REMEMBERS], table[_DEPTH], layer, before, after)
+    weight = _rows(table[_PARAMETERS] + 4 * place, before if turned else after, after if turned else before)
+    reached = np.empty(before, np.float32)
+    for i in range(before):
+        reached[i] = _lerp(weight[i, j] if turned else weight[j, i], drawn[i], strength)
+    return reached
 
 
 @exactly

@@ -53,6 +53,7 @@ class _Kind:
     nesterov: bool
     uses_weight_decay: bool
     utility: Utility
+    resets_in_part: bool
     step_size: int
     device: torch.device
     published_order: bool
@@ -99,6 +100,7 @@ class StackedEngine(EagerEngine):
             nesterov=isinstance(spec.optimizer, SgdSpec) and spec.optimizer.nesterov,
             uses_weight_decay=spec.optimizer.weight_decay > 0,
             utility=spec.resets.utility,
+            resets_in_part=spec.resets.strength < 1,
             step_size=step_size,
             device=self.device,
             published_order=self._published_order,

@@ -412,6 +412,9 @@ class Resets(_message.Message):
     DECAY_RATE_FIELD_NUMBER: _builtins.int
     UTILITY_FIELD_NUMBER: _builtins.int
     BIAS_COMPENSATION_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    MAX_REPLACEMENTS_FIELD_NUMBER: _builtins.int
+    REPLACEMENT_WINDOW_FIELD_NUMBER: _builtins.int
     replacement_rate: _builtins.float
     """Share of a layer's mature units replaced at each step, from 0 to 1. Default 1e-4."""
     maturity_threshold: _builtins.int
@@ -421,6 +424,12 @@ class Resets(_message.Message):
     utility: Global___Utility.ValueType
     bias_compensation: _builtins.bool
     """Whether the next layer's bias takes over a removed unit's mean contribution. Default true."""
+    strength: _builtins.float
+    """How far a reset goes towards a newborn unit, above 0 up to 1. Default 1."""
+    max_replacements: _builtins.int
+    """Units of each layer that may be replaced in one window of steps, at least 1. Without it there is no such limit."""
+    replacement_window: _builtins.int
+    """Steps in one window. Default 1000."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """One of "all" (the default), "first" and "none"; or hidden layers by index ("0") or name ("hidden_0")."""
@@ -439,10 +448,13 @@ class Resets(_message.Message):
         decay_rate: _builtins.float | None = ...,
         utility: Global___Utility.ValueType = ...,
         bias_compensation: _builtins.bool | None = ...,
+        strength: _builtins.float | None = ...,
+        max_replacements: _builtins.int | None = ...,
+        replacement_window: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bias_compensation", b"_bias_compensation", "_decay_rate", b"_decay_rate", "_maturity_threshold", b"_maturity_threshold", "_replacement_rate", b"_replacement_rate", "bias_compensation", b"bias_compensation", "decay_rate", b"decay_rate", "maturity_threshold", b"maturity_threshold", "replacement_rate", b"replacement_rate"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bias_compensation", b"_bias_compensation", "_decay_rate", b"_decay_rate", "_maturity_threshold", b"_maturity_threshold", "_max_replacements", b"_max_replacements", "_replacement_rate", b"_replacement_rate", "_replacement_window", b"_replacement_window", "_strength", b"_strength", "bias_compensation", b"bias_compensation", "decay_rate", b"decay_rate", "maturity_threshold", b"maturity_threshold", "max_replacements", b"max_replacements", "replacement_rate", b"replacement_rate", "replacement_window", b"replacement_window", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bias_compensation", b"_bias_compensation", "_decay_rate", b"_decay_rate", "_maturity_threshold", b"_maturity_threshold", "_replacement_rate", b"_replacement_rate", "bias_compensation", b"bias_compensation", "decay_rate", b"decay_rate", "layer_replacement_rates", b"layer_replacement_rates", "layers", b"layers", "maturity_threshold", b"maturity_threshold", "replacement_rate", b"replacement_rate", "utility", b"utility"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bias_compensation", b"_bias_compensation", "_decay_rate", b"_decay_rate", "_maturity_threshold", b"_maturity_threshold", "_max_replacements", b"_max_replacements", "_replacement_rate", b"_replacement_rate", "_replacement_window", b"_replacement_window", "_strength", b"_strength", "bias_compensation", b"bias_compensation", "decay_rate", b"decay_rate", "layer_replacement_rates", b"layer_replacement_rates", "layers", b"layers", "maturity_threshold", b"maturity_threshold", "max_replacements", b"max_replacements", "replacement_rate", b"replacement_rate", "replacement_window", b"replacement_window", "strength", b"strength", "utility", b"utility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bias_compensation: _TypeAlias = _typing.Literal["bias_compensation"]  # noqa: Y015
     _WhichOneofArgType__bias_compensation: _TypeAlias = _typing.Literal["_bias_compensation", b"_bias_compensation"]  # noqa: Y015
@@ -450,8 +462,14 @@ class Resets(_message.Message):
     _WhichOneofArgType__decay_rate: _TypeAlias = _typing.Literal["_decay_rate", b"_decay_rate"]  # noqa: Y015
     _WhichOneofReturnType__maturity_threshold: _TypeAlias = _typing.Literal["maturity_threshold"]  # noqa: Y015
     _WhichOneofArgType__maturity_threshold: _TypeAlias = _typing.Literal["_maturity_threshold", b"_maturity_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__max_replacements: _TypeAlias = _typing.Literal["max_replacements"]  # noqa: Y015
+    _WhichOneofArgType__max_replacements: _TypeAlias = _typing.Literal["_max_replacements", b"_max_replacements"]  # noqa: Y015
     _WhichOneofReturnType__replacement_rate: _TypeAlias = _typing.Literal["replacement_rate"]  # noqa: Y015
     _WhichOneofArgType__replacement_rate: _TypeAlias = _typing.Literal["_replacement_rate", b"_replacement_rate"]  # noqa: Y015
+    _WhichOneofReturnType__replacement_window: _TypeAlias = _typing.Literal["replacement_window"]  # noqa: Y015
+    _WhichOneofArgType__replacement_window: _TypeAlias = _typing.Literal["_replacement_window", b"_replacement_window"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bias_compensation) -> _WhichOneofReturnType__bias_compensation | None: ...
     @_typing.overload
@@ -459,7 +477,13 @@ class Resets(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__maturity_threshold) -> _WhichOneofReturnType__maturity_threshold | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_replacements) -> _WhichOneofReturnType__max_replacements | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__replacement_rate) -> _WhichOneofReturnType__replacement_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replacement_window) -> _WhichOneofReturnType__replacement_window | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
 
 Global___Resets: _TypeAlias = Resets  # noqa: Y015
 
