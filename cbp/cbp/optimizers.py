@@ -4,6 +4,7 @@ State is a named record of [L, P] tensors laid out like the parameters; a reset 
 weights. Settings are [L, 1], so that learners with settings of their own share one call.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,11 +14,21 @@ from torch import Tensor
 from cbp.networks import FlatLayers, flat_layers
 from cbp.spec import AdamSpec, AdamWSpec, MlpSpec, RmspropSpec, SgdSpec
 
+NORM_MARGIN = 1e-6
+"""Added to a gradient's norm before it is divided by, as PyTorch does."""
+
 AnyOptimizerSpec = SgdSpec | RmspropSpec | AdamSpec | AdamWSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class SgdSettings:
+class _Settings:
+    clip_norm: Tensor
+    """Infinite where nothing is clipped."""
+    clips: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdSettings(_Settings):
     negative_lr: Tensor
     momentum: Tensor
     weight_decay: Tensor
@@ -26,7 +37,7 @@ class SgdSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RmspropSettings:
+class RmspropSettings(_Settings):
     negative_lr: Tensor
     alpha: Tensor
     one_minus_alpha: Tensor
@@ -37,7 +48,7 @@ class RmspropSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamSettings:
+class AdamSettings(_Settings):
     negative_lr: Tensor
     one_minus_beta1: Tensor
     beta2: Tensor
@@ -64,9 +75,13 @@ def settings(specs: Sequence[AnyOptimizerSpec], device: torch.device) -> Setting
     negative_lr = column([-spec.lr for spec in specs])
     weight_decay = column([spec.weight_decay for spec in specs])
     uses_weight_decay = any(spec.weight_decay > 0 for spec in specs)
+    clip_norm = column([spec.clip_norm or math.inf for spec in specs])
+    clips = any(spec.clip_norm is not None for spec in specs)
     sgd = [spec for spec in specs if isinstance(spec, SgdSpec)]
     if sgd:
         return SgdSettings(
+            clip_norm=clip_norm,
+            clips=clips,
             negative_lr=negative_lr,
             momentum=column([spec.momentum for spec in sgd]),
             weight_decay=weight_decay,
@@ -76,6 +91,8 @@ def settings(specs: Sequence[AnyOptimizerSpec], device: torch.device) -> Setting
     rmsprop = [spec for spec in specs if isinstance(spec, RmspropSpec)]
     if rmsprop:
         return RmspropSettings(
+            clip_norm=clip_norm,
+            clips=clips,
             negative_lr=negative_lr,
             alpha=column([spec.alpha for spec in rmsprop]),
             one_minus_alpha=column([1 - spec.alpha for spec in rmsprop]),
@@ -86,6 +103,8 @@ def settings(specs: Sequence[AnyOptimizerSpec], device: torch.device) -> Setting
         )
     adam = [spec for spec in specs if isinstance(spec, AdamSpec | AdamWSpec)]
     return AdamSettings(
+        clip_norm=clip_norm,
+        clips=clips,
         negative_lr=negative_lr,
         one_minus_beta1=column([1 - spec.beta1 for spec in adam]),
         beta2=column([spec.beta2 for spec in adam]),
@@ -184,6 +203,8 @@ def uses_momentum(specs: Sequence[AnyOptimizerSpec]) -> bool:
 
 def update(parameters: Tensor, gradient: Tensor, state: OptimizerState, settings: Settings) -> None:
     """One step, in place; parameters and gradient [L, P]. The gradient is used up."""
+    if settings.clips:
+        _clip(gradient, settings)
     match state, settings:
         case SgdState(), SgdSettings():
             _sgd(parameters, gradient, state, settings)
@@ -193,6 +214,12 @@ def update(parameters: Tensor, gradient: Tensor, state: OptimizerState, settings
             _adam(parameters, gradient, state, settings)
         case _:
             raise TypeError(f"{type(settings).__name__} do not go with {type(state).__name__}")
+
+
+def _clip(gradient: Tensor, settings: Settings) -> None:
+    """As `torch.nn.utils.clip_grad_norm_` has it."""
+    norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+    gradient.mul_(torch.div(settings.clip_norm, norm.add_(NORM_MARGIN)).clamp_max_(1.0))
 
 
 def _sgd(parameters: Tensor, gradient: Tensor, state: SgdState, settings: SgdSettings) -> None:

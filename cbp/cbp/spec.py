@@ -226,7 +226,14 @@ class LossSpec(_Spec):
         return self
 
 
-class SgdSpec(_Spec):
+class _OptimizerSpec(_Spec):
+    clip_norm: Positive | None = None
+    """Most that the Euclidean norm of a step's gradient may be, over all parameters together, above 0; a longer one is
+    scaled down to it, as `torch.nn.utils.clip_grad_norm_` does, before weight decay is added. None, by default, clips
+    nothing."""
+
+
+class SgdSpec(_OptimizerSpec):
     """Stochastic gradient descent."""
 
     kind: Literal["sgd"] = "sgd"
@@ -248,7 +255,7 @@ class SgdSpec(_Spec):
         return value
 
 
-class RmspropSpec(_Spec):
+class RmspropSpec(_OptimizerSpec):
     """RMSprop (Tieleman & Hinton 2012) by PyTorch's formula, not centred: with the mean square
     v ← alpha · v + (1 − alpha) · g², a step is lr · g / (√v + epsilon)."""
 
@@ -266,7 +273,7 @@ class RmspropSpec(_Spec):
     """L2 coefficient, added to the gradient as weight_decay times the parameter."""
 
 
-class _AdamSpec(_Spec):
+class _AdamSpec(_OptimizerSpec):
     lr: Positive
     """Learning rate, above 0. No default: it depends on the data."""
     beta1: Decay = 0.9

@@ -28,6 +28,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "nesterov": {"kind": "sgd", "lr": 0.01, "momentum": 0.9, "nesterov": True},
     "rmsprop": {"kind": "rmsprop", "lr": 0.002, "weight_decay": 0.01},
     "rmsprop_momentum": {"kind": "rmsprop", "lr": 0.0005, "momentum": 0.9, "alpha": 0.9, "epsilon": 1e-6},
+    "clipped": {"kind": "sgd", "lr": 0.05, "clip_norm": 0.5},
+    "clipped_adam": {"kind": "adam", "lr": 0.003, "clip_norm": 0.5, "weight_decay": 0.01},
     "adam": {"kind": "adam", "lr": 0.003, "weight_decay": 0.01},
     "adamw": {"kind": "adamw", "lr": 0.003, "beta1": 0.4, "beta2": 0.99},
 }
@@ -136,6 +138,11 @@ def test_large_layers(resets: int, make_spec: MakeSpec, make_batch: MakeBatch) -
     utility = get_args(Utility)[resets % len(get_args(Utility))]
     spec = spec_of(make_spec, resets, optimizer__lr=0.002, utility=utility, **LARGE)
     assert_congruent(spec, make_batch)
+
+
+def test_large_layers_with_a_clipped_gradient(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    optimizer = {"kind": "sgd", "lr": 0.01, "clip_norm": 1.0}
+    assert_congruent(spec_of(make_spec, 0, optimizer=optimizer, **LARGE), make_batch)
 
 
 @pytest.mark.parametrize("factor", [4.0, 1e-3])

@@ -2,13 +2,14 @@
 
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from cbp import Batch, CbpError, DivergenceError, Learner, LearnerSpec
+from cbp.engines.eager_engine import EngineName
 
 MakeSpec = Callable[..., LearnerSpec]
 MakeBatch = Callable[..., Batch]
@@ -60,6 +61,18 @@ def test_parameters_are_checked_after_the_last_step(kind: str, make_spec: MakeSp
     with pytest.raises(DivergenceError) as raised:
         learner.train(Batch.validate(spec, batch.features, batch.targets, np.full(4, 1e3)))
     assert (raised.value.step, raised.value.what) == (1, "parameters")
+
+
+@pytest.mark.parametrize("engine", get_args(EngineName))
+def test_clipping_hides_no_infinite_gradient(engine: EngineName, make_spec: MakeSpec) -> None:
+    """Of the weights, where those in the outputs are still finite."""
+    optimizer = {"kind": "sgd", "lr": 0.1, "clip_norm": 1.0}
+    spec = make_spec(loss="mse", optimizer=optimizer, network__activation="identity")
+    learner = Learner(spec, engine=engine)
+    learner._state.parameters.weights[1].zero_()  # so that outputs are 0, whatever the weights behind
+    learner._state.parameters.weights[2].fill_(1e30)
+    with pytest.raises(DivergenceError):
+        learner.train(Batch.validate(spec, np.ones((4, 6)), np.full((4, 3), 1e15)))
 
 
 @pytest.mark.parametrize("kind", ["rmsprop", "adam", "adamw"])

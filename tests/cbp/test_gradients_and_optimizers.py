@@ -44,6 +44,12 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], Callable[[Any], torch.optim.Optimize
         {"kind": "sgd", "lr": 0.05, "momentum": 0.7, "nesterov": True, "weight_decay": 0.01},
         lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.7, nesterov=True, weight_decay=0.01),
     ),
+    "sgd_clipped": ({"kind": "sgd", "lr": 0.1, "clip_norm": 0.2}, lambda p: torch.optim.SGD(p, lr=0.1)),
+    "adamw_clipped": ({"kind": "adamw", "lr": 0.01, "clip_norm": 0.2}, lambda p: torch.optim.AdamW(p, lr=0.01)),
+    "sgd_clipped_decay": (
+        {"kind": "sgd", "lr": 0.1, "momentum": 0.5, "weight_decay": 0.1, "clip_norm": 0.2},
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5, weight_decay=0.1),
+    ),
     "rmsprop": ({"kind": "rmsprop", "lr": 0.005}, lambda p: torch.optim.RMSprop(p, lr=0.005)),
     "rmsprop_all": (
         {"kind": "rmsprop", "lr": 0.005, "alpha": 0.8, "epsilon": 1e-5, "momentum": 0.6, "weight_decay": 0.05},
@@ -85,6 +91,7 @@ def assert_trains_alike(
     module = module_like(learner)
     optimizer = optimizer_of(module.parameters())
     loss_of = LOSSES[spec.loss.kind]
+    clipped = 0
     for step in range(steps):
         batch = make_batch(spec, spec.batch_size, seed=step, weighted=weighted)
         result = learner.train(batch, return_outputs=True)
@@ -93,10 +100,14 @@ def assert_trains_alike(
         weights = torch.ones(len(batch)) if batch.weights is None else torch.from_numpy(batch.weights)
         optimizer.zero_grad()
         (weights * each).mean().backward()
+        if spec.optimizer.clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_(module.parameters(), spec.optimizer.clip_norm)
+            clipped += bool(norm > spec.optimizer.clip_norm)
         optimizer.step()
         assert result.outputs is not None
         torch.testing.assert_close(torch.from_numpy(result.outputs), outputs.detach(), rtol=1e-4, atol=2e-5)
         assert result.loss == pytest.approx(float(each.detach().mean()), rel=1e-4, abs=1e-6)
+    assert clipped or spec.optimizer.clip_norm is None
     parameters = learner._state.parameters
     linears = [module for module in module if isinstance(module, nn.Linear)]
     for linear, weight, bias in zip(linears, parameters.weights, parameters.biases, strict=True):

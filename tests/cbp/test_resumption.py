@@ -95,7 +95,7 @@ class ModuleRun:
         self._spec, self._device = spec, device
         torch.manual_seed(0)
         self._module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3)).to(device)
-        settings = spec.optimizer.model_dump(exclude={"kind", "beta1", "beta2", "epsilon"})
+        settings = spec.optimizer.model_dump(exclude={"kind", "beta1", "beta2", "epsilon", "clip_norm"})
         kinds: Mapping[str, Any] = {
             "sgd": torch.optim.SGD,
             "rmsprop": torch.optim.RMSprop,

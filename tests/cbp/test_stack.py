@@ -37,6 +37,7 @@ OPTIMIZERS: Mapping[str, dict[str, Any]] = {
     "nesterov": {"kind": "sgd", "lr": 0.02, "momentum": 0.9, "nesterov": True},
     "rmsprop": {"kind": "rmsprop", "lr": 0.003},
     "rmsprop_momentum": {"kind": "rmsprop", "lr": 0.001, "momentum": 0.9, "weight_decay": 0.01},
+    "clipped": {"kind": "sgd", "lr": 0.05, "clip_norm": 0.5},
     "adam": {"kind": "adam", "lr": 0.01},
     "adamw": {"kind": "adamw", "lr": 0.01},
 }
@@ -255,6 +256,7 @@ def test_settings_changed_in_between_are_noticed(make_spec: MakeSpec, make_batch
         {"optimizer__lr": 0.01},
         {"optimizer__momentum": 0.9},
         {"resets__utility": "weight"},
+        {"optimizer__clip_norm": 0.3},
         {"resets__strength": 0.5, "resets__max_replacements": 1, "resets__replacement_window": 9},
         {"resets__maturity_threshold": 2, "optimizer__momentum": 0.0},
         {"optimizer__weight_decay": 0.1},

@@ -26,7 +26,7 @@ from cbp.engines.eager_engine import EagerEngine, EngineName, Work
 from cbp.engines.kernels import Real, Sum, Table
 from cbp.engines.torch_engine import StackState, initial_stack
 from cbp.networks import FlatLayers, initial_bounds, laid_out
-from cbp.optimizers import AdamState, RmspropState, SgdState
+from cbp.optimizers import NORM_MARGIN, AdamState, RmspropState, SgdState
 from cbp.pending import Examples, Probe
 from cbp.progress import Tally
 from cbp.replacement import DrawSource, ReplacementSchedule
@@ -185,6 +185,8 @@ class CompiledEngine(EagerEngine):
         """What a step takes, about."""
         parameters = self.spec.parameter_count
         nanoseconds = 500.0 + (0.25 + 0.05 * step_size) * parameters
+        if self.spec.optimizer.clip_norm is not None:
+            nanoseconds += (0.1 + 0.05 * step_size) * parameters
         if self.table[Table.OPTIMIZER] >= kernels.RMSPROP:
             nanoseconds += 2.0 * parameters
         return nanoseconds
@@ -222,6 +224,9 @@ class CompiledEngine(EagerEngine):
         if floats > len(self._room):
             self._room = np.zeros(floats, np.float32)
         table = self.table
+        if self.spec.optimizer.clip_norm is not None:
+            self._clipping_room = np.zeros(step_size * widest, np.float32)
+            table[Table.CLIPPING] = self._clipping_room.ctypes.data
         table[Table.FLOATS] = self._room.ctypes.data
         table[Table.SKIPS] = (
             step_size == 1
@@ -473,6 +478,9 @@ def _reals(spec: LearnerSpec) -> NDArray[np.float32]:
                 reals[Real.LOG_BETA2] = np.log(optimizer.beta2)
             reals[Real.EPSILON] = optimizer.epsilon
             reals[Real.SHRINKAGE] = 1 - optimizer.lr * optimizer.weight_decay
+    if optimizer.clip_norm is not None:
+        reals[Real.CLIP_NORM] = optimizer.clip_norm
+        reals[Real.NORM_MARGIN] = NORM_MARGIN
     reals[Real.ONE_MINUS_DECAY] = 1 - resets.decay_rate
     with np.errstate(divide="ignore"):
         reals[Real.LOG_DECAY] = np.log(resets.decay_rate)

@@ -103,7 +103,9 @@ class Table(IntEnum):
     LABELS = 38
     VALUES = 39
     EXAMPLES = 40
-    WIDTHS = 41
+    CLIPPING = 41
+    """Room for [B, widest layer], if the gradient's norm is limited; or else 0."""
+    WIDTHS = 42
     """I, hidden widths, C; to the end of the table."""
 
 
@@ -149,7 +151,9 @@ class Real(IntEnum):
     """Of a reset."""
     KEPT = 16
     """1 − strength"""
-    COUNT = 17
+    CLIP_NORM = 17
+    NORM_MARGIN = 18
+    COUNT = 19
 
 
 RELU, LEAKY_RELU, ELU, SELU, GELU, SILU, TANH, SIGMOID, IDENTITY = range(9)
@@ -169,7 +173,7 @@ _PROBE_FEATURES, _PROBE_TARGETS = int(Table.PROBE_FEATURES), int(Table.PROBE_TAR
 _PROBE_POSITION, _PROBE_ROWS = int(Table.PROBE_POSITION), int(Table.PROBE_ROWS)
 _SCORE_ROWS, _CORRECTION_COUNT, _WIDTHS = int(Table.SCORE_ROWS), int(Table.CORRECTION_COUNT), int(Table.WIDTHS)
 _FEATURES, _LABELS, _VALUES = int(Table.FEATURES), int(Table.LABELS), int(Table.VALUES)
-_WEIGHTS, _EXAMPLES = int(Table.WEIGHTS), int(Table.EXAMPLES)
+_WEIGHTS, _EXAMPLES, _CLIPPING = int(Table.WEIGHTS), int(Table.EXAMPLES), int(Table.CLIPPING)
 _REMEMBERS, _MAGNITUDES, _FINENESS = int(Table.REMEMBERS), int(Table.MAGNITUDES), int(Table.FINENESS)
 
 _AVERAGE_DECAY, _LOSS_SUM, _ACCURACY_SUM = int(Sum.DECAY), int(Sum.LOSS), int(Sum.ACCURACY)
@@ -181,7 +185,8 @@ _ONE_MINUS_BETA1, _BETA2, _ONE_MINUS_BETA2 = int(Real.ONE_MINUS_BETA1), int(Real
 _LOG_BETA1, _LOG_BETA2, _EPSILON = int(Real.LOG_BETA1), int(Real.LOG_BETA2), int(Real.EPSILON)
 _SHRINKAGE, _ONE_MINUS_DECAY, _LOG_DECAY = int(Real.SHRINKAGE), int(Real.ONE_MINUS_DECAY), int(Real.LOG_DECAY)
 _BIAS_COMPENSATION, _DELTA, _SCALE = int(Real.BIAS_COMPENSATION), int(Real.DELTA), int(Real.SCALE)
-_STRENGTH, _KEPT, _REAL_COUNT = int(Real.STRENGTH), int(Real.KEPT), int(Real.COUNT)
+_STRENGTH, _KEPT, _CLIP_NORM = int(Real.STRENGTH), int(Real.KEPT), int(Real.CLIP_NORM)
+_NORM_MARGIN, _REAL_COUNT = int(Real.NORM_MARGIN), int(Real.COUNT)
 
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
 _LEAKY_SLOPE = np.float32(0.01)
@@ -933,6 +938,95 @@ def _adam_factors(ages: Integers, total: int, inputs: int, reals: Floats, first:
         second[inputs + u] = factor2
 
 
+# --- Clipping ---------------------------------------------------------------------------------------------------------
+#
+# Updates are made on the way back, each from the weights' gradient as soon as it is known; but by how much it is to be
+# scaled is known at the end only. So a learner that clips goes back twice. The gradient is linear in that of the loss
+# in the outputs: scaling this one scales all, and the second way is the one of a learner that does not clip.
+
+
+@exactly
+def _clip(
+    table: Integers,
+    reals: Floats,
+    features: Floats,
+    pre_at: int,
+    post_at: int,
+    delta_at: int,
+    back_at: int,
+    gradient_at: int,
+) -> None:
+    """Scales the loss's gradient in the outputs, at `delta_at`, as `cbp.optimizers` scales that of all parameters."""
+    depth, batch = table[_DEPTH], table[_BATCH]
+    unit = place = 0
+    for layer in range(depth):
+        unit += table[_WIDTHS + layer]
+        place += table[_WIDTHS + layer + 1] * (table[_WIDTHS + layer] + 1)
+    unit -= table[_WIDTHS]  # hidden units up to the layer
+    from_at, to_at = delta_at, back_at
+    squares = 0.0
+    for layer in range(depth - 1, -1, -1):
+        before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+        place -= after * (before + 1)
+        unit -= before if layer else 0
+        offset = 4 * batch * unit
+        delta = _rows(from_at, batch, after)
+        layer_input = _rows(post_at + offset, batch, before) if layer else features
+        if batch == 1:  # the norm of a product of two vectors is the product of their norms
+            squares += _sum_of_squares(delta[0]) * (_sum_of_squares(layer_input[0]) + 1.0)
+        else:
+            gradient = _rows(gradient_at, after, before)
+            np.dot(delta.T, layer_input, gradient)
+            squares += _sum_of_squares(_row(gradient_at, after * before))
+            bias_gradient = _row(gradient_at, after)
+            _sum_examples(delta, bias_gradient)
+            squares += _sum_of_squares(bias_gradient)
+        if layer:
+            back = _rows(to_at, batch, before)
+            weight_at = table[_PARAMETERS] + 4 * place
+            if is_turned(table[_REMEMBERS], depth, layer, before, after):
+                _hand_back_turned(_rows(weight_at, before, after), layer_input[0], delta[0], back[0])
+            elif batch > 1:
+                hand_back(delta, _rows(weight_at, after, before), back)
+            else:
+                weight = _rows(weight_at, after, before)
+                back[0, :] = _ZERO
+                for o in range(after):
+                    add_scaled(weight[o], delta[0, o], back[0])
+            _differentiate(
+                table[_ACTIVATION],
+                _row(pre_at + offset, batch * before),
+                _row(post_at + offset, batch * before),
+                _row(to_at, batch * before),
+            )
+            from_at, to_at = to_at, table[_CLIPPING] if to_at == back_at else back_at
+    norm = math.sqrt(squares)
+    factor = np.float32(reals[_CLIP_NORM] / (norm + reals[_NORM_MARGIN]))
+    if norm < np.inf and factor < _ONE:  # an infinite gradient is to be noticed, not to become one of zeros
+        residual = _row(delta_at, batch * table[_WIDTHS + depth])
+        for k in range(len(residual)):
+            residual[k] *= factor
+
+
+@in_any_order
+def _sum_of_squares(values: Floats) -> float:
+    total = 0.0
+    for k in range(len(values)):
+        total += np.float64(values[k]) * np.float64(values[k])
+    return total
+
+
+@in_any_order
+def _hand_back_turned(weight: Floats, inputs: Floats, delta: Floats, back: Floats) -> None:
+    """back [in] ← weight [in, out] · delta; 0 for units that are silent."""
+    for i in range(len(inputs)):
+        total = _ZERO
+        if inputs[i] != _ZERO:
+            for o in range(len(delta)):
+                total += weight[i, o] * delta[o]
+        back[i] = total
+
+
 # --- Backward passes, each with its update ----------------------------------------------------------------------------
 
 
@@ -1345,6 +1439,18 @@ def run(
             scores[0, begin + b] = loss
             scores[1, begin + b] = right
             _add_to_tally(tally, loss, right)
+
+        if table[_CLIPPING]:
+            _clip(
+                table,
+                reals,
+                features[begin : begin + batch],
+                pre_at,
+                post_at,
+                delta_at,
+                back_at,
+                gradient_at + 8 * widest,
+            )
 
         # Backward and update, layer by layer from the last
         parameter_sum = moment_sum = _ZERO

@@ -51,6 +51,7 @@ class _Kind:
     optimizer: str
     uses_momentum: bool
     nesterov: bool
+    clips: bool
     uses_weight_decay: bool
     utility: Utility
     resets_in_part: bool
@@ -98,6 +99,7 @@ class StackedEngine(EagerEngine):
             optimizer=spec.optimizer.kind,
             uses_momentum=optimizers.uses_momentum([spec.optimizer]),
             nesterov=isinstance(spec.optimizer, SgdSpec) and spec.optimizer.nesterov,
+            clips=spec.optimizer.clip_norm is not None,
             uses_weight_decay=spec.optimizer.weight_decay > 0,
             utility=spec.resets.utility,
             resets_in_part=spec.resets.strength < 1,

@@ -312,6 +312,7 @@ class Optimizer(_message.Message):
     EPSILON_FIELD_NUMBER: _builtins.int
     NESTEROV_FIELD_NUMBER: _builtins.int
     ALPHA_FIELD_NUMBER: _builtins.int
+    CLIP_NORM_FIELD_NUMBER: _builtins.int
     kind: Global___OptimizerKind.ValueType
     lr: _builtins.float
     """Learning rate."""
@@ -327,6 +328,8 @@ class Optimizer(_message.Message):
     """sgd with momentum only. Default false."""
     alpha: _builtins.float
     """rmsprop only: decay of the mean squared gradient. Default 0.99."""
+    clip_norm: _builtins.float
+    """Most that the norm of a step's gradient may be, over all parameters. Without it nothing is clipped."""
     def __init__(
         self,
         *,
@@ -339,10 +342,11 @@ class Optimizer(_message.Message):
         epsilon: _builtins.float | None = ...,
         nesterov: _builtins.bool | None = ...,
         alpha: _builtins.float | None = ...,
+        clip_norm: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_lr", b"_lr", "_momentum", b"_momentum", "_nesterov", b"_nesterov", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "beta1", b"beta1", "beta2", b"beta2", "epsilon", b"epsilon", "lr", b"lr", "momentum", b"momentum", "nesterov", b"nesterov", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_beta1", b"_beta1", "_beta2", b"_beta2", "_clip_norm", b"_clip_norm", "_epsilon", b"_epsilon", "_lr", b"_lr", "_momentum", b"_momentum", "_nesterov", b"_nesterov", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "beta1", b"beta1", "beta2", b"beta2", "clip_norm", b"clip_norm", "epsilon", b"epsilon", "lr", b"lr", "momentum", b"momentum", "nesterov", b"nesterov", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_lr", b"_lr", "_momentum", b"_momentum", "_nesterov", b"_nesterov", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "beta1", b"beta1", "beta2", b"beta2", "epsilon", b"epsilon", "kind", b"kind", "lr", b"lr", "momentum", b"momentum", "nesterov", b"nesterov", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_beta1", b"_beta1", "_beta2", b"_beta2", "_clip_norm", b"_clip_norm", "_epsilon", b"_epsilon", "_lr", b"_lr", "_momentum", b"_momentum", "_nesterov", b"_nesterov", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "beta1", b"beta1", "beta2", b"beta2", "clip_norm", b"clip_norm", "epsilon", b"epsilon", "kind", b"kind", "lr", b"lr", "momentum", b"momentum", "nesterov", b"nesterov", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
@@ -350,6 +354,8 @@ class Optimizer(_message.Message):
     _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
     _WhichOneofReturnType__beta2: _TypeAlias = _typing.Literal["beta2"]  # noqa: Y015
     _WhichOneofArgType__beta2: _TypeAlias = _typing.Literal["_beta2", b"_beta2"]  # noqa: Y015
+    _WhichOneofReturnType__clip_norm: _TypeAlias = _typing.Literal["clip_norm"]  # noqa: Y015
+    _WhichOneofArgType__clip_norm: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm"]  # noqa: Y015
     _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
     _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
     _WhichOneofReturnType__lr: _TypeAlias = _typing.Literal["lr"]  # noqa: Y015
@@ -366,6 +372,8 @@ class Optimizer(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beta1) -> _WhichOneofReturnType__beta1 | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beta2) -> _WhichOneofReturnType__beta2 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_norm) -> _WhichOneofReturnType__clip_norm | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
     @_typing.overload
