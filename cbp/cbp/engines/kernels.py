@@ -975,12 +975,7 @@ def _clip(
         if batch == 1:  # the norm of a product of two vectors is the product of their norms
             squares += _sum_of_squares(delta[0]) * (_sum_of_squares(layer_input[0]) + 1.0)
         else:
-            gradient = _rows(gradient_at, after, before)
-            np.dot(delta.T, layer_input, gradient)
-            squares += _sum_of_squares(_row(gradient_at, after * before))
-            bias_gradient = _row(gradient_at, after)
-            _sum_examples(delta, bias_gradient)
-            squares += _sum_of_squares(bias_gradient)
+            squares += _squares_of_gradient(delta, layer_input, gradient_at)
         if layer:
             back = _rows(to_at, batch, before)
             weight_at = table[_PARAMETERS] + 4 * place
@@ -1006,6 +1001,27 @@ def _clip(
         residual = _row(delta_at, batch * table[_WIDTHS + depth])
         for k in range(len(residual)):
             residual[k] *= factor
+
+
+@exactly
+def _squares_of_gradient(delta: Floats, inputs: Floats, room: int) -> float:
+    """Of a layer's weights and biases, for at least two examples; at `room` is that for the gradient."""
+    examples, out = delta.shape
+    into = inputs.shape[1]
+    squares = 0.0
+    if gradient_in_tiles(examples, out):
+        tile = _rows(room, ROWS_AT_ONCE, into)
+        for o in range(0, out, ROWS_AT_ONCE):
+            first = min(o, out - ROWS_AT_ONCE)
+            gradient_of_rows(delta, inputs, first, tile)
+            counted = o - first  # tiles at the end overlap those before
+            squares += _sum_of_squares(_row(room + 4 * counted * into, (ROWS_AT_ONCE - counted) * into))
+    else:
+        np.dot(delta.T, inputs, _rows(room, out, into))
+        squares += _sum_of_squares(_row(room, out * into))
+    bias_gradient = _row(room, out)
+    _sum_examples(delta, bias_gradient)
+    return squares + _sum_of_squares(bias_gradient)
 
 
 @in_any_order
