@@ -8,7 +8,7 @@ KILLS ?= 200
 EXPERIMENTS_DIR ?= experiments-output
 DEVICE ?= cpu
 
-.PHONY: help install demo test torture check format serve proto bench bench-durability reproduce-quick reproduce clean
+.PHONY: help install demo test torture check format serve proto bench bench-durability forgetting reproduce-quick reproduce clean
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -60,6 +60,9 @@ bench: .venv/installed ## measure the claims of docs/benchmarks.md and print the
 
 bench-durability: .venv/installed ## what the journal and checkpoints cost, and how fast a journal is learnt again (eight minutes)
 	$(BIN)/python benchmarks/durability.py
+
+forgetting: .venv/installed ## the table of docs/forgetting.md (about three minutes on two cores)
+	$(BIN)/python -m experiments forgetting --document docs/forgetting.md
 
 reproduce-quick: PROTOCOL := quick
 reproduce-quick: .venv/installed ## every finding of docs/paper.md at reduced size, and one experiment over gRPC (less than 15 minutes on two cores)

@@ -1,4 +1,4 @@
-"""The experiments' command line: `python -m experiments run|plan|report|service`."""
+"""The experiments' command line: `python -m experiments run|plan|report|forgetting|service`."""
 
 import shutil
 import sys
@@ -14,6 +14,7 @@ import typer
 
 from cbp import compile_ahead
 from cbp_client.demo.local_server import local_server
+from experiments import forgetting as limits_on_forgetting
 from experiments import units
 from experiments.archive import Archive
 from experiments.cells import Cell
@@ -184,6 +185,31 @@ def report(
             print(f"## {name}\n\n{table}")
     for path in write_figures(made, figures or results):
         print(path)
+
+
+@app.command()
+def forgetting(
+    seeds: Annotated[int, typer.Option(min=2)] = 8,
+    tasks: Annotated[int, typer.Option(min=10)] = 50,
+    scored: Annotated[int, typer.Option(min=1, help="The last so many tasks count.")] = 20,
+    document: Annotated[Path | None, typer.Option(help="Write the table between its marks in this document.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Measure what limits on resets do to what is remembered of earlier tasks, and to how new ones are learnt."""
+    if scored + max(limits_on_forgetting.LAGS) > tasks:
+        raise typer.BadParameter(f"{scored}: too many of {tasks} tasks", param_hint="--scored")
+    torch.set_num_threads(threads)
+    compile_ahead()
+
+    def show_progress(done: int) -> None:
+        if done % 10 == 0:
+            print(f"task {done}/{tasks}", file=sys.stderr, flush=True)
+
+    table = limits_on_forgetting.table(limits_on_forgetting.measured(seeds, tasks, scored, show_progress))
+    if document:
+        document.write_text(fill(document.read_text(), {"forgetting": table}))
+    else:
+        print(table)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from .spec import (
     MlpSpec,
     MonitoringSpec,
     ResetSpec,
+    RmspropSpec,
     SgdSpec,
 )
 from .stack import train_together
@@ -41,6 +42,7 @@ __all__ = [
     "MonitoringSpec",
     "PlasticitySample",
     "ResetSpec",
+    "RmspropSpec",
     "SgdSpec",
     "SnapshotError",
     "SpecError",

@@ -55,6 +55,9 @@ class ContinualBackprop:
         utility: Utility = "adaptable_contribution",
         initializer: Initializer = "default",
         bias_compensation: bool = True,
+        strength: float = 1.0,
+        max_replacements: int | None = None,
+        replacement_window: int = 1000,
         units: Sequence[HiddenUnits] | None = None,
         seed: int = 0,
         draws: DrawSource | None = None,
@@ -90,6 +93,9 @@ class ContinualBackprop:
             "decay_rate": decay_rate,
             "utility": utility,
             "bias_compensation": bias_compensation,
+            "strength": strength,
+            "max_replacements": max_replacements,
+            "replacement_window": replacement_window,
         }
         self._resets = ResetSpec(**resets)  # type: ignore[arg-type]
         self._rates = self._resets.rates(self._names)
@@ -105,7 +111,7 @@ class ContinualBackprop:
         self._learned = False  # whether the optimizer has taken its step on what is gathered
         self._settle_on(self._device())
         self._units = self._grouping.fresh_units()
-        self._schedule: ReplacementSchedule = self._schedule_from_ages([0.0] * len(groups))
+        self._schedule: ReplacementSchedule = self._schedule_from_ages([0.0] * len(groups), [0] * len(groups))
         self._hooks = [
             tap.layer.register_forward_hook(self._gatherer(place, tap), with_kwargs=True)
             for place, tap in enumerate(self._found.taps)
@@ -164,6 +170,7 @@ class ContinualBackprop:
             "step": self._step,
             "replacements": list(self._replacements),
             "accumulated_replacements": list(self._schedule.accumulated),
+            "replacements_in_window": self._schedule.replaced(self._step),
             "utility": self._units.utility.clone(),
             "age": self._units.age.clone(),
             "mean_activation": self._units.mean_activation.clone(),
@@ -182,6 +189,8 @@ class ContinualBackprop:
         try:
             accumulated = [float(share) for share in state["accumulated_replacements"]]
             replacements = [int(count) for count in state["replacements"]]
+            # Not in states that were saved before replacements could be limited.
+            in_window = [int(count) for count in state.get("replacements_in_window", [0] * hidden)]
             step = int(state["step"])
             shape, seen = self._units.utility.shape, self._units.mean_activation.shape
             units = UnitState(
@@ -202,13 +211,13 @@ class ContinualBackprop:
             raise SnapshotError(f"The state cannot be loaded: {type(error).__name__}: {error}") from error
         if strangers:
             raise SnapshotError(f"The state is of another network: this one resets no parameter {strangers[0]!r}")
-        if len(accumulated) != hidden or len(replacements) != hidden:
+        if {len(accumulated), len(replacements), len(in_window)} != {hidden}:
             raise SnapshotError(f"The state is of another network: this one has {hidden} groups of units")
         self._step, self._replacements = step, replacements
         self._slots.resume(adam_steps)
         self._generator.set_state(generator_state.cpu().clone())
         self._units = units
-        self._schedule = self._schedule_from_ages(accumulated)
+        self._schedule = self._schedule_from_ages(accumulated, in_window)
 
     def _hidden(self, layer: int | str) -> int | str:
         """A group's own name, where a layer's name in the module is given."""
@@ -229,7 +238,7 @@ class ContinualBackprop:
         self._settings = ResetSettings.of([self._resets], device)
         self._draws = self._given_draws or GroupDraws(self._generator, self._grouping)
 
-    def _schedule_from_ages(self, accumulated: Sequence[float]) -> ReplacementSchedule:
+    def _schedule_from_ages(self, accumulated: Sequence[float], in_window: Sequence[int]) -> ReplacementSchedule:
         ages = self._units.age[0].cpu().numpy()
         return ReplacementSchedule.from_ages(
             self._rates,
@@ -237,6 +246,9 @@ class ContinualBackprop:
             accumulated,
             self._step,
             [ages[columns] for columns in self._grouping.layout.slices],
+            max_replacements=self._resets.max_replacements,
+            window=self._resets.replacement_window,
+            replaced=in_window,
         )
 
     def _gatherer(self, place: int, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:

@@ -344,9 +344,10 @@ class Learner:
         """
         self._refuse_while_training("update")
         self._spec.check_update(spec)
-        accumulated = [self._state.schedules[0].accumulated]
+        schedule = self._state.schedules[0]
         self._adopt(spec)
-        self._state.schedules = schedules([spec], self._state, accumulated)
+        replaced = schedule.replaced(self._state.steps[0])
+        self._state.schedules = schedules([spec], self._state, [schedule.accumulated], [replaced])
         self._state.optimizer = optimizers.adjusted_state(
             self._state.optimizer, [spec.optimizer], spec.network, self._device
         )
@@ -475,6 +476,7 @@ class Learner:
             "examples": self._examples,
             "replacements": list(state.replacements[0]),
             "accumulated_replacements": list(state.schedules[0].accumulated),
+            "replacements_in_window": state.schedules[0].replaced(state.steps[0]),
             "pending_tasks": [list(run) for run in self._pending.tasks],
             "progress": self._progress.to_plain(),
         }
@@ -538,7 +540,11 @@ class Learner:
         generator = self._state.generators[0]
         generator.set_state(take_tensor(tensors, "generator", generator.get_state().shape, torch.uint8).clone())
         accumulated = [[float(share) for share in metadata["accumulated_replacements"]]]
-        self._state.schedules = schedules([self._spec], self._state, accumulated)
+        nothing = [0] * len(network.hidden)  # where replacements could not be limited yet when the snapshot was taken
+        replaced = [[int(count) for count in metadata.get("replacements_in_window", nothing)]]
+        if len(replaced[0]) != len(network.hidden):
+            raise SnapshotError(f"The snapshot should count a window's replacements in {len(nothing)} hidden layers")
+        self._state.schedules = schedules([self._spec], self._state, accumulated, replaced)
 
         def on_host(name: str, *shape: int | None, dtype: torch.dtype = torch.float32) -> NDArray[Any]:
             copy: NDArray[Any] = take_tensor(tensors, name, shape, dtype).numpy().copy()

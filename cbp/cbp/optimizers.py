@@ -1,31 +1,54 @@
-"""Stochastic gradient descent, Adam and AdamW over flat parameters.
+"""Stochastic gradient descent, RMSprop, Adam and AdamW over flat parameters.
 
 State is a named record of [L, P] tensors laid out like the parameters; a reset zeroes its entries for the replaced
 weights. Settings are [L, 1], so that learners with settings of their own share one call.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cbp.networks import FlatLayers, flat_layers
-from cbp.spec import AdamSpec, AdamWSpec, MlpSpec, SgdSpec
+from cbp.spec import AdamSpec, AdamWSpec, MlpSpec, RmspropSpec, SgdSpec
 
-AnyOptimizerSpec = SgdSpec | AdamSpec | AdamWSpec
+NORM_MARGIN = 1e-6
+"""Added to a gradient's norm before it is divided by, as PyTorch does."""
+
+AnyOptimizerSpec = SgdSpec | RmspropSpec | AdamSpec | AdamWSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class SgdSettings:
+class _Settings:
+    clip_norm: Tensor
+    """Infinite where nothing is clipped."""
+    clips: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdSettings(_Settings):
     negative_lr: Tensor
+    momentum: Tensor
+    weight_decay: Tensor
+    uses_weight_decay: bool
+    nesterov: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmspropSettings(_Settings):
+    negative_lr: Tensor
+    alpha: Tensor
+    one_minus_alpha: Tensor
+    epsilon: Tensor
     momentum: Tensor
     weight_decay: Tensor
     uses_weight_decay: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamSettings:
+class AdamSettings(_Settings):
     negative_lr: Tensor
     one_minus_beta1: Tensor
     beta2: Tensor
@@ -40,11 +63,11 @@ class AdamSettings:
     """1 − lr · weight_decay, AdamW's factor."""
 
 
-Settings = SgdSettings | AdamSettings
+Settings = SgdSettings | RmspropSettings | AdamSettings
 
 
 def settings(specs: Sequence[AnyOptimizerSpec], device: torch.device) -> Settings:
-    """The settings of L learners, all with the same kind of optimizer."""
+    """The settings of L learners, all with the same kind of optimizer; of SGD, all or none with Nesterov's momentum."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).to(device, torch.float32).unsqueeze(1)
@@ -52,16 +75,36 @@ def settings(specs: Sequence[AnyOptimizerSpec], device: torch.device) -> Setting
     negative_lr = column([-spec.lr for spec in specs])
     weight_decay = column([spec.weight_decay for spec in specs])
     uses_weight_decay = any(spec.weight_decay > 0 for spec in specs)
+    clip_norm = column([spec.clip_norm or math.inf for spec in specs])
+    clips = any(spec.clip_norm is not None for spec in specs)
     sgd = [spec for spec in specs if isinstance(spec, SgdSpec)]
     if sgd:
         return SgdSettings(
+            clip_norm=clip_norm,
+            clips=clips,
             negative_lr=negative_lr,
             momentum=column([spec.momentum for spec in sgd]),
             weight_decay=weight_decay,
             uses_weight_decay=uses_weight_decay,
+            nesterov=sgd[0].nesterov,
         )
-    adam = [spec for spec in specs if not isinstance(spec, SgdSpec)]
+    rmsprop = [spec for spec in specs if isinstance(spec, RmspropSpec)]
+    if rmsprop:
+        return RmspropSettings(
+            clip_norm=clip_norm,
+            clips=clips,
+            negative_lr=negative_lr,
+            alpha=column([spec.alpha for spec in rmsprop]),
+            one_minus_alpha=column([1 - spec.alpha for spec in rmsprop]),
+            epsilon=column([spec.epsilon for spec in rmsprop]),
+            momentum=column([spec.momentum for spec in rmsprop]),
+            weight_decay=weight_decay,
+            uses_weight_decay=uses_weight_decay,
+        )
+    adam = [spec for spec in specs if isinstance(spec, AdamSpec | AdamWSpec)]
     return AdamSettings(
+        clip_norm=clip_norm,
+        clips=clips,
         negative_lr=negative_lr,
         one_minus_beta1=column([1 - spec.beta1 for spec in adam]),
         beta2=column([spec.beta2 for spec in adam]),
@@ -95,6 +138,21 @@ class SgdState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RmspropState:
+    square_average: FlatLayers
+    momentum: FlatLayers | None
+    """The running update; None while no learner uses momentum."""
+
+    def slots(self) -> dict[str, FlatLayers]:
+        momentum = {} if self.momentum is None else {"momentum": self.momentum}
+        return {"square_average": self.square_average} | momentum
+
+    def overflowing_unseen(self) -> tuple[FlatLayers, ...]:
+        """As `AdamState` has it."""
+        return (self.square_average,)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdamState:
     first_moment: FlatLayers
     second_moment: FlatLayers
@@ -110,12 +168,15 @@ class AdamState:
         return (self.second_moment,)
 
 
-OptimizerState = SgdState | AdamState
+OptimizerState = SgdState | RmspropState | AdamState
 
 
 def initial_state(specs: Sequence[AnyOptimizerSpec], network: MlpSpec, device: torch.device) -> OptimizerState:
+    momentum = flat_layers(network, len(specs), device) if uses_momentum(specs) else None
     if isinstance(specs[0], SgdSpec):
-        return SgdState(momentum=flat_layers(network, len(specs), device) if _use_momentum(specs) else None)
+        return SgdState(momentum=momentum)
+    if isinstance(specs[0], RmspropSpec):
+        return RmspropState(square_average=flat_layers(network, len(specs), device), momentum=momentum)
     return AdamState(
         first_moment=flat_layers(network, len(specs), device),
         second_moment=flat_layers(network, len(specs), device),
@@ -129,33 +190,57 @@ def adjusted_state(
     """The state to go on with after settings, though not the kind of optimizer, have changed."""
     if isinstance(state, AdamState):
         return state
-    if not _use_momentum(specs):
-        return SgdState(momentum=None)
+    if not uses_momentum(specs):
+        return replace(state, momentum=None)
     # Momentum 0 keeps nothing of the last step, so a buffer that was not needed is as good as one of zeros.
-    return SgdState(momentum=state.momentum or flat_layers(network, len(specs), device))
+    return replace(state, momentum=state.momentum or flat_layers(network, len(specs), device))
 
 
-def _use_momentum(specs: Sequence[AnyOptimizerSpec]) -> bool:
-    return any(isinstance(spec, SgdSpec) and spec.momentum > 0 for spec in specs)
+def uses_momentum(specs: Sequence[AnyOptimizerSpec]) -> bool:
+    """Whether any of them keeps a running update; Adam's first moment is none."""
+    return any(isinstance(spec, SgdSpec | RmspropSpec) and spec.momentum > 0 for spec in specs)
 
 
 def update(parameters: Tensor, gradient: Tensor, state: OptimizerState, settings: Settings) -> None:
     """One step, in place; parameters and gradient [L, P]. The gradient is used up."""
+    if settings.clips:
+        _clip(gradient, settings)
     match state, settings:
         case SgdState(), SgdSettings():
             _sgd(parameters, gradient, state, settings)
+        case RmspropState(), RmspropSettings():
+            _rmsprop(parameters, gradient, state, settings)
         case AdamState(), AdamSettings():
             _adam(parameters, gradient, state, settings)
         case _:
             raise TypeError(f"{type(settings).__name__} do not go with {type(state).__name__}")
 
 
+def _clip(gradient: Tensor, settings: Settings) -> None:
+    """As `torch.nn.utils.clip_grad_norm_` has it."""
+    norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+    gradient.mul_(torch.div(settings.clip_norm, norm.add_(NORM_MARGIN)).clamp_max_(1.0))
+
+
 def _sgd(parameters: Tensor, gradient: Tensor, state: SgdState, settings: SgdSettings) -> None:
     if settings.uses_weight_decay:
         gradient.addcmul_(parameters, settings.weight_decay)
     if state.momentum is not None:
-        gradient = state.momentum.flat.mul_(settings.momentum).add_(gradient)
+        running = state.momentum.flat.mul_(settings.momentum).add_(gradient)
+        gradient = gradient.addcmul_(running, settings.momentum) if settings.nesterov else running
     parameters.addcmul_(gradient, settings.negative_lr)
+
+
+def _rmsprop(parameters: Tensor, gradient: Tensor, state: RmspropState, settings: RmspropSettings) -> None:
+    """As `torch.optim.RMSprop` has it. Nothing counts steps, so a fresh weight starts like those of a fresh network."""
+    if settings.uses_weight_decay:
+        gradient.addcmul_(parameters, settings.weight_decay)
+    average = state.square_average.flat
+    average.mul_(settings.alpha).addcmul_(gradient.square(), settings.one_minus_alpha)
+    direction = gradient.div_(average.sqrt().add_(settings.epsilon))
+    if state.momentum is not None:
+        direction = state.momentum.flat.mul_(settings.momentum).add_(direction)
+    parameters.addcmul_(direction, settings.negative_lr)
 
 
 def _adam(parameters: Tensor, gradient: Tensor, state: AdamState, settings: AdamSettings) -> None:

@@ -87,7 +87,12 @@ class ResetSettings:
     log_decay: Tensor
     maturity_threshold: Tensor
     bias_compensation: Tensor
-    """1 where compensation is on, 0 where it is off."""
+    """The share of a unit's mean that is handed on: the strength where compensation is on, 0 where it is off."""
+    strength: Tensor
+    kept: Tensor
+    """1 − strength"""
+    partial: bool
+    """Whether any strength is below 1."""
 
     @classmethod
     def of(cls, specs: Sequence[ResetSpec], device: torch.device) -> "ResetSettings":
@@ -101,7 +106,10 @@ class ResetSettings:
             one_minus_decay=column([1 - spec.decay_rate for spec in specs]),
             log_decay=log_decay([spec.decay_rate for spec in specs], device),
             maturity_threshold=torch.tensor([[spec.maturity_threshold] for spec in specs], device=device),
-            bias_compensation=column([float(spec.bias_compensation) for spec in specs]),
+            bias_compensation=column([spec.strength * spec.bias_compensation for spec in specs]),
+            strength=column([spec.strength for spec in specs]),
+            kept=column([1 - spec.strength for spec in specs]),
+            partial=any(spec.strength < 1 for spec in specs),
         )
 
 
@@ -305,7 +313,8 @@ def replace_units(
     """Puts a newborn in the place of every selected unit, in place; `selected` has one entry per hidden layer.
 
     A newborn has redrawn incoming weights, bias 0, outgoing weights 0, and no past: utility, mean activation, age and
-    the optimizer's state of exactly these weights are zero.
+    the optimizer's state of exactly these weights are zero. With a strength below 1 the newborn's weights and bias are
+    the goal, and the unit's go so far towards it; its past is forgotten all the same.
 
     Outgoing weights are zeroed after every layer's incoming weights are drawn: a unit drawn in the next layer at the
     same step must not read a newborn either. Here we depart from the published code, which zeroes first and then draws
@@ -318,10 +327,13 @@ def replace_units(
         _compensate(chosen, units, settings, layout, layer, layers)
         drawn = [draws.incoming_weights(learner, layer, count) for learner, count in chosen.counts]
         incoming = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
-        layers.weights[layer][at] = to_device(incoming, chosen.units.device)
-        bias = layers.biases[layer]
+        incoming = to_device(incoming, chosen.units.device)
+        weight, bias = layers.weights[layer], layers.biases[layer]
+        if settings.partial:
+            incoming = torch.lerp(weight[at], incoming, settings.strength[chosen.learners])
+        weight[at] = incoming
         if bias is not None:
-            bias[at] = 0.0
+            bias[at] = bias[at] * settings.kept[chosen.learners, 0] if settings.partial else 0.0
         for slot in optimizer_slots:
             slot.weights[layer][at] = 0.0
             slot_bias = slot.biases[layer]
@@ -332,19 +344,27 @@ def replace_units(
         units.age[:, columns][at] = 0
         units.mean_activation[:, columns][at] = 0.0
         if published_order:
-            _zero_outgoing(chosen, layer, layers, optimizer_slots)
+            _silence(chosen, layer, settings, layers, optimizer_slots)
 
     if not published_order:
         for layer, chosen in enumerate(selected):
             if chosen is not None:
-                _zero_outgoing(chosen, layer, layers, optimizer_slots)
+                _silence(chosen, layer, settings, layers, optimizer_slots)
 
 
-def _zero_outgoing(
-    chosen: SelectedUnits, layer: int, layers: LinearLayers, optimizer_slots: Sequence[LinearLayers]
+def _silence(
+    chosen: SelectedUnits,
+    layer: int,
+    settings: ResetSettings,
+    layers: LinearLayers,
+    optimizer_slots: Sequence[LinearLayers],
 ) -> None:
-    for readers in (layers, *optimizer_slots):
-        readers.weights[layer + 1][chosen.learners, :, chosen.units] = 0.0
+    """Zeroes the outgoing weights, or scales them down, and forgets what the optimizer knows of them."""
+    at = (chosen.learners, slice(None), chosen.units)
+    outgoing = layers.weights[layer + 1]
+    outgoing[at] = outgoing[at] * settings.kept[chosen.learners] if settings.partial else 0.0
+    for slot in optimizer_slots:
+        slot.weights[layer + 1][at] = 0.0
 
 
 def _compensate(
@@ -355,7 +375,8 @@ def _compensate(
     layer: int,
     layers: LinearLayers,
 ) -> None:
-    """Hands the removed units' mean contribution, W_next[:, j] · f̂_j, to the next layer's bias.
+    """Hands the removed units' mean contribution, W_next[:, j] · f̂_j, to the next layer's bias; of units that are reset
+    in part, that part of it.
 
     Departs from the published code, where f is zeroed before it is used and nothing is handed on.
     """
@@ -378,11 +399,23 @@ class ReplacementSchedule:
 
     A unit may go once it is older than the maturity threshold, so the number of candidates rises only
     `maturity_threshold` steps after units were replaced, and falls only when units go. Both are known here, and the
-    device is never asked.
+    device is never asked. So is how many have gone in the present window of steps, where their number is limited.
     """
 
-    def __init__(self, rates: Sequence[float], maturity_threshold: int, accumulated: Sequence[float]) -> None:
+    def __init__(
+        self,
+        rates: Sequence[float],
+        maturity_threshold: int,
+        accumulated: Sequence[float],
+        *,
+        max_replacements: int | None = None,
+        window: int = 1,
+    ) -> None:
         self._rates = tuple(rates)
+        self._max_replacements = max_replacements
+        self._window = window
+        self._present = 0  # the window, counted from 0, that these went in:
+        self._replaced = [0] * len(self._rates)
         self._maturity_threshold = maturity_threshold
         self._young: list[deque[tuple[int, int]]] = [deque() for _ in rates]  # (step of birth, units), oldest first
         self._mature = [0] * len(self._rates)
@@ -398,9 +431,20 @@ class ReplacementSchedule:
         accumulated: Sequence[float],
         step: int,
         ages: Sequence[NDArray[np.int64]],
+        *,
+        max_replacements: int | None = None,
+        window: int = 1,
+        replaced: Sequence[int] | None = None,
     ) -> "ReplacementSchedule":
-        """The schedule of a learner that is `step` steps old and whose units have these ages, per hidden layer."""
-        schedule = cls(rates, maturity_threshold, accumulated)
+        """The schedule of a learner that is `step` steps old and whose units have these ages, per hidden layer.
+
+        `max_replacements` units of a layer may go in one window of so many steps; `replaced`, none if it is left out,
+        have gone in the present one.
+        """
+        schedule = cls(rates, maturity_threshold, accumulated, max_replacements=max_replacements, window=window)
+        if replaced is not None:
+            schedule._present = schedule._window_of(step)
+            schedule._replaced = list(replaced)
         for layer, layer_ages in enumerate(ages):
             births, counts = np.unique(step - layer_ages, return_counts=True)
             schedule._young[layer].extend(zip(births.tolist(), counts.tolist(), strict=True))
@@ -417,11 +461,28 @@ class ReplacementSchedule:
             owed = self.accumulated[layer] + rate * self._mature[layer]
             whole = min(int(owed), self._mature[layer])  # a rate of 1 could round up past what is there
             self.accumulated[layer] = owed - whole
+            if whole and self._max_replacements is not None:
+                whole = self._within_limit(layer, whole, step)
             if whole:
                 any_due = True
                 due[layer] = whole
                 self._rejuvenate(layer, whole, step)
         return tuple(due) if any_due else None
+
+    def replaced(self, step: int) -> list[int]:
+        """Per hidden layer, units that have gone by the rates in the window of this step; 0 if there is no limit."""
+        return list(self._replaced) if self._window_of(step) == self._present else [0] * len(self._rates)
+
+    def _window_of(self, step: int) -> int:
+        return max(step - 1, 0) // self._window
+
+    def _within_limit(self, layer: int, due: int, step: int) -> int:
+        """How many of the units that are due may go; the others are not owed any longer."""
+        assert self._max_replacements is not None
+        self._replaced, self._present = self.replaced(step), self._window_of(step)
+        allowed = max(min(due, self._max_replacements - self._replaced[layer]), 0)
+        self._replaced[layer] += allowed
+        return allowed
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -442,7 +503,7 @@ class ReplacementSchedule:
     def replace(self, wanted: Sequence[int], step: int) -> tuple[int, ...]:
         """Units to replace per hidden layer by hand, after this step: as many as wanted, or as are mature.
 
-        What the rates owe stays owed.
+        What the rates owe stays owed, and a limit on replacements is one on theirs alone.
         """
         self._ripen(step)
         counts = tuple(min(count, mature) for count, mature in zip(wanted, self._mature, strict=True))

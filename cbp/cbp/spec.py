@@ -10,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from cbp.errors import FieldViolation, SpecError, shown
@@ -70,6 +80,7 @@ Real = Annotated[
 Positive = Annotated[Real, Field(gt=0), AfterValidator(_refuse_float32_underflow)]
 Width = Annotated[Whole, Field(ge=1)]
 Rate = Annotated[Real, Field(ge=0, le=1)]
+Share = Annotated[Positive, Field(le=1)]
 Decay = Annotated[Real, Field(ge=0, lt=1)]
 
 
@@ -152,7 +163,7 @@ def _description(details: ErrorDetails) -> str:
 
 _FIELD_VIOLATION = "field_violation"
 _TAG_ERRORS = frozenset({"union_tag_invalid", "union_tag_not_found"})
-_UNION_TAGS = ("sgd", "adam", "adamw")
+_UNION_TAGS = ("sgd", "rmsprop", "adam", "adamw")
 
 
 def _contradiction(field: str, description: str) -> PydanticCustomError:
@@ -215,7 +226,14 @@ class LossSpec(_Spec):
         return self
 
 
-class SgdSpec(_Spec):
+class _OptimizerSpec(_Spec):
+    clip_norm: Positive | None = None
+    """Most that the Euclidean norm of a step's gradient may be, over all parameters together, above 0; a longer one is
+    scaled down to it, as `torch.nn.utils.clip_grad_norm_` does, before weight decay is added. None, by default, clips
+    nothing."""
+
+
+class SgdSpec(_OptimizerSpec):
     """Stochastic gradient descent."""
 
     kind: Literal["sgd"] = "sgd"
@@ -225,9 +243,37 @@ class SgdSpec(_Spec):
     """Share of the last update that carries over, from 0 up to but not including 1. 0 by default, as published."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """L2 coefficient, added to the gradient as weight_decay times the parameter."""
+    nesterov: bool = False
+    """Whether a step looks one update ahead (Sutskever et al. 2013, in PyTorch's form): the gradient plus momentum
+    times the running update, in place of that update itself. Needs momentum."""
+
+    @field_validator("nesterov")
+    @classmethod
+    def _nesterov_needs_momentum(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("momentum") == 0:
+            raise PydanticCustomError("nesterov", "Nesterov needs momentum; set momentum above 0, or nesterov to false")
+        return value
 
 
-class _AdamSpec(_Spec):
+class RmspropSpec(_OptimizerSpec):
+    """RMSprop (Tieleman & Hinton 2012) by PyTorch's formula, not centred: with the mean square
+    v ← alpha · v + (1 − alpha) · g², a step is lr · g / (√v + epsilon)."""
+
+    kind: Literal["rmsprop"] = "rmsprop"
+    lr: Positive
+    """Learning rate, above 0. No default: it depends on the data."""
+    alpha: Decay = 0.99
+    """Decay of the mean squared gradient, from 0 up to but not including 1; PyTorch's default. The mean starts from 0,
+    and is not corrected for it: first steps of a weight, also after its reset, are up to 1/√(1 − alpha) times lr."""
+    epsilon: Positive = 1e-8
+    """Added to the denominator, above 0; PyTorch's default."""
+    momentum: Decay = 0.0
+    """Share of the last update that carries over, from 0 up to but not including 1; PyTorch's default."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """L2 coefficient, added to the gradient as weight_decay times the parameter."""
+
+
+class _AdamSpec(_OptimizerSpec):
     lr: Positive
     """Learning rate, above 0. No default: it depends on the data."""
     beta1: Decay = 0.9
@@ -254,7 +300,7 @@ class AdamWSpec(_AdamSpec):
     """Share of each parameter, times the learning rate, subtracted at every step; PyTorch's default."""
 
 
-OptimizerSpec = Annotated[SgdSpec | AdamSpec | AdamWSpec, Field(discriminator="kind")]
+OptimizerSpec = Annotated[SgdSpec | RmspropSpec | AdamSpec | AdamWSpec, Field(discriminator="kind")]
 
 
 class ResetSpec(_Spec):
@@ -282,6 +328,15 @@ class ResetSpec(_Spec):
     bias_compensation: bool = True
     """Whether the next layer's bias takes over a removed unit's mean output, so that the mean prediction stays.
     The paper intends it, the published code does not do it."""
+    strength: Share = 1.0
+    """How far a reset goes, above 0 up to 1. Incoming weights and bias go this share of the way to those of a newborn,
+    outgoing weights lose this share. 1 by default, as published: a newborn in the unit's place."""
+    max_replacements: Annotated[Whole, Field(ge=1)] | None = None
+    """Units of each layer that the rates may reset in one window of steps, at least 1; None for no such limit. What
+    would go beyond it stays, and is not made up for later."""
+    replacement_window: Annotated[Whole, Field(ge=1)] = 1000
+    """Steps in one window of max_replacements: the first is from step 1 to step 1000 by default, ten times the maturity
+    threshold. Windows do not overlap, so as much may go at the end of one and again at the start of the next."""
 
     def rates(self, hidden_layers: Sequence[str]) -> tuple[float, ...]:
         """The rate in force in each of a network's hidden layers; 0 where units are not reset.

@@ -17,9 +17,9 @@ def train_together(
     """What `learner.train(batch)` would have done for each pair, in as few engine calls as possible; results in order.
 
     Learners of engine "stacked" step together, up to a fixed number at a time, if they have the device, network, loss,
-    size of step, kind of optimizer and utility in common, and all of them or none use momentum, and weight decay.
-    Those of engine "compiled" are divided among as many threads as torch may use; others take turns. Company changes
-    nothing: results and learners are, bit for bit, those of any other grouping.
+    size of step, kind of optimizer and utility in common, and all of them or none use momentum, Nesterov's, weight
+    decay, clipping, and resets in part. Those of engine "compiled" are divided among as many threads as torch may use;
+    others take turns. Company changes nothing: results and learners are, bit for bit, those of any other grouping.
 
     A learner that diverges has its `DivergenceError` in place of a result; the others' stand. `between_steps` is
     called after every few steps, as in `Learner.train`, once for all learners. An exception from it stops training

@@ -388,7 +388,8 @@ def replace_in_groups(
 
     A newborn has redrawn incoming weights in every producer, bias 0, the affine parameters and statistics of a fresh
     normalisation layer, outgoing weights 0 in every reader, and no past: utility, mean activations, age and the
-    optimizer's state of exactly these elements are zero.
+    optimizer's state of exactly these elements are zero. With a strength below 1 the newborn is the goal, and weights,
+    biases and what a normalisation keeps go so far towards it; the past is forgotten all the same.
 
     Means are handed on first, so that a newborn's bias is 0 whatever goes on below it; outgoing weights are zeroed
     last, so that no newborn reads another. `published_order` is that of `cbp.replacement.replace_units`.
@@ -403,17 +404,18 @@ def replace_in_groups(
                 _hand_on(reader, at, mean * settings.bias_compensation[0])
     for index, at in chosen:
         group = grouping.groups[index]
-        _renew(group, at, to_device(draws.incoming_weights(0, index, len(at)), grouping.device), slots)
+        drawn = to_device(draws.incoming_weights(0, index, len(at)), grouping.device)
+        _renew(group, at, drawn, settings, slots)
         columns = grouping.layout.slices[index]
         units.utility[0, columns][at] = 0.0
         units.age[0, columns][at] = 0
         for of_reading in grouping.reading_slices[index]:
             units.mean_activation[0, of_reading][at] = 0.0
         if published_order:
-            _silence(group, at, slots)
+            _silence(group, at, settings, slots)
     if not published_order:
         for index, at in chosen:
-            _silence(grouping.groups[index], at, slots)
+            _silence(grouping.groups[index], at, settings, slots)
 
 
 def _hand_on(reader: Outgoing, at: Tensor, mean: Tensor) -> None:
@@ -432,24 +434,33 @@ def _hand_on(reader: Outgoing, at: Tensor, mean: Tensor) -> None:
     getattr(layer, attribute).detach().add_(handed_on, alpha=sign)
 
 
-def _renew(group: UnitGroup, at: Tensor, drawn: Tensor, slots: OptimizerSlots) -> None:
+def _renew(group: UnitGroup, at: Tensor, drawn: Tensor, settings: ResetSettings, slots: OptimizerSlots) -> None:
     """Incoming weights, biases and what is attached; drawn [R, fan_in]."""
     parts = torch.split(drawn, [part.count for part in group.incoming], dim=1)
     for part, values in zip(group.incoming, parts, strict=True):
         rows = part.places[at]
         weight = getattr(part.layer, part.weight)
-        weight.detach()[rows] = values.view(*rows.shape, *weight.shape[1:])
+        _approach(weight.detach(), rows, values.view(*rows.shape, *weight.shape[1:]), settings)
         slots.forget(weight, _zero_at(rows))
         if part.bias is not None:
             bias = getattr(part.layer, part.bias)
-            bias.detach()[rows] = 0.0
+            _approach(bias.detach(), rows, 0.0, settings)
             slots.forget(bias, _zero_at(rows))
     for beside in group.attached:
         channels = beside.places[at]
         for attribute, newborn in beside.values:
             tensor = getattr(beside.layer, attribute)
-            tensor.detach()[channels] = newborn
+            _approach(tensor.detach(), channels, newborn, settings)
             slots.forget(tensor, _zero_at(channels))
+
+
+def _approach(tensor: Tensor, rows: Tensor, newborn: Tensor | float, settings: ResetSettings) -> None:
+    """The rows go towards those of a newborn, as far as the strength says."""
+    if settings.partial:
+        now = tensor[rows]
+        goal = newborn.to(now.dtype) if isinstance(newborn, Tensor) else torch.full_like(now, newborn)
+        newborn = torch.lerp(now, goal, settings.strength[0, 0].to(now.dtype))
+    tensor[rows] = newborn
 
 
 def _zero_at(rows: Tensor) -> _Write:
@@ -459,15 +470,16 @@ def _zero_at(rows: Tensor) -> _Write:
     return zero
 
 
-def _silence(group: UnitGroup, at: Tensor, slots: OptimizerSlots) -> None:
-    """Zeroes the outgoing weights in every reader."""
+def _silence(group: UnitGroup, at: Tensor, settings: ResetSettings, slots: OptimizerSlots) -> None:
+    """Zeroes the outgoing weights in every reader, or scales them down."""
     for reader in group.outgoing:
         weight = getattr(reader.layer, reader.weight)
         inputs = reader.places[at]
         width = weight.shape[1]
-        zero = _zero_inputs(reader, inputs // width, inputs % width)
-        zero(weight.detach())
-        slots.forget(weight, zero)
+        slots.forget(weight, _zero_inputs(reader, inputs // width, inputs % width))
+        read = _by_group(reader, weight.detach())
+        at_inputs = (inputs // width, slice(None), inputs % width)
+        read[at_inputs] = read[at_inputs] * settings.kept[0, 0] if settings.partial else 0.0
 
 
 def _zero_inputs(reader: Outgoing, group: Tensor, column: Tensor) -> _Write:

@@ -98,7 +98,7 @@ class AsyncClient:
             network: such as `{"kind": "mlp", "in_features": 64, "hidden": [100, 100], "out_features": 10,
                 "activation": "relu"}`.
             loss: "cross_entropy", "mse", "huber" or "binary_cross_entropy", or such as `{"kind": "huber", "delta": 2}`.
-            optimizer: "sgd", "adam" or "adamw", or such as `{"kind": "sgd", "lr": 0.01}`.
+            optimizer: "sgd", "rmsprop", "adam" or "adamw", or such as `{"kind": "sgd", "lr": 0.01}`.
             batch_size: examples in one step; 0 makes every message one step.
             seed: of the initial weights and every later draw.
             resets: continual backprop, such as `{"layers": "first", "replacement_rate": 1e-4}`.

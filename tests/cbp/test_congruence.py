@@ -25,6 +25,11 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"kind": "sgd", "lr": 0.02},
     "decay": {"kind": "sgd", "lr": 0.02, "weight_decay": 0.01},
     "momentum": {"kind": "sgd", "lr": 0.01, "momentum": 0.9},
+    "nesterov": {"kind": "sgd", "lr": 0.01, "momentum": 0.9, "nesterov": True},
+    "rmsprop": {"kind": "rmsprop", "lr": 0.002, "weight_decay": 0.01},
+    "rmsprop_momentum": {"kind": "rmsprop", "lr": 0.0005, "momentum": 0.9, "alpha": 0.9, "epsilon": 1e-6},
+    "clipped": {"kind": "sgd", "lr": 0.05, "clip_norm": 0.5},
+    "clipped_adam": {"kind": "adam", "lr": 0.003, "clip_norm": 0.5, "weight_decay": 0.01},
     "adam": {"kind": "adam", "lr": 0.003, "weight_decay": 0.01},
     "adamw": {"kind": "adamw", "lr": 0.003, "beta1": 0.4, "beta2": 0.99},
 }
@@ -35,6 +40,8 @@ RESETS: Sequence[dict[str, Any]] = (
     {"layers": "all", "layer_replacement_rates": {"hidden_0": 0.1, "hidden_2": 0.0}, "maturity_threshold": 0},
     {"layers": "none"},
     {"layers": [0, 2], "decay_rate": 0.3},
+    {"layers": "all", "strength": 0.4},
+    {"layers": "all", "strength": 0.75, "max_replacements": 1, "replacement_window": 20, "maturity_threshold": 2},
 )
 BATCH_SIZES = (1, 3, 16)
 
@@ -75,7 +82,7 @@ def assert_same_state(actual: LearnerSnapshot, expected: LearnerSnapshot) -> Non
     """To float32 rounding."""
     for name in ("units.age", "generator"):
         assert torch.equal(actual.tensors[name], expected.tensors[name]), name
-    for name in ("replacements", "accumulated_replacements", "step"):
+    for name in ("replacements", "accumulated_replacements", "replacements_in_window", "step"):
         assert actual.metadata[name] == expected.metadata[name], name
     for name, tensor in expected.tensors.items():
         if tensor.dtype == torch.float32:
@@ -128,8 +135,14 @@ LARGE: dict[str, Any] = {"network__in_features": 515, "hidden": [513, 520, 512],
 
 @pytest.mark.parametrize("resets", range(len(RESETS)))
 def test_large_layers(resets: int, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
-    spec = spec_of(make_spec, resets, optimizer__lr=0.002, utility=get_args(Utility)[resets], **LARGE)
+    utility = get_args(Utility)[resets % len(get_args(Utility))]
+    spec = spec_of(make_spec, resets, optimizer__lr=0.002, utility=utility, **LARGE)
     assert_congruent(spec, make_batch)
+
+
+def test_large_layers_with_a_clipped_gradient(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    optimizer = {"kind": "sgd", "lr": 0.01, "clip_norm": 1.0}
+    assert_congruent(spec_of(make_spec, 0, optimizer=optimizer, **LARGE), make_batch)
 
 
 @pytest.mark.parametrize("factor", [4.0, 1e-3])
@@ -179,10 +192,12 @@ def test_large_layers_after_a_change_of_engine(engine: EngineName, make_spec: Ma
         assert_same_state(switching.snapshot(), reference.snapshot())
 
 
-@pytest.mark.parametrize("factor", [1.0, 4.0])
-def test_remembered_sums_are_those_made_anew(factor: float, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+@pytest.mark.parametrize(("factor", "resets"), [(1.0, 0), (4.0, 0), (1.0, 6)])
+def test_remembered_sums_are_those_made_anew(
+    factor: float, resets: int, make_spec: MakeSpec, make_batch: MakeBatch
+) -> None:
     """Restored at every few steps, or never: not one bit differs, within and beyond what integers can hold."""
-    spec = spec_of(make_spec, 0, optimizer__lr=0.01, **LARGE)
+    spec = spec_of(make_spec, resets, optimizer__lr=0.01, **LARGE)
     whole, resumed = (Learner(spec, engine="compiled") for _ in range(2))
     for learner in (whole, resumed):
         learner._state.parameters.weights[1].mul_(factor)
@@ -200,13 +215,19 @@ def test_remembered_sums_are_those_made_anew(factor: float, make_spec: MakeSpec,
 
 @pytest.mark.parametrize("engine", ["compiled", "stacked"])
 @pytest.mark.parametrize("utility", ["adaptable_contribution", "random"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "resets"), [*((name, 0) for name in OPTIMIZERS), ("adam", 7)])
 @pytest.mark.parametrize("batch_size", [0, 1, 3])
 def test_cuts_and_pauses_change_nothing(
-    batch_size: int, optimizer: str, utility: str, engine: EngineName, make_spec: MakeSpec, make_batch: MakeBatch
+    batch_size: int,
+    optimizer: str,
+    resets: int,
+    utility: str,
+    engine: EngineName,
+    make_spec: MakeSpec,
+    make_batch: MakeBatch,
 ) -> None:
     """Calls of one step, of many, with somebody looking in between, saved and restored: not one bit differs."""
-    spec = spec_of(make_spec, 0, optimizer=OPTIMIZERS[optimizer], utility=utility, batch_size=batch_size)
+    spec = spec_of(make_spec, resets, optimizer=OPTIMIZERS[optimizer], utility=utility, batch_size=batch_size)
     sizes = [1, 2, 1, 5, 1] * 6 if batch_size == 0 else [7, 1, 1, 40, 2, 60, 13, 100, 1, 75]
     stream = make_batch(spec, sum(sizes))
     bounds = list(itertools.accumulate(sizes, initial=0))
@@ -229,7 +250,7 @@ def test_cuts_and_pauses_change_nothing(
         actual = other.snapshot()
         for name, tensor in expected.tensors.items():
             assert torch.equal(actual.tensors[name], tensor), name
-        for name in ("replacements", "accumulated_replacements", "step"):
+        for name in ("replacements", "accumulated_replacements", "replacements_in_window", "step"):
             assert actual.metadata[name] == expected.metadata[name], name
 
 
@@ -270,6 +291,10 @@ def test_changes_from_outside_are_noticed(make_spec: MakeSpec, make_batch: MakeB
         learner.train(make_batch(spec, 30, seed=3))
         learner.update(make_spec(batch_size=1, resets__utility="contribution"))
         learner.train(make_batch(spec, 30, seed=4))
+        learner.update(make_spec(batch_size=1, resets__strength=0.5, resets__max_replacements=1))
+        learner.train(make_batch(spec, 30, seed=5))
+        learner.update(make_spec(batch_size=1))
+        learner.train(make_batch(spec, 30, seed=6))
     expected, *others = (learner.snapshot() for learner in learners)
     for actual in others:
         assert actual.metadata["replacements"] == expected.metadata["replacements"]

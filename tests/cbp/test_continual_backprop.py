@@ -305,3 +305,14 @@ def test_a_state_of_another_network_is_refused() -> None:
         resets.load_state_dict(state | {"adam_steps": {"7.weight": torch.zeros(3)}})
     with pytest.raises(SnapshotError, match="step"):
         resets.load_state_dict({key: value for key, value in state.items() if key != "step"})
+    with pytest.raises(SnapshotError, match="2 groups of units"):
+        resets.load_state_dict(state | {"replacements_in_window": [0]})
+
+
+def test_a_state_from_before_replacements_were_limited_is_taken() -> None:
+    module = network()
+    resets = ContinualBackprop(module, OPTIMIZERS["sgd"](module.parameters()))
+    state = resets.state_dict()
+    del state["replacements_in_window"]
+    resets.load_state_dict(state)
+    assert resets.state_dict()["replacements_in_window"] == [0, 0]

@@ -2,18 +2,19 @@
 
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from cbp import Batch, CbpError, DivergenceError, Learner, LearnerSpec
+from cbp.engines.eager_engine import EngineName
 
 MakeSpec = Callable[..., LearnerSpec]
 MakeBatch = Callable[..., Batch]
 
-OPTIMIZERS: list[dict[str, Any]] = [{"kind": kind, "lr": 1e30} for kind in ("sgd", "adam", "adamw")]
+OPTIMIZERS: list[dict[str, Any]] = [{"kind": kind, "lr": 1e30} for kind in ("sgd", "rmsprop", "adam", "adamw")]
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "huber", "binary_cross_entropy"])
@@ -62,7 +63,19 @@ def test_parameters_are_checked_after_the_last_step(kind: str, make_spec: MakeSp
     assert (raised.value.step, raised.value.what) == (1, "parameters")
 
 
-@pytest.mark.parametrize("kind", ["adam", "adamw"])
+@pytest.mark.parametrize("engine", get_args(EngineName))
+def test_clipping_hides_no_infinite_gradient(engine: EngineName, make_spec: MakeSpec) -> None:
+    """Of the weights, where those in the outputs are still finite."""
+    optimizer = {"kind": "sgd", "lr": 0.1, "clip_norm": 1.0}
+    spec = make_spec(loss="mse", optimizer=optimizer, network__activation="identity")
+    learner = Learner(spec, engine=engine)
+    learner._state.parameters.weights[1].zero_()  # so that outputs are 0, whatever the weights behind
+    learner._state.parameters.weights[2].fill_(1e30)
+    with pytest.raises(DivergenceError):
+        learner.train(Batch.validate(spec, np.ones((4, 6)), np.full((4, 3), 1e15)))
+
+
+@pytest.mark.parametrize("kind", ["rmsprop", "adam", "adamw"])
 def test_an_infinite_second_moment_is_noticed(kind: str, make_spec: MakeSpec) -> None:
     """It would leave loss and parameters finite, and its parameters without a step for ever."""
     spec = make_spec(optimizer={"kind": kind, "lr": 1e-3})

@@ -7,17 +7,24 @@ from typing import get_args
 
 import pytest
 
-from cbp import LayerPlasticity, ResetSpec
+from cbp import AdamSpec, AdamWSpec, LayerPlasticity, ResetSpec, RmspropSpec, SgdSpec
 from cbp.spec import Initializer, Utility
 
 REPOSITORY = Path(__file__).parents[2]
 ALGORITHM = (REPOSITORY / "docs" / "algorithm.md").read_text(encoding="utf-8")
 EXPORT = (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
+FORGETTING = (REPOSITORY / "docs" / "forgetting.md").read_text(encoding="utf-8")
 MODULES = (REPOSITORY / "docs" / "modules.md").read_text(encoding="utf-8")
 README = (REPOSITORY / "cbp" / "README.md").read_text(encoding="utf-8")
 EXAMPLES = [
     pytest.param(code, id=f"{name}-{index}")
-    for name, text in (("algorithm", ALGORITHM), ("export", EXPORT), ("modules", MODULES), ("readme", README))
+    for name, text in (
+        ("algorithm", ALGORITHM),
+        ("export", EXPORT),
+        ("forgetting", FORGETTING),
+        ("modules", MODULES),
+        ("readme", README),
+    )
     for index, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 ]
 
@@ -28,7 +35,7 @@ def test_examples_run(code: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
 
 
 @pytest.mark.parametrize("name", [*get_args(Utility), *get_args(Initializer)])
@@ -44,6 +51,18 @@ def test_measures_are_documented(name: str) -> None:
 @pytest.mark.parametrize("name", ResetSpec.model_fields)
 def test_reset_settings_say_what_they_mean(name: str) -> None:
     assert ResetSpec.model_fields[name].description
+
+
+@pytest.mark.parametrize("kind", [SgdSpec, RmspropSpec, AdamSpec, AdamWSpec])
+def test_optimizers_are_documented(kind: type[SgdSpec | RmspropSpec | AdamSpec | AdamWSpec]) -> None:
+    assert f"| {kind.model_fields['kind'].default} |" in ALGORITHM
+    assert all(field.description for name, field in kind.model_fields.items() if name != "kind")
+
+
+def test_limits_on_forgetting_are_documented() -> None:
+    for name in ("layers", "replacement_rate", "strength", "max_replacements", "replacement_window"):
+        assert name in ResetSpec.model_fields
+        assert f"`{name}`" in FORGETTING
 
 
 def test_the_table_of_a_module_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cbp import Batch, Learner, LearnerSpec
+from cbp.engines.eager_engine import EngineName
 from cbp.spec import Activation, LossKind
 
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
@@ -34,6 +35,25 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], Callable[[Any], torch.optim.Optimize
     "sgd_momentum_decay": (
         {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    ),
+    "sgd_nesterov": (
+        {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    ),
+    "sgd_nesterov_decay": (
+        {"kind": "sgd", "lr": 0.05, "momentum": 0.7, "nesterov": True, "weight_decay": 0.01},
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.7, nesterov=True, weight_decay=0.01),
+    ),
+    "sgd_clipped": ({"kind": "sgd", "lr": 0.1, "clip_norm": 0.2}, lambda p: torch.optim.SGD(p, lr=0.1)),
+    "adamw_clipped": ({"kind": "adamw", "lr": 0.01, "clip_norm": 0.2}, lambda p: torch.optim.AdamW(p, lr=0.01)),
+    "sgd_clipped_decay": (
+        {"kind": "sgd", "lr": 0.1, "momentum": 0.5, "weight_decay": 0.1, "clip_norm": 0.2},
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5, weight_decay=0.1),
+    ),
+    "rmsprop": ({"kind": "rmsprop", "lr": 0.005}, lambda p: torch.optim.RMSprop(p, lr=0.005)),
+    "rmsprop_all": (
+        {"kind": "rmsprop", "lr": 0.005, "alpha": 0.8, "epsilon": 1e-5, "momentum": 0.6, "weight_decay": 0.05},
+        lambda p: torch.optim.RMSprop(p, lr=0.005, alpha=0.8, eps=1e-5, momentum=0.6, weight_decay=0.05),
     ),
     "adam": ({"kind": "adam", "lr": 0.01}, lambda p: torch.optim.Adam(p, lr=0.01)),
     "adam_decay": (
@@ -65,11 +85,13 @@ def assert_trains_alike(
     optimizer_of: Callable[[Any], torch.optim.Optimizer],
     steps: int,
     weighted: bool,
+    engine: EngineName = "torch",
 ) -> None:
-    learner = Learner(spec)
+    learner = Learner(spec, engine=engine)
     module = module_like(learner)
     optimizer = optimizer_of(module.parameters())
     loss_of = LOSSES[spec.loss.kind]
+    clipped = 0
     for step in range(steps):
         batch = make_batch(spec, spec.batch_size, seed=step, weighted=weighted)
         result = learner.train(batch, return_outputs=True)
@@ -78,10 +100,14 @@ def assert_trains_alike(
         weights = torch.ones(len(batch)) if batch.weights is None else torch.from_numpy(batch.weights)
         optimizer.zero_grad()
         (weights * each).mean().backward()
+        if spec.optimizer.clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_(module.parameters(), spec.optimizer.clip_norm)
+            clipped += bool(norm > spec.optimizer.clip_norm)
         optimizer.step()
         assert result.outputs is not None
         torch.testing.assert_close(torch.from_numpy(result.outputs), outputs.detach(), rtol=1e-4, atol=2e-5)
         assert result.loss == pytest.approx(float(each.detach().mean()), rel=1e-4, abs=1e-6)
+    assert clipped or spec.optimizer.clip_norm is None
     parameters = learner._state.parameters
     linears = [module for module in module if isinstance(module, nn.Linear)]
     for linear, weight, bias in zip(linears, parameters.weights, parameters.biases, strict=True):
@@ -110,7 +136,9 @@ def test_gradients_are_autograds(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("engine", get_args(EngineName))
 def test_optimizers_are_those_of_torch(
+    engine: EngineName,
     optimizer: str,
     loss: LossKind,
     batch_size: int,
@@ -127,4 +155,4 @@ def test_optimizers_are_those_of_torch(
         batch_size=batch_size,
         resets__layers="none",
     )
-    assert_trains_alike(spec, make_batch, optimizer_of, steps=12, weighted=False)
+    assert_trains_alike(spec, make_batch, optimizer_of, steps=12, weighted=False, engine=engine)

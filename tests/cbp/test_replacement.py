@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from read_back import NoReadBack
 
 from cbp import Batch, Learner, LearnerSpec, losses
+from cbp.engines.eager_engine import EngineName
 from cbp.engines.torch_engine import TorchEngine, initial_stack
 from cbp.networks import LinearLayers, initial_bounds
 from cbp.replacement import (
@@ -217,6 +218,83 @@ def test_host_counts_what_the_units_ages_say(rate: float, maturity: int, width: 
         ages[eligible[:expected]] = 0
 
 
+@given(
+    rate=st.sampled_from([1e-3, 0.05, 0.5, 1.0]),
+    maturity=st.integers(0, 12),
+    most=st.integers(1, 5),
+    window=st.integers(1, 40),
+    saved=st.sets(st.integers(1, 150)),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_window_has_more_replacements_than_allowed(
+    rate: float, maturity: int, most: int, window: int, saved: set[int]
+) -> None:
+    """By the ages themselves, and wherever the learner is saved and goes on; what may not go is not owed."""
+    width = 9
+    schedule = ReplacementSchedule.from_ages(
+        [rate], maturity, [0.0], 0, [np.zeros(width, np.int64)], max_replacements=most, window=window
+    )
+    ages = np.zeros(width, np.int64)
+    accumulated, gone = 0.0, 0
+    for step in range(1, 151):
+        gone = 0 if (step - 1) % window == 0 else gone
+        ages += 1
+        eligible = np.flatnonzero(ages > maturity)
+        accumulated += rate * len(eligible)
+        expected = min(int(accumulated), most - gone)
+        accumulated -= int(accumulated)
+        assert (schedule.advance(step) or (0,))[0] == expected
+        gone += expected
+        ages[eligible[:expected]] = 0
+        assert schedule.replaced(step) == [gone]
+        if step in saved:
+            schedule = ReplacementSchedule.from_ages(
+                [rate],
+                maturity,
+                schedule.accumulated,
+                step,
+                [ages],
+                max_replacements=most,
+                window=window,
+                replaced=schedule.replaced(step),
+            )
+
+
+@pytest.mark.parametrize("compensation", [True, False])
+def test_a_reset_in_part_goes_part_of_the_way(compensation: bool) -> None:
+    """Units 4 of the first and 3 of the second layer, with three quarters of their old selves left."""
+    torch.manual_seed(0)
+    units, layers, slot = mature_units(age=3), layers_like(torch.randn), layers_like(torch.randn)
+    units.utility.fill_(1.0)
+    weights = [w[0].clone() for w in layers.weights]
+    biases = [b[0].clone() for b in layers.biases if b is not None]
+    means = [units.mean_activation[0, columns] / (1 - 0.99**3) for columns in LAYOUT.slices]
+    spec = ResetSpec(strength=0.25, bias_compensation=compensation, maturity_threshold=0)
+    assert replace(units, layers, [[1], [1]], [slot], spec) == [[4], [3]]
+
+    if compensation:
+        biases[1] += 0.25 * weights[1][:, 4] * means[0][4]
+        biases[2] += 0.25 * weights[2][:, 3] * means[1][3]
+    weights[0][4] = 0.75 * weights[0][4] + 0.25 * 100.0
+    weights[1][3] = 0.75 * weights[1][3] + 0.25 * 200.0
+    weights[1][:, 4] *= 0.75
+    weights[2][:, 3] *= 0.75
+    biases[0][4] *= 0.75
+    biases[1][3] *= 0.75
+    for layer in range(3):
+        bias = layers.biases[layer]
+        assert bias is not None
+        torch.testing.assert_close(layers.weights[layer][0], weights[layer])
+        torch.testing.assert_close(bias[0], biases[layer])
+    assert (units.age[0, [4, 8]] == 0).all()
+    assert (units.utility[0, [4, 8]] == 0).all()
+    assert (units.mean_activation[0, [4, 8]] == 0).all()
+    for weight, rows, columns in zip(slot.weights, ([4], [3], []), ([], [4], [3]), strict=True):
+        assert not weight[0, rows].any()
+        assert not weight[0, :, columns].any()
+        assert torch.count_nonzero(weight[0]) == (weight.shape[1] - len(rows)) * (weight.shape[2] - len(columns))
+
+
 def test_small_rates_add_up_to_whole_units() -> None:
     """int(ρ·n) without a remainder would be 0 for ever: 1e-4 of 50 units is one in 200 steps."""
     schedule = ReplacementSchedule.from_ages([1e-4], 0, [0.0], 0, [np.full(50, 10, np.int64)])
@@ -296,6 +374,29 @@ def test_momentum_moments_and_step_counts_of_exactly_the_replaced_weights_are_ze
             assert torch.equal(slots[moment].weights[layer][0] == 0, counted == 0)
 
 
+@pytest.mark.parametrize("engine", get_args(EngineName))
+def test_a_reset_weight_starts_like_a_new_one_under_rmsprop(
+    engine: EngineName, make_spec: Callable[..., LearnerSpec], make_batch: Callable[..., Batch]
+) -> None:
+    """Nothing of its past is left, so its first step is the 1/√(1 − alpha) · lr of every first step."""
+    optimizer = {"kind": "rmsprop", "lr": 1e-3, "alpha": 0.75, "momentum": 0.5, "epsilon": 1e-12}
+    spec = make_spec(optimizer=optimizer, network__activation="tanh")
+    learner = Learner(spec, engine=engine)
+    learner.train(make_batch(spec, 60))
+    state = learner._state
+    learner.reset_units([0], 0.25)
+    newborns = (state.units.age[0, :8] == 0).nonzero()[:, 0]
+    assert len(newborns) >= 2
+    for slot in state.optimizer.slots().values():
+        assert not slot.weights[0][0][newborns].any()
+        assert not slot.biases[0][0][newborns].any()
+        assert not slot.weights[1][0][:, newborns].any()
+        assert slot.weights[1][0].any()
+    learner.train(make_batch(spec, 2, seed=1))
+    moved = state.parameters.weights[1][0][:, newborns].abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 2e-3), rtol=1e-3, atol=0)
+
+
 def test_zeroed_outgoing_weights_do_not_move_before_the_next_gradient(
     make_spec: Callable[..., LearnerSpec], make_batch: Callable[..., Batch]
 ) -> None:
@@ -317,18 +418,29 @@ def test_zeroed_outgoing_weights_do_not_move_before_the_next_gradient(
 @pytest.mark.parametrize(
     "optimizers",
     [
-        [{"kind": "sgd", "lr": 0.05}, {"kind": "sgd", "lr": 0.01, "momentum": 0.9}, {"kind": "sgd", "lr": 0.1}],
-        [{"kind": "adam", "lr": 0.01}, {"kind": "adam", "lr": 0.001, "beta2": 0.9}, {"kind": "adam", "lr": 0.01}],
+        [
+            {"kind": "sgd", "lr": lr, "momentum": momentum}
+            for lr, momentum in ((0.05, 0), (0.01, 0.9), (0.1, 0), (0.1, 0))
+        ],
+        [
+            {"kind": "adam", "lr": lr, "beta2": beta2}
+            for lr, beta2 in ((0.01, 0.999), (0.001, 0.9), (0.01, 0.9), (0.01, 0.9))
+        ],
+        [
+            {"kind": "rmsprop", "lr": lr, "momentum": momentum}
+            for lr, momentum in ((0.01, 0), (0.001, 0.9), (0.01, 0), (0.01, 0))
+        ],
     ],
 )
 def test_company_does_not_change_a_learner(
     utility: str, optimizers: list[dict[str, Any]], make_spec: Callable[..., LearnerSpec]
 ) -> None:
-    """Three learners with settings of their own, in one stack and alone."""
+    """Four learners with settings of their own, in one stack and alone."""
     resets = [
         {"replacement_rate": 0.05, "maturity_threshold": 5, "decay_rate": 0.9},
         {"replacement_rate": 0.2, "maturity_threshold": 9, "decay_rate": 0.99, "layers": "first"},
         {"replacement_rate": 0.1, "maturity_threshold": 3, "decay_rate": 0.5, "bias_compensation": False},
+        {"replacement_rate": 0.1, "maturity_threshold": 3, "strength": 0.3, "max_replacements": 2},
     ]
     specs = [
         make_spec(seed=seed, optimizer=optimizer, resets={**of_one, "utility": utility}, network__activation="tanh")
@@ -338,11 +450,11 @@ def test_company_does_not_change_a_learner(
     states = [initial_stack(stack, CPU) for stack in stacks]
     engines = [TorchEngine(stack, state, CPU) for stack, state in zip(stacks, states, strict=True)]
     random = torch.Generator().manual_seed(1)
-    scale = torch.full((3, 2, 1), 0.5 * losses.gradient_scale(specs[0].loss, 3))
+    scale = torch.full((4, 2, 1), 0.5 * losses.gradient_scale(specs[0].loss, 3))
     for _ in range(60):
-        inputs = torch.randn(3, 2, 6, generator=random)
-        targets = torch.nn.functional.one_hot(torch.randint(3, (3, 2), generator=random), 3).float()
-        engines[0].step(inputs, targets, scale, torch.empty(3, 2, 3))
+        inputs = torch.randn(4, 2, 6, generator=random)
+        targets = torch.nn.functional.one_hot(torch.randint(3, (4, 2), generator=random), 3).float()
+        engines[0].step(inputs, targets, scale, torch.empty(4, 2, 3))
         for learner, engine in enumerate(engines[1:]):
             own = slice(learner, learner + 1)
             engine.step(inputs[own], targets[own], scale[own], torch.empty(1, 2, 3))

@@ -21,6 +21,8 @@ MakeSpec = Callable[..., LearnerSpec]
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"kind": "sgd", "lr": 0.05},
     "momentum": {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3},
+    "nesterov": {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
+    "rmsprop": {"kind": "rmsprop", "lr": 0.005, "momentum": 0.5},
     "adam": {"kind": "adam", "lr": 0.01},
     "adamw": {"kind": "adamw", "lr": 0.01},
 }
@@ -93,8 +95,13 @@ class ModuleRun:
         self._spec, self._device = spec, device
         torch.manual_seed(0)
         self._module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3)).to(device)
-        settings = spec.optimizer.model_dump(exclude={"kind", "beta1", "beta2", "epsilon"})
-        kinds: Mapping[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+        settings = spec.optimizer.model_dump(exclude={"kind", "beta1", "beta2", "epsilon", "clip_norm"})
+        kinds: Mapping[str, Any] = {
+            "sgd": torch.optim.SGD,
+            "rmsprop": torch.optim.RMSprop,
+            "adam": torch.optim.Adam,
+            "adamw": torch.optim.AdamW,
+        }
         self._optimizer = kinds[spec.optimizer.kind](self._module.parameters(), **settings)
         resets = spec.resets
         self._resets = ContinualBackprop(

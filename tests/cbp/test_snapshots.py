@@ -16,6 +16,9 @@ MakeBatch = Callable[..., Batch]
 OPTIMIZERS: list[dict[str, Any]] = [
     {"kind": "sgd", "lr": 0.05},
     {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3},
+    {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
+    {"kind": "rmsprop", "lr": 0.005},
+    {"kind": "rmsprop", "lr": 0.005, "momentum": 0.5},
     {"kind": "adam", "lr": 0.01},
     {"kind": "adamw", "lr": 0.01},
 ]
@@ -144,6 +147,7 @@ def test_junk_is_refused(junk: bytes) -> None:
     ("damage", "says"),
     [
         (lambda snapshot: snapshot.metadata.update(format_version=99), "format version 99"),
+        (lambda snapshot: snapshot.metadata.update(replacements_in_window=[1]), "in 2 hidden layers"),
         (lambda snapshot: snapshot.metadata.pop("step"), "step"),
         (lambda snapshot: snapshot.metadata["spec"].update(batch_size=-1), "batch_size"),
         (lambda snapshot: snapshot.metadata.update(replacements=[0]), "2 hidden layers"),
@@ -163,3 +167,20 @@ def test_what_does_not_fit_is_named(
     damage(snapshot)
     with pytest.raises(SnapshotError, match=says):
         Learner.restore(snapshot)
+
+
+def test_a_snapshot_from_before_newer_settings_is_taken(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    """What it does not name has its default, with which learners go on as they did."""
+    spec = make_spec(optimizer={"kind": "sgd", "lr": 0.05, "momentum": 0.9})
+    learner = Learner(spec)
+    learner.train(make_batch(spec, 40))
+    snapshot = learner.snapshot()
+    del snapshot.metadata["replacements_in_window"]
+    for setting in ("nesterov", "clip_norm"):
+        del snapshot.metadata["spec"]["optimizer"][setting]
+    for setting in ("strength", "max_replacements", "replacement_window"):
+        del snapshot.metadata["spec"]["resets"][setting]
+    restored = Learner.restore(LearnerSnapshot.from_bytes(snapshot.to_bytes()))
+    for each in (learner, restored):
+        each.train(make_batch(spec, 40, seed=1))
+    assert_same(learner, restored)

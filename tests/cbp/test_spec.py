@@ -21,6 +21,7 @@ def test_defaults_are_the_papers() -> None:
     assert (spec.resets.layers, spec.resets.replacement_rate, spec.resets.maturity_threshold) == ("all", 1e-4, 100)
     assert (spec.resets.decay_rate, spec.resets.utility) == (0.99, "adaptable_contribution")
     assert spec.resets.bias_compensation
+    assert (spec.resets.strength, spec.resets.max_replacements) == (1.0, None)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,10 @@ def test_defaults_are_the_papers() -> None:
         {"loss": {"kind": "huber", "delta": 0.5}},
         {"optimizer": {"kind": "adam", "lr": 1e-3, "beta1": 0.8}},
         {"optimizer": {"kind": "adamw", "lr": 1e-3}},
+        {"optimizer": {"kind": "rmsprop", "lr": 1e-3, "alpha": 0.9, "momentum": 0.5}},
+        {"optimizer": {"kind": "sgd", "lr": 1e-3, "momentum": 0.5, "nesterov": True, "clip_norm": 0.5}},
         {"resets": {"layers": [0, "2"], "layer_replacement_rates": {"hidden_2": 0.5}}},
+        {"resets": {"strength": 0.5, "max_replacements": 3, "replacement_window": 50}},
         {"resets": {"layers": "none"}, "monitoring": {"interval": 0}, "batch_size": 0, "seed": 2**63 - 1},
     ],
 )
@@ -76,8 +80,15 @@ def test_layers_may_be_named_or_numbered(resets: dict[str, Any], rates: tuple[fl
         ({"network": {"kind": "mlp", "in_features": 4, "hidden": [5]}}, "network.out_features", "required"),
         ({"loss": "hinge"}, "loss.kind", "'mse'"),
         ({"loss": {"kind": "mse", "delta": 2.0}}, "loss", "huber"),
-        ({"optimizer": {"kind": "rmsprop", "lr": 1}}, "optimizer.kind", "sgd, adam, adamw"),
-        ({"optimizer": {"lr": 1}}, "optimizer.kind", "sgd, adam, adamw"),
+        ({"optimizer": {"kind": "lion", "lr": 1}}, "optimizer.kind", "sgd, rmsprop, adam, adamw"),
+        ({"optimizer": {"lr": 1}}, "optimizer.kind", "sgd, rmsprop, adam, adamw"),
+        ({"optimizer": {"kind": "sgd", "lr": 1, "nesterov": True}}, "optimizer.nesterov", "set momentum above 0"),
+        ({"optimizer": {"kind": "adam", "lr": 1, "nesterov": True}}, "optimizer.nesterov", "Unknown field"),
+        ({"optimizer": {"kind": "adam", "lr": 1, "clip_norm": 0}}, "optimizer.clip_norm", "greater than 0; got 0"),
+        ({"optimizer": {"kind": "sgd", "lr": 1, "clip_norm": "1"}}, "optimizer.clip_norm", "number"),
+        ({"optimizer": {"kind": "sgd", "lr": 1, "clip_norm": 1e-60}}, "optimizer.clip_norm", "float32"),
+        ({"optimizer": {"kind": "rmsprop", "lr": 1, "alpha": 1}}, "optimizer.alpha", "less than 1; got 1"),
+        ({"optimizer": {"kind": "rmsprop", "lr": 1, "centered": True}}, "optimizer.centered", "Unknown field"),
         ({"optimizer": {"kind": "sgd", "lr": 0}}, "optimizer.lr", "greater than 0; got 0"),
         ({"optimizer": {"kind": "sgd", "lr": float("nan")}}, "optimizer.lr", "finite"),
         ({"optimizer": {"kind": "sgd", "lr": 1, "beta1": 0.9}}, "optimizer.beta1", "Unknown field"),
@@ -112,6 +123,11 @@ def test_layers_may_be_named_or_numbered(resets: dict[str, Any], rates: tuple[fl
             "not reset",
         ),
         ({"resets": {"mt": 3}}, "resets.mt", "Unknown field"),
+        ({"resets": {"strength": 0}}, "resets.strength", "greater than 0; got 0"),
+        ({"resets": {"strength": 1.01}}, "resets.strength", "less than or equal to 1; got 1.01"),
+        ({"resets": {"max_replacements": 0}}, "resets.max_replacements", "greater than or equal to 1; got 0"),
+        ({"resets": {"max_replacements": 1.5}}, "resets.max_replacements", "got 1.5"),
+        ({"resets": {"replacement_window": 0}}, "resets.replacement_window", "greater than or equal to 1; got 0"),
         ({"resets": {"decay_rate": 1.0}}, "resets.decay_rate", "less than 1"),
         ({"monitoring": {"probe_size": 0}}, "monitoring.probe_size", "got 0"),
     ],

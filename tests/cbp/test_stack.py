@@ -34,6 +34,10 @@ OPTIMIZERS: Mapping[str, dict[str, Any]] = {
     "sgd": {"kind": "sgd", "lr": 0.05},
     "decay": {"kind": "sgd", "lr": 0.02, "weight_decay": 0.01},
     "momentum": {"kind": "sgd", "lr": 0.02, "momentum": 0.9},
+    "nesterov": {"kind": "sgd", "lr": 0.02, "momentum": 0.9, "nesterov": True},
+    "rmsprop": {"kind": "rmsprop", "lr": 0.003},
+    "rmsprop_momentum": {"kind": "rmsprop", "lr": 0.001, "momentum": 0.9, "weight_decay": 0.01},
+    "clipped": {"kind": "sgd", "lr": 0.05, "clip_norm": 0.5},
     "adam": {"kind": "adam", "lr": 0.01},
     "adamw": {"kind": "adamw", "lr": 0.01},
 }
@@ -51,6 +55,9 @@ def learners_of(make_spec: MakeSpec, count: int, optimizer: str = "sgd", **chang
             "maturity_threshold": int(random.choice([0, 3, 8])),
             "decay_rate": random.choice([0.8, 0.99]),
             "bias_compensation": bool(random.integers(2)),
+            "strength": changes.get("resets__strength", 1.0),
+            "max_replacements": int(random.integers(1, 4)) if random.integers(2) else None,
+            "replacement_window": int(random.integers(5, 30)),
             "utility": changes.get("resets__utility", "adaptable_contribution"),
         }
         settings = OPTIMIZERS[optimizer] | {"lr": OPTIMIZERS[optimizer]["lr"] * random.uniform(0.2, 1)}
@@ -231,6 +238,17 @@ def test_learners_of_the_compiled_engine(
     assert any(sum(learner.progress.replacements.values()) for learner in together)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_resets_in_part(optimizer: str, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    """Beside learners of another strength, and of none."""
+    learners = [
+        learner
+        for strength in (0.25, 0.6, 1.0)
+        for learner in learners_of(make_spec, 3, optimizer, resets__strength=strength)
+    ]
+    assert_company_changes_nothing(learners, make_batch, 60)
+
+
 def test_settings_changed_in_between_are_noticed(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
     learners = learners_of(make_spec, 3, monitoring__interval=0)
     batch = make_batch(learners[0].spec, 40)
@@ -238,6 +256,8 @@ def test_settings_changed_in_between_are_noticed(make_spec: MakeSpec, make_batch
         {"optimizer__lr": 0.01},
         {"optimizer__momentum": 0.9},
         {"resets__utility": "weight"},
+        {"optimizer__clip_norm": 0.3},
+        {"resets__strength": 0.5, "resets__max_replacements": 1, "resets__replacement_window": 9},
         {"resets__maturity_threshold": 2, "optimizer__momentum": 0.0},
         {"optimizer__weight_decay": 0.1},
     ):

@@ -1,5 +1,6 @@
 """The command line: what it refuses, and a whole way from runs to tables."""
 
+import dataclasses
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -7,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from experiments import findings
+from experiments import forgetting as limits_on_forgetting
 from experiments.__main__ import app
 from experiments.findings import Finding, Size
 from experiments.results import Results
@@ -98,3 +100,18 @@ def test_a_plan_says_how_long_it_takes() -> None:
     assert status == 0
     assert "| layers | 13 | 26 | 3,120 |" in output
     assert "hours in all" in output
+
+
+def test_what_is_remembered_is_tabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = dataclasses.replace(limits_on_forgetting.STREAM, examples=100)
+    monkeypatch.setattr(limits_on_forgetting, "STREAM", stream)
+    document = tmp_path / "forgetting.md"
+    document.write_text("<!-- table: forgetting -->\nold\n<!-- end -->\n")
+    size = ("--seeds", "2", "--tasks", "10", "--scored", "2")
+    assert invoke("forgetting", *size, "--document", document)[0] == 0
+    lines = document.read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[3:-1]] == [f"| {name}" for name in limits_on_forgetting.RESETS]
+    assert all(line.count("±") == (3 if "– | –" in line else 6) for line in lines[3:-1])
+    status, output = invoke("forgetting", "--tasks", "10", "--scored", "8")
+    assert status == 2
+    assert "--scored" in output

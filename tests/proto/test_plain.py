@@ -118,7 +118,7 @@ def test_short_forms(short: dict[str, Any], long: dict[str, Any]) -> None:
         ({"learning_rate": 1}, "learning_rate", "is not a field here; there are network, loss"),
         ({1: 2}, "1", "is not a field here"),
         ({"optimizer": {"learning_rate": 1}}, "optimizer.learning_rate", "there are kind, lr"),
-        ({"optimizer": "rmsprop"}, "optimizer.kind", "must be one of sgd, adam, adamw, not 'rmsprop'"),
+        ({"optimizer": "lion"}, "optimizer.kind", "must be one of sgd, adam, adamw, rmsprop, not 'lion'"),
         ({"optimizer": {"kind": 1}}, "optimizer.kind", "must be one of sgd"),
         ({"optimizer": 3}, "optimizer", "must be a mapping, not int"),
         ({"network": {"in_features": 3}}, "network.kind", "must be one of mlp, not None"),

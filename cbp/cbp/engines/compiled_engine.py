@@ -26,11 +26,11 @@ from cbp.engines.eager_engine import EagerEngine, EngineName, Work
 from cbp.engines.kernels import Real, Sum, Table
 from cbp.engines.torch_engine import StackState, initial_stack
 from cbp.networks import FlatLayers, initial_bounds, laid_out
-from cbp.optimizers import AdamState, SgdState
+from cbp.optimizers import NORM_MARGIN, AdamState, RmspropState, SgdState
 from cbp.pending import Examples, Probe
 from cbp.progress import Tally
 from cbp.replacement import DrawSource, ReplacementSchedule
-from cbp.spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, SgdSpec, Utility
+from cbp.spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, RmspropSpec, SgdSpec, Utility
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -116,8 +116,14 @@ class CompiledEngine(EagerEngine):
             case SgdState(momentum=None):
                 table[Table.OPTIMIZER] = kernels.SGD
             case SgdState(momentum=FlatLayers() as momentum):
-                table[Table.OPTIMIZER] = kernels.MOMENTUM_SGD
+                nesterov = isinstance(optimizer, SgdSpec) and optimizer.nesterov
+                table[Table.OPTIMIZER] = kernels.NESTEROV_SGD if nesterov else kernels.MOMENTUM_SGD
                 table[Table.MOMENTUM] = _address(momentum)
+            case RmspropState():
+                running = state.optimizer.momentum
+                table[Table.OPTIMIZER] = kernels.RMSPROP if running is None else kernels.MOMENTUM_RMSPROP
+                table[Table.MOMENTUM] = 0 if running is None else _address(running)
+                table[Table.SECOND_MOMENT] = _address(state.optimizer.square_average)
             case AdamState():
                 table[Table.OPTIMIZER] = kernels.ADAMW if optimizer.kind == "adamw" else kernels.ADAM
                 table[Table.MOMENTUM] = _address(state.optimizer.first_moment)
@@ -145,7 +151,7 @@ class CompiledEngine(EagerEngine):
         )
         self.table[Table.REMEMBERS] = remembers
         remembered = remembers and max(widths[:-2]) >= kernels.LARGE
-        self._assumes = remembered or not isinstance(optimizer, SgdSpec)
+        self._assumes = remembered or isinstance(optimizer, AdamSpec | AdamWSpec)
         turned = [
             bool(kernels.is_turned(int(remembers), depth, layer, before, after))
             for layer, (before, after) in enumerate(itertools.pairwise(widths))
@@ -179,7 +185,9 @@ class CompiledEngine(EagerEngine):
         """What a step takes, about."""
         parameters = self.spec.parameter_count
         nanoseconds = 500.0 + (0.25 + 0.05 * step_size) * parameters
-        if self.table[Table.OPTIMIZER] >= kernels.ADAM:
+        if self.spec.optimizer.clip_norm is not None:
+            nanoseconds += (0.1 + 0.05 * step_size) * parameters
+        if self.table[Table.OPTIMIZER] >= kernels.RMSPROP:
             nanoseconds += 2.0 * parameters
         return nanoseconds
 
@@ -216,6 +224,9 @@ class CompiledEngine(EagerEngine):
         if floats > len(self._room):
             self._room = np.zeros(floats, np.float32)
         table = self.table
+        if self.spec.optimizer.clip_norm is not None:
+            self._clipping_room = np.zeros(step_size * widest, np.float32)
+            table[Table.CLIPPING] = self._clipping_room.ctypes.data
         table[Table.FLOATS] = self._room.ctypes.data
         table[Table.SKIPS] = (
             step_size == 1
@@ -292,7 +303,8 @@ class CompiledEngine(EagerEngine):
     def replace_due_units(self) -> None:
         state = self.state
         counts = state.schedules[0].advance(state.steps[0])
-        assert counts is not None
+        if counts is None:  # what is due may be beyond a limit
+            return
         self._replace([counts], published_order=self._published_order)
 
     def _replace(self, counts: Sequence[tuple[int, ...]], *, published_order: bool) -> None:
@@ -452,6 +464,11 @@ def _reals(spec: LearnerSpec) -> NDArray[np.float32]:
     match optimizer:
         case SgdSpec():
             reals[Real.MOMENTUM] = optimizer.momentum
+        case RmspropSpec():
+            reals[Real.MOMENTUM] = optimizer.momentum
+            reals[Real.BETA2] = optimizer.alpha
+            reals[Real.ONE_MINUS_BETA2] = 1 - optimizer.alpha
+            reals[Real.EPSILON] = optimizer.epsilon
         case AdamSpec() | AdamWSpec():
             reals[Real.ONE_MINUS_BETA1] = 1 - optimizer.beta1
             reals[Real.BETA2] = optimizer.beta2
@@ -461,10 +478,14 @@ def _reals(spec: LearnerSpec) -> NDArray[np.float32]:
                 reals[Real.LOG_BETA2] = np.log(optimizer.beta2)
             reals[Real.EPSILON] = optimizer.epsilon
             reals[Real.SHRINKAGE] = 1 - optimizer.lr * optimizer.weight_decay
+    if optimizer.clip_norm is not None:
+        reals[Real.CLIP_NORM] = optimizer.clip_norm
+        reals[Real.NORM_MARGIN] = NORM_MARGIN
     reals[Real.ONE_MINUS_DECAY] = 1 - resets.decay_rate
     with np.errstate(divide="ignore"):
         reals[Real.LOG_DECAY] = np.log(resets.decay_rate)
-    reals[Real.BIAS_COMPENSATION] = resets.bias_compensation
+    reals[Real.BIAS_COMPENSATION] = resets.strength * resets.bias_compensation
+    reals[Real.STRENGTH], reals[Real.KEPT] = resets.strength, 1 - resets.strength
     reals[Real.DELTA] = spec.loss.delta
     return reals.astype(np.float32)
 

@@ -103,7 +103,9 @@ class Table(IntEnum):
     LABELS = 38
     VALUES = 39
     EXAMPLES = 40
-    WIDTHS = 41
+    CLIPPING = 41
+    """Room for [B, widest layer], if the gradient's norm is limited; or else 0."""
+    WIDTHS = 42
     """I, hidden widths, C; to the end of the table."""
 
 
@@ -120,7 +122,7 @@ class Sum(IntEnum):
     PARAMETERS = 5
     """All parameters' magnitudes after the last step; not finite if one of them is not."""
     MOMENTS = 6
-    """Adam's second moments after the last step."""
+    """Adam's second moments, or RMSprop's mean squares, after the last step."""
     COUNT = 7
 
 
@@ -132,6 +134,7 @@ class Real(IntEnum):
     WEIGHT_DECAY = 2
     ONE_MINUS_BETA1 = 3
     BETA2 = 4
+    """Of RMSprop, alpha."""
     ONE_MINUS_BETA2 = 5
     LOG_BETA1 = 6
     LOG_BETA2 = 7
@@ -140,15 +143,22 @@ class Real(IntEnum):
     ONE_MINUS_DECAY = 10
     LOG_DECAY = 11
     BIAS_COMPENSATION = 12
+    """The share of a unit's mean that is handed on."""
     DELTA = 13
     SCALE = 14
     """What the loss's residual is multiplied by, apart from the example's weight."""
-    COUNT = 15
+    STRENGTH = 15
+    """Of a reset."""
+    KEPT = 16
+    """1 − strength"""
+    CLIP_NORM = 17
+    NORM_MARGIN = 18
+    COUNT = 19
 
 
 RELU, LEAKY_RELU, ELU, SELU, GELU, SILU, TANH, SIGMOID, IDENTITY = range(9)
 CROSS_ENTROPY, MSE, HUBER, BINARY_CROSS_ENTROPY = range(4)
-SGD, MOMENTUM_SGD, ADAM, ADAMW = range(4)
+SGD, MOMENTUM_SGD, NESTEROV_SGD, RMSPROP, MOMENTUM_RMSPROP, ADAM, ADAMW = range(7)
 CONTRIBUTION, ZERO_CONTRIBUTION, ADAPTABLE_CONTRIBUTION, WEIGHT, ADAPTATION, FEATURE_BY_INPUT, RANDOM = range(7)
 
 _DEPTH, _BATCH, _ACTIVATION, _LOSS = int(Table.DEPTH), int(Table.BATCH), int(Table.ACTIVATION), int(Table.LOSS)
@@ -163,7 +173,7 @@ _PROBE_FEATURES, _PROBE_TARGETS = int(Table.PROBE_FEATURES), int(Table.PROBE_TAR
 _PROBE_POSITION, _PROBE_ROWS = int(Table.PROBE_POSITION), int(Table.PROBE_ROWS)
 _SCORE_ROWS, _CORRECTION_COUNT, _WIDTHS = int(Table.SCORE_ROWS), int(Table.CORRECTION_COUNT), int(Table.WIDTHS)
 _FEATURES, _LABELS, _VALUES = int(Table.FEATURES), int(Table.LABELS), int(Table.VALUES)
-_WEIGHTS, _EXAMPLES = int(Table.WEIGHTS), int(Table.EXAMPLES)
+_WEIGHTS, _EXAMPLES, _CLIPPING = int(Table.WEIGHTS), int(Table.EXAMPLES), int(Table.CLIPPING)
 _REMEMBERS, _MAGNITUDES, _FINENESS = int(Table.REMEMBERS), int(Table.MAGNITUDES), int(Table.FINENESS)
 
 _AVERAGE_DECAY, _LOSS_SUM, _ACCURACY_SUM = int(Sum.DECAY), int(Sum.LOSS), int(Sum.ACCURACY)
@@ -175,7 +185,8 @@ _ONE_MINUS_BETA1, _BETA2, _ONE_MINUS_BETA2 = int(Real.ONE_MINUS_BETA1), int(Real
 _LOG_BETA1, _LOG_BETA2, _EPSILON = int(Real.LOG_BETA1), int(Real.LOG_BETA2), int(Real.EPSILON)
 _SHRINKAGE, _ONE_MINUS_DECAY, _LOG_DECAY = int(Real.SHRINKAGE), int(Real.ONE_MINUS_DECAY), int(Real.LOG_DECAY)
 _BIAS_COMPENSATION, _DELTA, _SCALE = int(Real.BIAS_COMPENSATION), int(Real.DELTA), int(Real.SCALE)
-_REAL_COUNT = int(Real.COUNT)
+_STRENGTH, _KEPT, _CLIP_NORM = int(Real.STRENGTH), int(Real.KEPT), int(Real.CLIP_NORM)
+_NORM_MARGIN, _REAL_COUNT = int(Real.NORM_MARGIN), int(Real.COUNT)
 
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
 _LEAKY_SLOPE = np.float32(0.01)
@@ -452,6 +463,54 @@ def _momentum_row(
         columns[i] += magnitude
         total += magnitude
     return total
+
+
+@in_any_order
+def _nesterov_row(
+    row: Floats, gradient: Floats, momentum: Floats, reals: Floats, decays: int, columns: Floats
+) -> Number:
+    negative_lr, kept, weight_decay = reals[_NEGATIVE_LR], reals[_MU], reals[_WEIGHT_DECAY]
+    if decays:
+        for i in range(len(row)):
+            gradient[i] += row[i] * weight_decay
+    total = _ZERO
+    for i in range(len(row)):
+        running = momentum[i] * kept + gradient[i]
+        momentum[i] = running
+        value = row[i] + (gradient[i] + running * kept) * negative_lr
+        row[i] = value
+        magnitude = abs(value)
+        columns[i] += magnitude
+        total += magnitude
+    return total
+
+
+@in_any_order
+def _rmsprop_row(
+    row: Floats, gradient: Floats, momentum: Floats, average: Floats, reals: Floats, decays: int, columns: Floats
+) -> tuple[Number, Number]:
+    """Without momentum its row is empty. Also returns the sum of the mean squares."""
+    negative_lr, weight_decay, epsilon = reals[_NEGATIVE_LR], reals[_WEIGHT_DECAY], reals[_EPSILON]
+    remembered, kept, gained = reals[_MU], reals[_BETA2], reals[_ONE_MINUS_BETA2]
+    if decays:
+        for i in range(len(row)):
+            gradient[i] += row[i] * weight_decay
+    total = averages = _ZERO
+    for i in range(len(row)):
+        square = average[i] * kept + gradient[i] * gradient[i] * gained
+        average[i] = square
+        averages += square
+        gradient[i] /= np.float32(math.sqrt(square)) + epsilon
+    for i in range(len(momentum)):
+        momentum[i] = momentum[i] * remembered + gradient[i]
+        gradient[i] = momentum[i]
+    for i in range(len(row)):
+        value = row[i] + gradient[i] * negative_lr
+        row[i] = value
+        magnitude = abs(value)
+        columns[i] += magnitude
+        total += magnitude
+    return total, averages
 
 
 @exactly
@@ -879,6 +938,111 @@ def _adam_factors(ages: Integers, total: int, inputs: int, reals: Floats, first:
         second[inputs + u] = factor2
 
 
+# --- Clipping ---------------------------------------------------------------------------------------------------------
+#
+# Updates are made on the way back, each from the weights' gradient as soon as it is known; but by how much it is to be
+# scaled is known at the end only. So a learner that clips goes back twice. The gradient is linear in that of the loss
+# in the outputs: scaling this one scales all, and the second way is the one of a learner that does not clip.
+
+
+@exactly
+def _clip(
+    table: Integers,
+    reals: Floats,
+    features: Floats,
+    pre_at: int,
+    post_at: int,
+    delta_at: int,
+    back_at: int,
+    gradient_at: int,
+) -> None:
+    """Scales the loss's gradient in the outputs, at `delta_at`, as `cbp.optimizers` scales that of all parameters."""
+    depth, batch = table[_DEPTH], table[_BATCH]
+    unit = place = 0
+    for layer in range(depth):
+        unit += table[_WIDTHS + layer]
+        place += table[_WIDTHS + layer + 1] * (table[_WIDTHS + layer] + 1)
+    unit -= table[_WIDTHS]  # hidden units up to the layer
+    from_at, to_at = delta_at, back_at
+    squares = 0.0
+    for layer in range(depth - 1, -1, -1):
+        before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+        place -= after * (before + 1)
+        unit -= before if layer else 0
+        offset = 4 * batch * unit
+        delta = _rows(from_at, batch, after)
+        layer_input = _rows(post_at + offset, batch, before) if layer else features
+        if batch == 1:  # the norm of a product of two vectors is the product of their norms
+            squares += _sum_of_squares(delta[0]) * (_sum_of_squares(layer_input[0]) + 1.0)
+        else:
+            squares += _squares_of_gradient(delta, layer_input, gradient_at)
+        if layer:
+            back = _rows(to_at, batch, before)
+            weight_at = table[_PARAMETERS] + 4 * place
+            if is_turned(table[_REMEMBERS], depth, layer, before, after):
+                _hand_back_turned(_rows(weight_at, before, after), layer_input[0], delta[0], back[0])
+            elif batch > 1:
+                hand_back(delta, _rows(weight_at, after, before), back)
+            else:
+                weight = _rows(weight_at, after, before)
+                back[0, :] = _ZERO
+                for o in range(after):
+                    add_scaled(weight[o], delta[0, o], back[0])
+            _differentiate(
+                table[_ACTIVATION],
+                _row(pre_at + offset, batch * before),
+                _row(post_at + offset, batch * before),
+                _row(to_at, batch * before),
+            )
+            from_at, to_at = to_at, table[_CLIPPING] if to_at == back_at else back_at
+    norm = math.sqrt(squares)
+    factor = np.float32(reals[_CLIP_NORM] / (norm + reals[_NORM_MARGIN]))
+    if norm < np.inf and factor < _ONE:  # an infinite gradient is to be noticed, not to become one of zeros
+        residual = _row(delta_at, batch * table[_WIDTHS + depth])
+        for k in range(len(residual)):
+            residual[k] *= factor
+
+
+@exactly
+def _squares_of_gradient(delta: Floats, inputs: Floats, room: int) -> float:
+    """Of a layer's weights and biases, for at least two examples; at `room` is that for the gradient."""
+    examples, out = delta.shape
+    into = inputs.shape[1]
+    squares = 0.0
+    if gradient_in_tiles(examples, out):
+        tile = _rows(room, ROWS_AT_ONCE, into)
+        for o in range(0, out, ROWS_AT_ONCE):
+            first = min(o, out - ROWS_AT_ONCE)
+            gradient_of_rows(delta, inputs, first, tile)
+            counted = o - first  # tiles at the end overlap those before
+            squares += _sum_of_squares(_row(room + 4 * counted * into, (ROWS_AT_ONCE - counted) * into))
+    else:
+        np.dot(delta.T, inputs, _rows(room, out, into))
+        squares += _sum_of_squares(_row(room, out * into))
+    bias_gradient = _row(room, out)
+    _sum_examples(delta, bias_gradient)
+    return squares + _sum_of_squares(bias_gradient)
+
+
+@in_any_order
+def _sum_of_squares(values: Floats) -> float:
+    total = 0.0
+    for k in range(len(values)):
+        total += np.float64(values[k]) * np.float64(values[k])
+    return total
+
+
+@in_any_order
+def _hand_back_turned(weight: Floats, inputs: Floats, delta: Floats, back: Floats) -> None:
+    """back [in] ← weight [in, out] · delta; 0 for units that are silent."""
+    for i in range(len(inputs)):
+        total = _ZERO
+        if inputs[i] != _ZERO:
+            for o in range(len(delta)):
+                total += weight[i, o] * delta[o]
+        back[i] = total
+
+
 # --- Backward passes, each with its update ----------------------------------------------------------------------------
 
 
@@ -898,7 +1062,7 @@ def _backward(
     second_factors: Floats,
 ) -> tuple[Number, Number]:
     """From the last layer to the first; for any optimizer. Returns the sums of the parameters' magnitudes, and of
-    Adam's second moments."""
+    Adam's second moments or RMSprop's mean squares."""
     depth, batch, width = table[_DEPTH], table[_BATCH], table[_WIDTHS]
     kind, decays = table[_OPTIMIZER], table[_DECAYS_WEIGHTS]
     widest = 0
@@ -962,6 +1126,14 @@ def _backward(
             elif kind == MOMENTUM_SGD:
                 momentum = _row(table[_MOMENTUM] + at, before)
                 incoming[o] = _momentum_row(weight[o], row_gradient, momentum, reals, decays, columns)
+            elif kind == NESTEROV_SGD:
+                momentum = _row(table[_MOMENTUM] + at, before)
+                incoming[o] = _nesterov_row(weight[o], row_gradient, momentum, reals, decays, columns)
+            elif kind < ADAM:
+                momentum = _row(table[_MOMENTUM] + at, before if kind == MOMENTUM_RMSPROP else 0)
+                average = _row(table[_SECOND_MOMENT] + at, before)
+                incoming[o], moments = _rmsprop_row(weight[o], row_gradient, momentum, average, reals, decays, columns)
+                moment_sum += moments
             else:
                 incoming[o], moments = _adam_row(
                     weight[o],
@@ -990,6 +1162,15 @@ def _backward(
         elif kind == MOMENTUM_SGD:
             momentum = _row(table[_MOMENTUM] + at, after)
             parameter_sum += _momentum_row(bias, bias_gradient, momentum, reals, decays, unused)
+        elif kind == NESTEROV_SGD:
+            momentum = _row(table[_MOMENTUM] + at, after)
+            parameter_sum += _nesterov_row(bias, bias_gradient, momentum, reals, decays, unused)
+        elif kind < ADAM:
+            momentum = _row(table[_MOMENTUM] + at, after if kind == MOMENTUM_RMSPROP else 0)
+            average = _row(table[_SECOND_MOMENT] + at, after)
+            magnitudes, moments = _rmsprop_row(bias, bias_gradient, momentum, average, reals, decays, unused)
+            parameter_sum += magnitudes
+            moment_sum += moments
         else:
             magnitudes, moments = _adam_row(
                 bias,
@@ -1275,6 +1456,18 @@ def run(
             scores[1, begin + b] = right
             _add_to_tally(tally, loss, right)
 
+        if table[_CLIPPING]:
+            _clip(
+                table,
+                reals,
+                features[begin : begin + batch],
+                pre_at,
+                post_at,
+                delta_at,
+                back_at,
+                gradient_at + 8 * widest,
+            )
+
         # Backward and update, layer by layer from the last
         parameter_sum = moment_sum = _ZERO
         if skips:
@@ -1374,6 +1567,7 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
     """
     depth = table[_DEPTH]
     reals = _row(table[_REALS], _REAL_COUNT)
+    strength, kept = reals[_STRENGTH], reals[_KEPT]
     chosen = np.empty((depth - 1, max(counts)), np.int64)
     place = 0
     unit = 0
@@ -1399,12 +1593,17 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
                 turned,
                 _row(table[_PARAMETERS] + 4 * (next_place + readers * after), readers),
                 reals[_LOG_DECAY],
+                reals[_BIAS_COMPENSATION],
             )
         for rank in range(counts[layer]):
             j = chosen[layer, rank]
-            _put_incoming(table, layer, place, j, drawn[start : start + before])
+            newborn = drawn[start : start + before]
+            if strength != _ONE:
+                newborn = _approached(table, layer, place, j, newborn, strength)
+            _put_incoming(table, layer, place, j, newborn)
             start += before
-            _row(table[_PARAMETERS] + 4 * (place + after * before + j), 1)[0] = _ZERO
+            bias = _row(table[_PARAMETERS] + 4 * (place + after * before + j), 1)
+            bias[0] = bias[0] * kept if strength != _ONE else _ZERO
             for slot in (table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
                 if slot:  # then no layer is turned
                     _row(slot + 4 * (place + j * before), before)[:] = _ZERO
@@ -1413,7 +1612,7 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
             _row(table[_MEANS] + 4 * (unit + j), 1)[0] = _ZERO
             _integers(table[_AGES] + 8 * (unit + j), 1)[0] = 0
         if published_order:
-            _forget_outgoing(table, layer, next_place, chosen[layer, : counts[layer]])
+            _silence(table, layer, next_place, chosen[layer, : counts[layer]], strength, kept)
         place = next_place
         unit += after
 
@@ -1422,7 +1621,7 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
         for layer in range(depth - 1):
             before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
             place += after * (before + 1)
-            _forget_outgoing(table, layer, place, chosen[layer, : counts[layer]])
+            _silence(table, layer, place, chosen[layer, : counts[layer]], strength, kept)
 
     bias_sum = _ZERO
     place = 0
@@ -1459,12 +1658,13 @@ def _compensate(
     turned: int,
     readers_bias: Floats,
     log_decay: Number,
+    share: Number,
 ) -> None:
-    """readers: the weights of the next layer, [in, out] if turned."""
+    """readers: the weights of the next layer, [in, out] if turned; share of the means that is handed on."""
     corrected = np.empty(len(chosen), np.float32)
     for rank in range(len(chosen)):
         j = chosen[rank]
-        corrected[rank] = means[j] / _bias_correction(ages[j], log_decay)
+        corrected[rank] = means[j] / _bias_correction(ages[j], log_decay) * share
     for o in range(len(readers_bias)):
         handed_on = _ZERO
         for rank in range(len(chosen)):
@@ -1474,24 +1674,43 @@ def _compensate(
 
 
 @exactly
-def _forget_outgoing(table: Integers, layer: int, place: int, chosen: Integers) -> None:
-    """Zeroes what the next layer, its weights at `place`, reads of the chosen units."""
+def _silence(table: Integers, layer: int, place: int, chosen: Integers, strength: Number, kept: Number) -> None:
+    """Zeroes what the next layer, its weights at `place`, reads of the chosen units, or scales it down."""
     after, readers = table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
     if is_turned(table[_REMEMBERS], table[_DEPTH], layer + 1, after, readers):
         weight = _rows(table[_PARAMETERS] + 4 * place, after, readers)
         fineness, incoming, outgoing = _sums_of(table, layer + 1)
         for j in chosen:
+            outgoing[j] = 0
             for o in range(readers):
                 incoming[o] -= np.int64(_multiples(weight[j, o], fineness))
-                weight[j, o] = _ZERO
-            outgoing[j] = 0
+                weight[j, o] = weight[j, o] * kept if strength != _ONE else _ZERO
+                left = np.int64(_multiples(weight[j, o], fineness))
+                incoming[o] += left
+                outgoing[j] += left
         return
-    for slot in (table[_PARAMETERS], table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
+    weight = _rows(table[_PARAMETERS] + 4 * place, readers, after)
+    for o in range(readers):
+        for j in chosen:
+            weight[o, j] = weight[o, j] * kept if strength != _ONE else _ZERO
+    for slot in (table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
         if slot:
-            weight = _rows(slot + 4 * place, readers, after)
+            remembered = _rows(slot + 4 * place, readers, after)
             for o in range(readers):
                 for j in chosen:
-                    weight[o, j] = _ZERO
+                    remembered[o, j] = _ZERO
+
+
+@exactly
+def _approached(table: Integers, layer: int, place: int, j: int, drawn: Floats, strength: Number) -> Floats:
+    """Incoming weights of unit j, at `place`, so far on the way to the drawn ones."""
+    before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+    turned = is_turned(table[_REMEMBERS], table[_DEPTH], layer, before, after)
+    weight = _rows(table[_PARAMETERS] + 4 * place, before if turned else after, after if turned else before)
+    reached = np.empty(before, np.float32)
+    for i in range(before):
+        reached[i] = _lerp(weight[i, j] if turned else weight[j, i], drawn[i], strength)
+    return reached
 
 
 @exactly

@@ -28,7 +28,7 @@ from cbp.networks import flat_layers
 from cbp.pending import Examples, Probe
 from cbp.progress import Tally
 from cbp.replacement import DrawSource, UnitState
-from cbp.spec import LearnerSpec, LossSpec, MlpSpec, Utility
+from cbp.spec import LearnerSpec, LossSpec, MlpSpec, SgdSpec, Utility
 
 _CPU_WIDTHS = (64, 32)
 """Multiples of the floats that two vector instructions take together, so that none of a row's numbers is left over for
@@ -50,8 +50,11 @@ class _Kind:
     loss: LossSpec
     optimizer: str
     uses_momentum: bool
+    nesterov: bool
+    clips: bool
     uses_weight_decay: bool
     utility: Utility
+    resets_in_part: bool
     step_size: int
     device: torch.device
     published_order: bool
@@ -94,10 +97,12 @@ class StackedEngine(EagerEngine):
             network=spec.network,
             loss=spec.loss,
             optimizer=spec.optimizer.kind,
-            uses_momentum=isinstance(self.state.optimizer, optimizers.SgdState)
-            and self.state.optimizer.momentum is not None,
+            uses_momentum=optimizers.uses_momentum([spec.optimizer]),
+            nesterov=isinstance(spec.optimizer, SgdSpec) and spec.optimizer.nesterov,
+            clips=spec.optimizer.clip_norm is not None,
             uses_weight_decay=spec.optimizer.weight_decay > 0,
             utility=spec.resets.utility,
+            resets_in_part=spec.resets.strength < 1,
             step_size=step_size,
             device=self.device,
             published_order=self._published_order,

@@ -84,14 +84,20 @@ def initial_stack(specs: Sequence[LearnerSpec], device: torch.device) -> StackSt
         steps=[0] * len(specs),
         replacements=[[0] * hidden for _ in specs],
     )
-    state.schedules = schedules(specs, state, [[0.0] * hidden for _ in specs])
+    state.schedules = schedules(specs, state, [[0.0] * hidden for _ in specs], [[0] * hidden for _ in specs])
     return state
 
 
 def schedules(
-    specs: Sequence[LearnerSpec], state: StackState, accumulated: Sequence[Sequence[float]]
+    specs: Sequence[LearnerSpec],
+    state: StackState,
+    accumulated: Sequence[Sequence[float]],
+    replaced: Sequence[Sequence[int]],
 ) -> list[ReplacementSchedule]:
-    """The schedules that follow from the units' ages; reads them from the device, so never within a step."""
+    """The schedules that follow from the units' ages; reads them from the device, so never within a step.
+
+    Per learner and hidden layer, `accumulated` is owed, and `replaced` units have gone in the present window.
+    """
     ages = state.units.age.cpu().numpy()
     slices = unit_layout(specs[0].network, torch.device("cpu")).slices
     return [
@@ -101,6 +107,9 @@ def schedules(
             accumulated[learner],
             state.steps[learner],
             [ages[learner, columns] for columns in slices],
+            max_replacements=spec.resets.max_replacements,
+            window=spec.resets.replacement_window,
+            replaced=replaced[learner],
         )
         for learner, spec in enumerate(specs)
     ]

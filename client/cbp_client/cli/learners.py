@@ -100,7 +100,7 @@ def create(
     ] = None,
     activation: Annotated[str | None, typer.Option(help="Such as relu, leaky_relu, tanh.")] = None,
     loss: Annotated[str | None, typer.Option(help="cross_entropy, mse, huber or binary_cross_entropy.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd, rmsprop, adam or adamw.")] = None,
     lr: Learning = None,
     weight_decay: WeightDecay = None,
     momentum: Momentum = None,

@@ -111,6 +111,7 @@ class _OptimizerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Optimiz
     OPTIMIZER_KIND_SGD: _OptimizerKind.ValueType  # 1
     OPTIMIZER_KIND_ADAM: _OptimizerKind.ValueType  # 2
     OPTIMIZER_KIND_ADAMW: _OptimizerKind.ValueType  # 3
+    OPTIMIZER_KIND_RMSPROP: _OptimizerKind.ValueType  # 4
 
 class OptimizerKind(_OptimizerKind, metaclass=_OptimizerKindEnumTypeWrapper): ...
 
@@ -118,6 +119,7 @@ OPTIMIZER_KIND_UNSPECIFIED: OptimizerKind.ValueType  # 0
 OPTIMIZER_KIND_SGD: OptimizerKind.ValueType  # 1
 OPTIMIZER_KIND_ADAM: OptimizerKind.ValueType  # 2
 OPTIMIZER_KIND_ADAMW: OptimizerKind.ValueType  # 3
+OPTIMIZER_KIND_RMSPROP: OptimizerKind.ValueType  # 4
 Global___OptimizerKind: _TypeAlias = OptimizerKind  # noqa: Y015
 
 class _Utility:
@@ -308,16 +310,26 @@ class Optimizer(_message.Message):
     BETA1_FIELD_NUMBER: _builtins.int
     BETA2_FIELD_NUMBER: _builtins.int
     EPSILON_FIELD_NUMBER: _builtins.int
+    NESTEROV_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    CLIP_NORM_FIELD_NUMBER: _builtins.int
     kind: Global___OptimizerKind.ValueType
     lr: _builtins.float
     """Learning rate."""
     weight_decay: _builtins.float
     momentum: _builtins.float
-    """sgd only."""
+    """sgd and rmsprop only."""
     beta1: _builtins.float
     """adam and adamw only."""
     beta2: _builtins.float
     epsilon: _builtins.float
+    """adam, adamw and rmsprop only."""
+    nesterov: _builtins.bool
+    """sgd with momentum only. Default false."""
+    alpha: _builtins.float
+    """rmsprop only: decay of the mean squared gradient. Default 0.99."""
+    clip_norm: _builtins.float
+    """Most that the norm of a step's gradient may be, over all parameters. Without it nothing is clipped."""
     def __init__(
         self,
         *,
@@ -328,33 +340,48 @@ class Optimizer(_message.Message):
         beta1: _builtins.float | None = ...,
         beta2: _builtins.float | None = ...,
         epsilon: _builtins.float | None = ...,
+        nesterov: _builtins.bool | None = ...,
+        alpha: _builtins.float | None = ...,
+        clip_norm: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_lr", b"_lr", "_momentum", b"_momentum", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "epsilon", b"epsilon", "lr", b"lr", "momentum", b"momentum", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_beta1", b"_beta1", "_beta2", b"_beta2", "_clip_norm", b"_clip_norm", "_epsilon", b"_epsilon", "_lr", b"_lr", "_momentum", b"_momentum", "_nesterov", b"_nesterov", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "beta1", b"beta1", "beta2", b"beta2", "clip_norm", b"clip_norm", "epsilon", b"epsilon", "lr", b"lr", "momentum", b"momentum", "nesterov", b"nesterov", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_lr", b"_lr", "_momentum", b"_momentum", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "epsilon", b"epsilon", "kind", b"kind", "lr", b"lr", "momentum", b"momentum", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_beta1", b"_beta1", "_beta2", b"_beta2", "_clip_norm", b"_clip_norm", "_epsilon", b"_epsilon", "_lr", b"_lr", "_momentum", b"_momentum", "_nesterov", b"_nesterov", "_weight_decay", b"_weight_decay", "alpha", b"alpha", "beta1", b"beta1", "beta2", b"beta2", "clip_norm", b"clip_norm", "epsilon", b"epsilon", "kind", b"kind", "lr", b"lr", "momentum", b"momentum", "nesterov", b"nesterov", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
+    _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
     _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
     _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
     _WhichOneofReturnType__beta2: _TypeAlias = _typing.Literal["beta2"]  # noqa: Y015
     _WhichOneofArgType__beta2: _TypeAlias = _typing.Literal["_beta2", b"_beta2"]  # noqa: Y015
+    _WhichOneofReturnType__clip_norm: _TypeAlias = _typing.Literal["clip_norm"]  # noqa: Y015
+    _WhichOneofArgType__clip_norm: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm"]  # noqa: Y015
     _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
     _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
     _WhichOneofReturnType__lr: _TypeAlias = _typing.Literal["lr"]  # noqa: Y015
     _WhichOneofArgType__lr: _TypeAlias = _typing.Literal["_lr", b"_lr"]  # noqa: Y015
     _WhichOneofReturnType__momentum: _TypeAlias = _typing.Literal["momentum"]  # noqa: Y015
     _WhichOneofArgType__momentum: _TypeAlias = _typing.Literal["_momentum", b"_momentum"]  # noqa: Y015
+    _WhichOneofReturnType__nesterov: _TypeAlias = _typing.Literal["nesterov"]  # noqa: Y015
+    _WhichOneofArgType__nesterov: _TypeAlias = _typing.Literal["_nesterov", b"_nesterov"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beta1) -> _WhichOneofReturnType__beta1 | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beta2) -> _WhichOneofReturnType__beta2 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_norm) -> _WhichOneofReturnType__clip_norm | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr) -> _WhichOneofReturnType__lr | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__momentum) -> _WhichOneofReturnType__momentum | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nesterov) -> _WhichOneofReturnType__nesterov | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
@@ -393,6 +420,9 @@ class Resets(_message.Message):
     DECAY_RATE_FIELD_NUMBER: _builtins.int
     UTILITY_FIELD_NUMBER: _builtins.int
     BIAS_COMPENSATION_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    MAX_REPLACEMENTS_FIELD_NUMBER: _builtins.int
+    REPLACEMENT_WINDOW_FIELD_NUMBER: _builtins.int
     replacement_rate: _builtins.float
     """Share of a layer's mature units replaced at each step, from 0 to 1. Default 1e-4."""
     maturity_threshold: _builtins.int
@@ -402,6 +432,12 @@ class Resets(_message.Message):
     utility: Global___Utility.ValueType
     bias_compensation: _builtins.bool
     """Whether the next layer's bias takes over a removed unit's mean contribution. Default true."""
+    strength: _builtins.float
+    """How far a reset goes towards a newborn unit, above 0 up to 1. Default 1."""
+    max_replacements: _builtins.int
+    """Units of each layer that may be replaced in one window of steps, at least 1. Without it there is no such limit."""
+    replacement_window: _builtins.int
+    """Steps in one window. Default 1000."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """One of "all" (the default), "first" and "none"; or hidden layers by index ("0") or name ("hidden_0")."""
@@ -420,10 +456,13 @@ class Resets(_message.Message):
         decay_rate: _builtins.float | None = ...,
         utility: Global___Utility.ValueType = ...,
         bias_compensation: _builtins.bool | None = ...,
+        strength: _builtins.float | None = ...,
+        max_replacements: _builtins.int | None = ...,
+        replacement_window: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bias_compensation", b"_bias_compensation", "_decay_rate", b"_decay_rate", "_maturity_threshold", b"_maturity_threshold", "_replacement_rate", b"_replacement_rate", "bias_compensation", b"bias_compensation", "decay_rate", b"decay_rate", "maturity_threshold", b"maturity_threshold", "replacement_rate", b"replacement_rate"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bias_compensation", b"_bias_compensation", "_decay_rate", b"_decay_rate", "_maturity_threshold", b"_maturity_threshold", "_max_replacements", b"_max_replacements", "_replacement_rate", b"_replacement_rate", "_replacement_window", b"_replacement_window", "_strength", b"_strength", "bias_compensation", b"bias_compensation", "decay_rate", b"decay_rate", "maturity_threshold", b"maturity_threshold", "max_replacements", b"max_replacements", "replacement_rate", b"replacement_rate", "replacement_window", b"replacement_window", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bias_compensation", b"_bias_compensation", "_decay_rate", b"_decay_rate", "_maturity_threshold", b"_maturity_threshold", "_replacement_rate", b"_replacement_rate", "bias_compensation", b"bias_compensation", "decay_rate", b"decay_rate", "layer_replacement_rates", b"layer_replacement_rates", "layers", b"layers", "maturity_threshold", b"maturity_threshold", "replacement_rate", b"replacement_rate", "utility", b"utility"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bias_compensation", b"_bias_compensation", "_decay_rate", b"_decay_rate", "_maturity_threshold", b"_maturity_threshold", "_max_replacements", b"_max_replacements", "_replacement_rate", b"_replacement_rate", "_replacement_window", b"_replacement_window", "_strength", b"_strength", "bias_compensation", b"bias_compensation", "decay_rate", b"decay_rate", "layer_replacement_rates", b"layer_replacement_rates", "layers", b"layers", "maturity_threshold", b"maturity_threshold", "max_replacements", b"max_replacements", "replacement_rate", b"replacement_rate", "replacement_window", b"replacement_window", "strength", b"strength", "utility", b"utility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bias_compensation: _TypeAlias = _typing.Literal["bias_compensation"]  # noqa: Y015
     _WhichOneofArgType__bias_compensation: _TypeAlias = _typing.Literal["_bias_compensation", b"_bias_compensation"]  # noqa: Y015
@@ -431,8 +470,14 @@ class Resets(_message.Message):
     _WhichOneofArgType__decay_rate: _TypeAlias = _typing.Literal["_decay_rate", b"_decay_rate"]  # noqa: Y015
     _WhichOneofReturnType__maturity_threshold: _TypeAlias = _typing.Literal["maturity_threshold"]  # noqa: Y015
     _WhichOneofArgType__maturity_threshold: _TypeAlias = _typing.Literal["_maturity_threshold", b"_maturity_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__max_replacements: _TypeAlias = _typing.Literal["max_replacements"]  # noqa: Y015
+    _WhichOneofArgType__max_replacements: _TypeAlias = _typing.Literal["_max_replacements", b"_max_replacements"]  # noqa: Y015
     _WhichOneofReturnType__replacement_rate: _TypeAlias = _typing.Literal["replacement_rate"]  # noqa: Y015
     _WhichOneofArgType__replacement_rate: _TypeAlias = _typing.Literal["_replacement_rate", b"_replacement_rate"]  # noqa: Y015
+    _WhichOneofReturnType__replacement_window: _TypeAlias = _typing.Literal["replacement_window"]  # noqa: Y015
+    _WhichOneofArgType__replacement_window: _TypeAlias = _typing.Literal["_replacement_window", b"_replacement_window"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bias_compensation) -> _WhichOneofReturnType__bias_compensation | None: ...
     @_typing.overload
@@ -440,7 +485,13 @@ class Resets(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__maturity_threshold) -> _WhichOneofReturnType__maturity_threshold | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_replacements) -> _WhichOneofReturnType__max_replacements | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__replacement_rate) -> _WhichOneofReturnType__replacement_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replacement_window) -> _WhichOneofReturnType__replacement_window | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
 
 Global___Resets: _TypeAlias = Resets  # noqa: Y015
 

@@ -318,6 +318,27 @@ def test_durability_is_chosen_at_creation_and_changed_between_fsync_and_os(wire,
     assert refused(lambda: update("-n", learner_pb2.DURABILITY_FSYNC)).code == grpc.StatusCode.INVALID_ARGUMENT
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "changes"),
+    [
+        ({"kind": "sgd", "lr": 0.05, "momentum": 0.5}, {"lr": 0.01, "nesterov": True}),
+        ({"kind": "rmsprop", "lr": 0.01}, {"lr": 0.002, "alpha": 0.5, "momentum": 0.5}),
+    ],
+)
+def test_an_optimizers_settings_are_live(wire, learner_id, small_spec, examples, optimizer, changes):
+    wire.create(learner_id, optimizer=optimizer)
+    expected, unchanged = local(small_spec, optimizer=optimizer), local(small_spec, optimizer=optimizer)
+    stream = wire.stream(learner_id)
+    teach(stream, [expected, unchanged], 1, examples(30))
+    learner = learner_pb2.Learner(name=name(learner_id), spec=from_plain({"optimizer": changes}, spec_pb2.LearnerSpec))
+    paths = [f"spec.optimizer.{field}" for field in changes]
+    wire.learners.UpdateLearner(request("UpdateLearner", learner=learner, update_mask={"paths": paths}))
+    expected.update(LearnerSpec.parse(small_spec | {"optimizer": optimizer | changes}))
+    teach(stream, [expected, unchanged], 2, examples(30))
+    same(wire, learner_id, expected)
+    assert not np.allclose(expected.predict(PROBE), unchanged.predict(PROBE), atol=1e-3)
+
+
 # -- quarantine --
 
 
