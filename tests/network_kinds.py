@@ -1,5 +1,6 @@
 """Small networks of every kind, and examples for them."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,3 +72,41 @@ def examples(spec: LearnerSpec, count: int, seed: int = 0) -> tuple[np.ndarray, 
 
 def batch_for(spec: LearnerSpec, count: int, seed: int = 0) -> Batch:
     return Batch.validate(spec, *examples(spec, count, seed))
+
+
+ARCHITECTURE = """
+from torch import nn
+
+def small(shape, outputs, settings):
+    units = int(settings["units"])
+    first = nn.Linear(shape[0] * shape[1], units)
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), nn.Dropout(0.3), nn.Linear(units, outputs))
+
+def recurrent(shape, outputs, settings):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.memory = nn.LSTM(shape[1], 6, batch_first=True)
+            self.last = nn.Linear(6, outputs)
+
+        def forward(self, values):
+            return self.last(self.memory(values)[0][:, -1])
+
+    return Recurrent()
+
+def wrong(shape, outputs, settings):
+    return nn.Linear(99, outputs)
+
+def nothing(shape, outputs, settings):
+    return None
+"""
+
+
+def install_architectures(directory: Path) -> None:
+    """A package of an operator, as an installer leaves it."""
+    (directory / "acme_networks.py").write_text(ARCHITECTURE)
+    info = directory / "acme_networks-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-networks\nVersion: 1.0\n")
+    names = ("small", "recurrent", "wrong", "nothing")
+    (info / "entry_points.txt").write_text("[cbp.networks]\n" + "".join(f"{n} = acme_networks:{n}\n" for n in names))

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from network_kinds import IMAGE, NETWORKS, SMALL_TRANSFORMER, batch_for, examples, plain_spec
+from network_kinds import (
+    IMAGE,
+    NETWORKS,
+    SMALL_TRANSFORMER,
+    batch_for,
+    examples,
+    install_architectures,
+    plain_spec,
+)
 from torch import nn
 
 from cbp import Batch, Learner, LearnerSpec, SnapshotError, SpecError
@@ -226,43 +234,11 @@ def test_networks_beyond_all_memory_are_counted_and_not_built() -> None:
 
 # -- architectures of the operator --
 
-ARCHITECTURE = """
-from torch import nn
-
-def small(shape, outputs, settings):
-    units = int(settings["units"])
-    first = nn.Linear(shape[0] * shape[1], units)
-    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), nn.Dropout(0.3), nn.Linear(units, outputs))
-
-def recurrent(shape, outputs, settings):
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.memory = nn.LSTM(shape[1], 6, batch_first=True)
-            self.last = nn.Linear(6, outputs)
-
-        def forward(self, values):
-            return self.last(self.memory(values)[0][:, -1])
-
-    return Recurrent()
-
-def wrong(shape, outputs, settings):
-    return nn.Linear(99, outputs)
-
-def nothing(shape, outputs, settings):
-    return None
-"""
-
 
 @pytest.fixture
 def architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package of an operator, installed."""
-    (tmp_path / "acme_networks.py").write_text(ARCHITECTURE)
-    info = tmp_path / "acme_networks-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-networks\nVersion: 1.0\n")
-    names = ("small", "recurrent", "wrong", "nothing")
-    (info / "entry_points.txt").write_text("[cbp.networks]\n" + "".join(f"{n} = acme_networks:{n}\n" for n in names))
+    install_architectures(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "acme_networks", raising=False)
 

@@ -1,8 +1,10 @@
 """Networks of every kind on a real server: the shapes of their examples on the wire, and what a kill leaves of them."""
 
+import os
+
 import numpy as np
 import pytest
-from network_kinds import NETWORKS, OPTIMIZERS, examples, plain_spec
+from network_kinds import NETWORKS, OPTIMIZERS, examples, install_architectures, plain_spec
 from one_thread import one_thread
 
 from cbp import Batch, Learner, LearnerSnapshot, LearnerSpec
@@ -72,7 +74,7 @@ def test_learners_of_every_kind_survive_a_kill(start_server, connect):
     check()
 
 
-def test_images_and_tokens_from_the_client(server, learner_id):
+def test_images_and_tokens_from_the_client(server, learner_id, tmp_path):
     with Client(server.grpc_target) as client:
         for number, name in enumerate(["convnet", "transformer of tokens", "mlp with columns"]):
             plain = plain_spec(name)
@@ -87,7 +89,32 @@ def test_images_and_tokens_from_the_client(server, learner_id):
             [sample] = learner.plasticity(fresh=True)
             assert [layer.layer for layer in sample.layers] == list(spec.layer_names)
             assert learner.reset_units(0, 0.5)["hidden_0"] > 0
-            data = learner.export()
+            learner.export(tmp_path / "learner.safetensors")
+            data = (tmp_path / "learner.safetensors").read_bytes()
             assert Learner.restore(LearnerSnapshot.from_bytes(data), engine="auto").progress.step == 4
             copy = learner.fork(f"{learner_id[:50]}-{number}-copy")
             np.testing.assert_array_equal(copy.predict(features).outputs, learner.predict(features).outputs)
+
+
+def test_an_operators_architecture_is_served(start_server, tmp_path, monkeypatch):
+    install_architectures(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    server = start_server("--max-parameters", "400")
+    network = {"kind": "registered", "name": "small", "shape": [3, 4], "out_features": 2, "settings": {"units": 10}}
+    plain = {"loss": "mse", "optimizer": {"kind": "sgd", "lr": 0.01}, "batch_size": 2}
+    random = np.random.default_rng(0)
+    features, targets = random.normal(size=(10, 3, 4)), random.normal(size=(10, 2))
+    with Client(server.grpc_target) as client:
+        learner = client.create_learner("pictures", network=network, **plain)
+        with learner.stream(producer="tests") as stream:
+            stream.send(features, targets)
+        before = learner.predict(features).outputs
+        for name, settings, field in (("small", {"units": 100}, "settings"), ("other", {}, "name")):
+            wrong = network | {"name": name, "settings": settings}
+            with pytest.raises(InvalidArgument) as refused:
+                client.create_learner("wrong", network=wrong, **plain)
+            assert [violation.field for violation in refused.value.violations] == [f"learner.spec.network.{field}"]
+    server.kill()
+    server.start()
+    with Client(server.grpc_target) as client:
+        np.testing.assert_array_equal(client.get_learner("pictures").predict(features).outputs, before)
