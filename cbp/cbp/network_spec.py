@@ -191,7 +191,7 @@ class MlpSpec(_Tabular):
     kind: Literal["mlp"] = "mlp"
     hidden: Annotated[tuple[Width, ...], Field(min_length=1)]
     """Units in each hidden layer, first layer first; at least one layer, since resets need hidden units."""
-    activation: Activation | Literal["crelu"] = "relu"
+    activation: Literal[Activation, "crelu"] = "relu"
     """The hidden units' nonlinearity. ReLU by default, for which the paper's evidence was gathered. crelu shows the
     next layer both relu(z) and relu(−z) (Shang et al. 2016), which has then twice as many inputs."""
     initializer: Initializer = "kaiming"

@@ -163,6 +163,7 @@ def test_hashed_categories_spread_over_their_buckets() -> None:
     ("network", "field", "says"),
     [
         ({"kind": "rnn"}, "network.kind", "mlp, linear, convnet"),
+        ({"in_features": 4, "hidden": [3], "activation": "softplus"}, "network.activation", "'crelu'"),
         ({"kind": "linear", "in_features": 4, "hidden": [3]}, "network.hidden", "Unknown field"),
         ({"kind": "linear", "in_features": 2**23}, "network.in_features", "At most"),
         ({"kind": "linear", "in_features": 4, "out_features": 2**23}, "network.out_features", "At most"),

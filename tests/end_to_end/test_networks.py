@@ -113,7 +113,7 @@ def test_an_operators_architecture_is_served(start_server, tmp_path, monkeypatch
             wrong = network | {"name": name, "settings": settings}
             with pytest.raises(InvalidArgument) as refused:
                 client.create_learner("wrong", network=wrong, **plain)
-            assert [violation.field for violation in refused.value.violations] == [f"learner.spec.network.{field}"]
+            assert [violation.field for violation in refused.value.violations] == [f"network.{field}"]
     server.kill()
     server.start()
     with Client(server.grpc_target) as client:
