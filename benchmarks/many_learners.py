@@ -34,7 +34,7 @@ from workloads import (
 )
 
 from cbp import Learner, compile_ahead
-from cbp.engines.eager_engine import EngineName
+from cbp.engines.eager_engine import EngineName, PerceptronEngineName
 from cbp_client import AsyncClient
 
 TARGET = 4 * 2**30
@@ -107,7 +107,7 @@ def resident_bytes(pid: int) -> int:
 
 def rows(count: int, full: bool) -> Iterator[list[str]]:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
-        for engine in get_args(EngineName):
+        for engine in get_args(PerceptronEngineName):
             yield fresh.apply(in_this_process, (engine, count))
     if full:
         with tempfile.TemporaryDirectory() as directory:

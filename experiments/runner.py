@@ -217,7 +217,7 @@ def _measures(learner: Learner) -> dict[str, Any]:
 def hidden_activations(snapshot: LearnerSnapshot) -> list[NDArray[np.float32]]:
     """Activations [n, units] of each hidden layer on the learner's probe, its most recent examples."""
     spec = snapshot.read_spec()
-    apply = NONLINEARITIES[spec.network.activation].apply
+    apply = NONLINEARITIES[spec.mlp.plain_activation].apply
     values = snapshot.tensors["probe.features"]
     activations = []
     for name in spec.layer_names[:-1]:
@@ -236,7 +236,7 @@ def is_saturated(activations: NDArray[np.float32], activation: str) -> NDArray[n
 
 def saturated_fractions(snapshot: LearnerSnapshot) -> list[float | None] | None:
     """Share of each hidden layer's activations near the ends of their range; None where it has none."""
-    activation = snapshot.read_spec().network.activation
+    activation = snapshot.read_spec().mlp.plain_activation
     if activation not in _RANGES:
         return None
     return [float(is_saturated(values, activation).mean()) for values in hidden_activations(snapshot)]

@@ -52,13 +52,13 @@ def describe(cells: Sequence[Cell], archive: Archive, earlier: pa.Table | None =
 def _units(run: Run, snapshot: LearnerSnapshot) -> list[dict[str, Any]]:
     spec = snapshot.read_spec()
     weights = [snapshot.tensors[f"parameters.{name}.weight"].abs().numpy() for name in spec.layer_names]
-    ages = np.split(snapshot.tensors["units.age"].numpy().reshape(-1), np.cumsum(spec.network.hidden)[:-1])
+    ages = np.split(snapshot.tensors["units.age"].numpy().reshape(-1), np.cumsum(spec.mlp.hidden)[:-1])
     rows = []
     for layer, activations in enumerate(hidden_activations(snapshot)):
         into, out = weights[layer].mean(axis=1), weights[layer + 1].mean(axis=0)
         values = _utilities(activations, into, out) | {
             "age": ages[layer],
-            "saturated": is_saturated(activations, spec.network.activation).mean(axis=0),
+            "saturated": is_saturated(activations, spec.mlp.plain_activation).mean(axis=0),
             "w_in": into,
             "w_out": out,
         }

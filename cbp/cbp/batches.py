@@ -1,6 +1,6 @@
 """Examples on their way into a learner: everything is checked here, before anything changes.
 
-Shapes: N examples, I input features, C outputs.
+Shapes: N examples, C outputs.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbp.errors import BatchError, FieldViolation, shown
+from cbp.network_spec import LARGEST_WHOLE, CategoricalColumn
 from cbp.spec import LearnerSpec
 
 LONGEST_TASK_LABEL = 128
@@ -24,7 +25,7 @@ class Batch:
     """Examples that fit a learner; made by `validate`."""
 
     features: NDArray[np.float32]
-    """[N, I]"""
+    """[N, …], the shape of the network's examples behind N."""
     targets: NDArray[np.int64] | NDArray[np.float32]
     """[N] labels for cross_entropy, [N, C] values otherwise."""
     weights: NDArray[np.float32] | None
@@ -79,7 +80,7 @@ class Batch:
 
 
 def validate_features(spec: LearnerSpec, features: ArrayLike) -> NDArray[np.float32]:
-    """[N, I] features on their own, for a prediction. Raises `BatchError`."""
+    """[N, …] features on their own, for a prediction. Raises `BatchError`."""
     try:
         return check_features(spec, features)
     except _UnfitError as problem:
@@ -88,10 +89,33 @@ def validate_features(spec: LearnerSpec, features: ArrayLike) -> NDArray[np.floa
 
 def check_features(spec: LearnerSpec, features: ArrayLike) -> NDArray[np.float32]:
     array = _as_array(features)
-    width = spec.network.in_features
-    if array.ndim != 2 or array.shape[1] != width or len(array) < 1:
-        raise _UnfitError(f"Expected shape [N, {width}] with N of at least 1, got {list(array.shape)}")
+    network = spec.network
+    shape = network.input_shape
+    if array.shape[1:] != shape or not array.ndim or len(array) < 1:
+        wanted = ", ".join(["N", *map(str, shape)])
+        raise _UnfitError(f"Expected shape [{wanted}] with N of at least 1, got {list(array.shape)}")
+    if network.vocabulary_size is not None:
+        _check_whole(array, 0, network.vocabulary_size - 1, "whole numbers", "the network's vocabulary")
+    for column in network.inputs.columns:
+        _check_column(array[:, column.column], column)
     return _as_float32(array)
+
+
+def _check_column(values: NDArray[Any], column: CategoricalColumn) -> None:
+    what = f"categories in column {column.column}"
+    if column.cardinality:
+        _check_whole(values, 0, column.cardinality - 1, what, "its cardinality; or give it hash_buckets")
+    else:
+        text = "what float32 holds exactly; hash longer ones to 24 bits before"
+        _check_whole(values, -LARGEST_WHOLE, LARGEST_WHOLE, what, text)
+
+
+def _check_whole(values: NDArray[Any], least: int, most: int, what: str, limit: str) -> None:
+    with np.errstate(invalid="ignore"):
+        refused = ~((values >= least) & (values <= most))
+    if values.dtype.kind == "f":
+        refused |= values != np.round(values)
+    _refuse_first(refused, values, f"Expected {what} from {least} to {most}, by {limit}")
 
 
 def _check_targets(spec: LearnerSpec, targets: ArrayLike, count: int | None) -> NDArray[np.int64] | NDArray[np.float32]:

@@ -155,8 +155,20 @@ class ContinualBackprop:
         evaluate_groups(self._units, self._settings, self._grouping, taps, self._draws)
         self._step += 1
         due = self._schedule.advance(self._step)
-        if due is None:
-            return
+        if due is not None:
+            self._replace(due)
+
+    @torch.no_grad()
+    def reset_units(self, wanted: Sequence[int]) -> tuple[int, ...]:
+        """Resets so many units of each group now, those of least utility, or as many as are mature; returns how many.
+
+        What the rates still owe stays owed.
+        """
+        counts = self._schedule.replace(wanted, self._step)
+        self._replace(counts)
+        return counts
+
+    def _replace(self, due: Sequence[int]) -> None:
         self._replacements = [before + count for before, count in zip(self._replacements, due, strict=True)]
         selected = [
             select_units(self._units, self._settings, self._grouping.layout, group, [count])

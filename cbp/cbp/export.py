@@ -2,7 +2,7 @@
 
     python -m cbp.export onnx < snapshot.safetensors > network.onnx
 
-The network takes `features` [N, I] float32 and gives raw `outputs` [N, C], as `Learner.predict` does: logits, or
+The network takes `features` [N, …] float32 and gives raw `outputs` [N, C], as `Learner.predict` does: logits, or
 predicted values. ONNX needs `pip install 'cbp[export]'`.
 """
 
@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from cbp.activations import NONLINEARITIES
+from cbp.architectures.building import build
 from cbp.errors import CbpError, SnapshotError
 from cbp.networks import layer_shapes
 from cbp.serialization import LearnerSnapshot, take_tensor
-from cbp.spec import Activation
+from cbp.spec import Activation, LearnerSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -45,14 +46,30 @@ _ONNX_OPERATORS: Mapping[Activation, tuple[str, Mapping[str, Any]]] = MappingPro
 """The operators that are activations of their own; silu is x · Sigmoid(x), and identity is none."""
 
 
-def to_module(snapshot: LearnerSnapshot) -> nn.Sequential:
-    """The network with layers `hidden_0`, `hidden_0_activation`, …, `output`, in memory of its own.
+def to_module(snapshot: LearnerSnapshot) -> nn.Module:
+    """The network in memory of its own. Of a plain multilayer perceptron, an `nn.Sequential` of the layers `hidden_0`,
+    `hidden_0_activation`, …, `output`; of any other network, a module with its `inputs` and its `body`, in evaluation
+    mode.
 
-    Raises `SnapshotError` if the snapshot lacks parameters.
+    Raises `SnapshotError` if the snapshot lacks parameters or buffers.
     """
     spec = snapshot.read_spec()
+    return _plain_module(snapshot, spec) if spec.network.is_plain else _built_module(snapshot, spec)
+
+
+def _built_module(snapshot: LearnerSnapshot, spec: LearnerSpec) -> nn.Module:
+    module = build(spec.network, spec.seed)
+    parameters = {name for name, _ in module.named_parameters()}
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            part = "parameters" if name in parameters else "buffers"
+            value.copy_(take_tensor(snapshot.tensors, f"{part}.{name}", value.shape, value.dtype))
+    return module.eval()
+
+
+def _plain_module(snapshot: LearnerSnapshot, spec: LearnerSpec) -> nn.Sequential:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for name, (out, into) in zip(spec.layer_names, layer_shapes(spec.network), strict=True):
+    for name, (out, into) in zip(spec.layer_names, layer_shapes(spec.mlp), strict=True):
         # The usual first values would draw random numbers.
         linear: nn.Linear = nn.utils.skip_init(nn.Linear, into, out)  # type: ignore[no-untyped-call]
         with torch.no_grad():
@@ -60,14 +77,14 @@ def to_module(snapshot: LearnerSnapshot) -> nn.Sequential:
             linear.bias.copy_(take_tensor(snapshot.tensors, f"parameters.{name}.bias", (out,), torch.float32))
         layers[name] = linear
         if name != spec.layer_names[-1]:
-            layers[f"{name}_activation"] = NONLINEARITIES[spec.network.activation].module()
+            layers[f"{name}_activation"] = NONLINEARITIES[spec.mlp.plain_activation].module()
     return nn.Sequential(layers)
 
 
 def to_torch_export(snapshot: LearnerSnapshot) -> bytes:
     """A program for `torch.export.load`, for any number of examples. Raises `SnapshotError`."""
     module = to_module(snapshot).eval()
-    example = torch.zeros(2, snapshot.read_spec().network.in_features)
+    example = torch.zeros(2, *snapshot.read_spec().network.input_shape)
     program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("examples")},))
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -77,11 +94,16 @@ def to_torch_export(snapshot: LearnerSnapshot) -> bytes:
 def to_onnx(snapshot: LearnerSnapshot) -> bytes:
     """An ONNX model with input `features` and output `outputs`, for any number of examples.
 
-    Raises `SnapshotError`; `ImportError` without the package onnx.
+    Raises `SnapshotError`, also if the network is no plain multilayer perceptron; `ImportError` without the package
+    onnx.
     """
     import onnx  # optional, and not needed for the other formats
 
     spec = snapshot.read_spec()
+    if not spec.network.is_plain:
+        raise SnapshotError(
+            f"ONNX is written for plain multilayer perceptrons only, not for this {spec.network.kind}; use torch-export"
+        )
     if 4 * spec.parameter_count > _LARGEST_PROTOBUF_BYTES:
         raise SnapshotError("The network is too large for an ONNX file, which holds 2 GiB at most")
     module = to_module(snapshot)
@@ -89,14 +111,14 @@ def to_onnx(snapshot: LearnerSnapshot) -> bytes:
     value = "features"
     for name in spec.layer_names[:-1]:
         nodes.append(_gemm(value, name, name))
-        nodes.extend(_activation_nodes(spec.network.activation, name))
+        nodes.extend(_activation_nodes(spec.mlp.plain_activation, name))
         value = nodes[-1].output[0]
     nodes.append(_gemm(value, spec.layer_names[-1], "outputs"))
     float32 = onnx.TensorProto.FLOAT
     graph = onnx.helper.make_graph(
         nodes,
         "network",
-        inputs=[onnx.helper.make_tensor_value_info("features", float32, ["examples", spec.network.in_features])],
+        inputs=[onnx.helper.make_tensor_value_info("features", float32, ["examples", spec.mlp.in_features])],
         outputs=[onnx.helper.make_tensor_value_info("outputs", float32, ["examples", spec.network.out_features])],
         initializer=[
             onnx.numpy_helper.from_array(parameter.detach().numpy(), name)

@@ -12,15 +12,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from cbp import losses, optimizers
 from cbp.batches import Batch, validate_features
-from cbp.engines.choice import EngineChoice, check_engine, make_engine, resolve_engine
+from cbp.engines.choice import EngineChoice, check_engine, initial_state, make_engine, resolve_engine
 from cbp.engines.eager_engine import EngineName, Work
-from cbp.engines.torch_engine import StackState, initial_stack, schedules, unit_layout
+from cbp.engines.learner_state import LearnerState
 from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError, SpecError, shown
-from cbp.networks import FlatLayers, Mlp, flat_layers
 from cbp.pending import Examples, Probe, TaskRun
-from cbp.plasticity import PlasticitySample, Probed, measure_layers
+from cbp.plasticity import PlasticitySample
 from cbp.progress import LearnerProgress, ProgressTracker
 from cbp.replacement import DrawSource
 from cbp.serialization import FORMAT_VERSION, LearnerSnapshot, take_tensor
@@ -86,9 +84,10 @@ class Learner:
     ) -> None:
         """A newborn, its weights drawn from the specification's seed.
 
-        `engine` executes its steps: "torch" on any device; "compiled" on the CPU, much faster for small networks;
-        "stacked" on any device, for many learners on a GPU (see `train_together`); or "auto", the fastest of them. They
-        agree to float32 rounding. Raises `CbpError` if it cannot run there.
+        `engine` executes its steps. Plain multilayer perceptrons: "torch" on any device; "compiled" on the CPU, much
+        faster for small networks; "stacked" on any device, for many learners on a GPU (see `train_together`). They
+        agree to float32 rounding. All other networks: "module". "auto" is the fastest that can run the network there.
+        Raises `CbpError` if the engine cannot.
         """
         self._device = torch.device(device)
         self._engine_name = resolve_engine(engine, spec, self._device)
@@ -101,7 +100,7 @@ class Learner:
         self._probe = Probe(spec.monitoring.probe_size, self._none.features, self._none.targets)
         self._samples: deque[PlasticitySample] = deque(maxlen=SAMPLE_LIMIT)
         self._training = False
-        self._install(initial_stack([spec], self._device))
+        self._install(initial_state(spec, self._device))
 
     def _adopt(self, spec: LearnerSpec) -> None:
         self._spec = spec
@@ -109,7 +108,7 @@ class Learner:
         self._batch_size, self._interval = spec.batch_size, spec.monitoring.interval
         self._average_decay = spec.monitoring.average_decay
 
-    def _install(self, state: StackState, draws: DrawSource | None = None, *, published_order: bool = False) -> None:
+    def _install(self, state: LearnerState, draws: DrawSource | None = None, *, published_order: bool = False) -> None:
         self._state = state
         self._initial_parameters: dict[str, Tensor] | None = None  # on the CPU, for snapshots
         self._engine = make_engine(
@@ -119,7 +118,7 @@ class Learner:
     def _no_examples(self) -> Examples:
         network = self._spec.network
         outputs = None if self._spec.loss.kind == "cross_entropy" else network.out_features
-        return Examples.none_like(network.in_features, outputs)
+        return Examples.none_like(network.input_shape, outputs)
 
     @property
     def spec(self) -> LearnerSpec:
@@ -323,13 +322,13 @@ class Learner:
                 raise DivergenceError(self._state.steps[0], what)
 
     def predict(self, features: ArrayLike) -> NDArray[np.float32]:
-        """[N, C] raw outputs (logits, or predicted values) for [N, I] features. Changes nothing.
+        """[N, C] raw outputs (logits, or predicted values) for [N, …] features. Changes nothing.
 
         Raises `BatchError` if the features do not fit.
         """
         checked = validate_features(self._spec, features)
         outputs = np.empty((len(checked), self._spec.network.out_features), np.float32)
-        at_once = max(PREDICTION_VALUES // sum(self._spec.network.hidden), 1)
+        at_once = max(PREDICTION_VALUES // max(self._spec.network.activation_values, 1), 1)
         for start in range(0, len(checked), at_once):
             part = slice(start, start + at_once)
             inputs = torch.tensor(checked[part], device=self._device).unsqueeze(0)
@@ -344,13 +343,8 @@ class Learner:
         """
         self._refuse_while_training("update")
         self._spec.check_update(spec)
-        schedule = self._state.schedules[0]
         self._adopt(spec)
-        replaced = schedule.replaced(self._state.steps[0])
-        self._state.schedules = schedules([spec], self._state, [schedule.accumulated], [replaced])
-        self._state.optimizer = optimizers.adjusted_state(
-            self._state.optimizer, [spec.optimizer], spec.network, self._device
-        )
+        self._state.adopt(spec)
         self._engine.configure([spec])
         self._probe = self._probe.resized(spec.monitoring.probe_size)
 
@@ -374,13 +368,16 @@ class Learner:
         # Decimal: 0.07 of 100 units is 7 units, and not the 8 that binary rounding makes of it.
         share = Decimal(repr(float(fraction)))
         wanted = [
-            math.ceil(share * width) if layer in layers else 0 for layer, width in enumerate(self._spec.network.hidden)
+            math.ceil(share * width) if layer in layers else 0
+            for layer, width in enumerate(self._spec.network.hidden_units)
         ]
         [counts] = self._engine.reset_units([wanted])
         return {self._spec.layer_names[layer]: counts[layer] for layer in sorted(layers)}
 
     def _check_reset(self, layers: Sequence[int], fraction: float) -> None:
-        hidden = len(self._spec.network.hidden)
+        hidden = len(self._spec.network.hidden_units)
+        if not hidden:
+            raise SpecError([FieldViolation("layers", "The network has no hidden units that could be reset")])
         violations = [
             FieldViolation(
                 f"layers[{place}]", f"Expected a hidden layer's index, 0 to {hidden - 1}; got {shown(layer)}"
@@ -401,43 +398,12 @@ class Learner:
         """Measures every layer now, on the recent examples; changes nothing."""
         return self._sample()
 
-    @torch.inference_mode()
     def _sample(self, between_layers: Callable[[], None] | None = None) -> PlasticitySample:
-        network = self._spec.network
         return PlasticitySample(
             step=self._state.steps[0],
             examples=self._examples,
-            layers=measure_layers(
-                self._spec.layer_names,
-                0,
-                self._state.parameters,
-                self._state.initial_parameters,
-                self._state.units,
-                unit_layout(network, self._device),
-                optimizers.log_decay([self._spec.resets.decay_rate], self._device),
-                self._state.replacements[0],
-                self._probe_network(),
-                self._spec.monitoring.dormant_threshold,
-                between_layers,
-            ),
+            layers=self._state.measure(self._probe, between_layers),
         )
-
-    def _probe_network(self) -> Probed:
-        network, loss = self._spec.network, self._spec.loss
-        count = len(self._probe)
-        inputs = torch.from_numpy(self._probe.features).to(self._device).unsqueeze(0)
-        mlp = Mlp(network.activation)
-        passed = mlp.forward(self._state.parameters, inputs)
-        activations = [activation[0] for activation in passed.activations]
-        if not count:
-            return Probed(activations=activations, gradient=None)
-        targets = torch.from_numpy(self._probe.targets).to(self._device).unsqueeze(0)
-        encoded = losses.encode_targets(loss, targets, network.out_features)
-        scale = torch.full((1, count, 1), losses.gradient_scale(loss, network.out_features) / count)
-        residual = losses.output_gradient(loss, passed.outputs, encoded, scale.to(self._device))
-        gradient = flat_layers(network, 1, self._device)
-        mlp.backward(self._state.parameters, inputs, passed, residual, gradient)
-        return Probed(activations=activations, gradient=gradient)
 
     def take_samples(self) -> list[PlasticitySample]:
         """The samples that training has taken since the last call, at most the last 1024; they are not in snapshots."""
@@ -454,47 +420,25 @@ class Learner:
         """
         self._refuse_while_training("snapshot")
         state = self._state
-        changing = {
-            "units.utility": state.units.utility,
-            "units.age": state.units.age,
-            "units.mean_activation": state.units.mean_activation,
+        changing = state.changing_tensors() | {
             "pending.features": torch.from_numpy(self._pending.features),
             "pending.targets": torch.from_numpy(self._pending.targets),
             "pending.weights": torch.from_numpy(self._pending.known_weights()),
             "probe.features": torch.from_numpy(self._probe.features),
             "probe.targets": torch.from_numpy(self._probe.targets),
         }
-        for part, layers in self._changing_parts().items():
-            changing |= self._named(part, layers)
         if self._initial_parameters is None:
-            initial = self._named("initial_parameters", state.initial_parameters)
-            self._initial_parameters = {name: tensor.cpu() for name, tensor in initial.items()}
+            self._initial_parameters = {name: tensor.cpu() for name, tensor in state.first_tensors().items()}
         metadata: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "spec": self._spec.to_plain(),
-            "step": state.steps[0],
             "examples": self._examples,
-            "replacements": list(state.replacements[0]),
-            "accumulated_replacements": list(state.schedules[0].accumulated),
-            "replacements_in_window": state.schedules[0].replaced(state.steps[0]),
             "pending_tasks": [list(run) for run in self._pending.tasks],
             "progress": self._progress.to_plain(),
-        }
+        } | state.to_plain()
         room = {} if into is None else into.tensors
         copies = {name: _copy_to_host(tensor, room.get(name)) for name, tensor in changing.items()}
-        constant = self._initial_parameters | {"generator": state.generators[0].get_state()}
-        return LearnerSnapshot(tensors=copies | constant, metadata=metadata)
-
-    def _changing_parts(self) -> dict[str, FlatLayers]:
-        slots = {f"optimizer.{name}": slot for name, slot in self._state.optimizer.slots().items()}
-        return {"parameters": self._state.parameters} | slots
-
-    def _named(self, part: str, layers: FlatLayers) -> dict[str, Tensor]:
-        named = {}
-        for layer, name in enumerate(self._spec.layer_names):
-            named[f"{part}.{name}.weight"] = layers.weights[layer][0]
-            named[f"{part}.{name}.bias"] = layers.biases[layer][0]
-        return named
+        return LearnerSnapshot(tensors=copies | self._initial_parameters, metadata=metadata)
 
     @classmethod
     def restore(
@@ -505,56 +449,32 @@ class Learner:
         The engine may be another one than that of the snapshot's learner.
         """
         check_engine(engine, torch.device(device))
+        spec = snapshot.read_spec()
+        resolve_engine(engine, spec, torch.device(device))
         try:
-            learner = cls(snapshot.read_spec(), device=device, engine=engine)
-            learner._load_counters(snapshot.metadata)
-            learner._load_tensors(snapshot.tensors, snapshot.metadata)
+            learner = cls(spec, device=device, engine=engine)
+            learner._load(snapshot.tensors, snapshot.metadata)
         except SnapshotError:
             raise
         except (CbpError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise SnapshotError(f"The snapshot cannot be restored: {type(error).__name__}: {error}") from error
         return learner
 
-    def _load_counters(self, metadata: Mapping[str, Any]) -> None:
-        hidden = len(self._spec.network.hidden)
-        self._state.steps = [int(metadata["step"])]
-        self._state.replacements = [[int(count) for count in metadata["replacements"]]]
-        if len(self._state.replacements[0]) != hidden or len(metadata["accumulated_replacements"]) != hidden:
-            raise SnapshotError(f"The snapshot should count replacements in {hidden} hidden layers")
+    def _load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        self._state.load(tensors, metadata)
         self._examples = int(metadata["examples"])
         self._progress = ProgressTracker.from_plain(metadata["progress"])
-
-    def _load_tensors(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        network = self._spec.network
-        parts = {"initial_parameters": self._state.initial_parameters} | self._changing_parts()
-        for part, layers in parts.items():
-            for name, target in self._named(part, layers).items():
-                target.copy_(take_tensor(tensors, name, target.shape, target.dtype))
-        units = self._state.units
-        for name, target in (
-            ("units.utility", units.utility),
-            ("units.age", units.age),
-            ("units.mean_activation", units.mean_activation),
-        ):
-            target.copy_(take_tensor(tensors, name, target.shape, target.dtype))
-        generator = self._state.generators[0]
-        generator.set_state(take_tensor(tensors, "generator", generator.get_state().shape, torch.uint8).clone())
-        accumulated = [[float(share) for share in metadata["accumulated_replacements"]]]
-        nothing = [0] * len(network.hidden)  # where replacements could not be limited yet when the snapshot was taken
-        replaced = [[int(count) for count in metadata.get("replacements_in_window", nothing)]]
-        if len(replaced[0]) != len(network.hidden):
-            raise SnapshotError(f"The snapshot should count a window's replacements in {len(nothing)} hidden layers")
-        self._state.schedules = schedules([self._spec], self._state, accumulated, replaced)
 
         def on_host(name: str, *shape: int | None, dtype: torch.dtype = torch.float32) -> NDArray[Any]:
             copy: NDArray[Any] = take_tensor(tensors, name, shape, dtype).numpy().copy()
             return copy
 
         labels = self._spec.loss.kind == "cross_entropy"
-        target_shape = (None,) if labels else (None, network.out_features)
+        features_shape = (None, *self._spec.network.input_shape)
+        target_shape = (None,) if labels else (None, self._spec.network.out_features)
         target_dtype = torch.int64 if labels else torch.float32
         pending = Examples(
-            on_host("pending.features", None, network.in_features),
+            on_host("pending.features", *features_shape),
             on_host("pending.targets", *target_shape, dtype=target_dtype),
             on_host("pending.weights", None),
             tuple((str(task), int(count)) for task, count in metadata["pending_tasks"]),
@@ -562,7 +482,7 @@ class Learner:
         self._pending = pending if len(pending) else self._none
         self._probe = Probe(
             self._spec.monitoring.probe_size,
-            on_host("probe.features", None, network.in_features),
+            on_host("probe.features", *features_shape),
             on_host("probe.targets", *target_shape, dtype=target_dtype),
         )
 

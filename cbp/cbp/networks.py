@@ -99,7 +99,7 @@ def initial_bound(initializer: Initializer, activation: Activation | None, fan_i
 def initial_bounds(network: MlpSpec) -> tuple[float, ...]:
     """The bound of every layer, output layer last."""
     *hidden, last = layer_shapes(network)
-    bounds = [initial_bound(network.initializer, network.activation, into, out) for out, into in hidden]
+    bounds = [initial_bound(network.initializer, network.plain_activation, into, out) for out, into in hidden]
     return (*bounds, initial_bound(network.initializer, None, last[1], last[0]))
 
 

@@ -19,7 +19,7 @@ class Examples:
     """Consecutive examples of a stream. Not frozen, which would triple the time to make one; nothing changes them."""
 
     features: NDArray[np.float32]
-    """[N, I]"""
+    """[N, …]"""
     targets: NDArray[np.int64] | NDArray[np.float32]
     """[N] labels or [N, C] values."""
     weights: NDArray[np.float32] | None
@@ -36,12 +36,12 @@ class Examples:
         return cls(features, batch.targets, batch.weights, ((batch.task, len(features)),))
 
     @classmethod
-    def none_like(cls, features: int, outputs: int | None) -> "Examples":
-        """No examples; `outputs` is None for labels."""
+    def none_like(cls, shape: tuple[int, ...], outputs: int | None) -> "Examples":
+        """No examples of this shape; `outputs` is None for labels."""
         targets: NDArray[np.int64] | NDArray[np.float32] = (
             np.empty(0, np.int64) if outputs is None else np.empty((0, outputs), np.float32)
         )
-        return cls(np.empty((0, features), np.float32), targets, np.empty(0, np.float32), ())
+        return cls(np.empty((0, *shape), np.float32), targets, np.empty(0, np.float32), ())
 
     def known_weights(self) -> NDArray[np.float32]:
         """[N]"""
@@ -98,7 +98,7 @@ class Probe:
         count = min(len(features), size)
         self.size = size
         self.feature_rows = features[len(features) - count :].copy()
-        """[rows, I]"""
+        """[rows, …]"""
         self.target_rows: NDArray[Any] = targets[len(targets) - count :].copy()
         """[rows] or [rows, C]"""
         self.position = np.array([count, count])
@@ -109,7 +109,7 @@ class Probe:
 
     @property
     def features(self) -> NDArray[np.float32]:
-        """[n, I], oldest first; valid until `extend`."""
+        """[n, …], oldest first; valid until `extend`."""
         return self._unrolled(self.feature_rows)
 
     @property

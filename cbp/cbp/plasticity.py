@@ -6,15 +6,16 @@ by index).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbp.networks import FlatLayers
 from cbp.replacement import UnitLayout, UnitState, bias_correction
+from cbp.unit_groups import UnitGroup
 
 QUANTILES = (0.1, 0.5, 0.9)
 SAMPLES_PER_UNIT = 2
@@ -135,6 +136,122 @@ def measure_layers(
             hidden_units = dict.fromkeys(_HIDDEN_ONLY)
         measured.append(LayerPlasticity(**whole_layer, **hidden_units))
     return tuple(measured)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupHistory:
+    """What is known of units that are reset alike, group by group, side by side: U in all groups."""
+
+    age: Tensor
+    """[U]"""
+    utility: Tensor
+    """[U], not corrected for its start at zero."""
+    replacements: Sequence[int]
+    """Per group."""
+
+    def measures(self, group: int, units: slice, decay_rate: float) -> dict[str, Any]:
+        """Those of `LayerPlasticity` that a group's past decides; its units are at `units`."""
+        age = self.age[units]
+        log_decay = torch.tensor(decay_rate, dtype=torch.float64).log().to(age.device, torch.float32)
+        utility = self.utility[units] / bias_correction(age, log_decay)
+        return {
+            "replacements": self.replacements[group],
+            "age_quantiles": _quantiles(age),
+            "utility_quantiles": _quantiles(utility[age > 0]),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the probe examples bring about in a module."""
+
+    activations: Sequence[Tensor]
+    """Per group [rows, units]: a row for each example and position."""
+    gradients: Mapping[str, Tensor]
+    """Of the mean probe loss, by the parameter's name."""
+
+
+def measure_groups(
+    names: Sequence[str],
+    groups: Sequence[UnitGroup],
+    output: str,
+    module: nn.Module,
+    first: Mapping[str, Tensor],
+    history: GroupHistory | None,
+    decay_rate: float,
+    seen: Seen | None,
+    dormant_threshold: float,
+    between_layers: Callable[[], None] | None = None,
+) -> tuple[LayerPlasticity, ...]:
+    """Every group of units of a module, with the weights that compute them, and the layer of the name `output`.
+
+    first: the module's parameters as they were drawn, by name. Of the activations of convolutions and sequences, at
+    most 4096 rows are looked at, evenly spread.
+    """
+    layers = [_GroupWeights.of(module, group) for group in groups]
+    layers.append(_GroupWeights({f"{output}.weight": None}, {f"{output}.bias": None}))
+    ends = np.cumsum([0, *(group.units for group in groups)]).tolist()
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    measured: list[LayerPlasticity] = []
+    for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
+        if measured and between_layers is not None:
+            between_layers()
+        measures: dict[str, Any] = dict.fromkeys(field.name for field in fields(LayerPlasticity))
+        measures |= {"layer": name} | layer.measures(parameters, first, None if seen is None else seen.gradients)
+        if index == len(groups):
+            measures["units"] = len(parameters[f"{output}.weight"])
+        else:
+            measures["units"] = groups[index].units
+            if history is not None:
+                measures |= history.measures(index, slice(ends[index], ends[index + 1]), decay_rate)
+            if seen is not None:
+                rows = seen.activations[index]
+                measures |= _activity(rows[:: -(-len(rows) // _MOST_ROWS)], dormant_threshold)
+        measured.append(LayerPlasticity(**measures))
+    return tuple(measured)
+
+
+_MOST_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class _GroupWeights:
+    """Parameters that compute units: by name, the rows that do; None for all."""
+
+    weights: Mapping[str, Tensor | None]
+    biases: Mapping[str, Tensor | None]
+
+    @classmethod
+    def of(cls, module: nn.Module, group: UnitGroup) -> "_GroupWeights":
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        weights = {names[getattr(part.layer, part.weight)]: part.places.index.flatten() for part in group.incoming}
+        biases = {
+            names[getattr(part.layer, part.bias)]: part.places.index.flatten() for part in group.incoming if part.bias
+        }
+        return cls(weights, biases)
+
+    def measures(
+        self, now: Mapping[str, Tensor], first: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
+    ) -> dict[str, float | None]:
+        """Those of `LayerPlasticity` that weights decide."""
+        weights = _joined_rows(now, self.weights)
+        of_gradients = None if gradients is None else _joined_rows(gradients, {**self.weights, **self.biases})
+        return {
+            "mean_abs_weight": _finite(weights.abs().mean()),
+            "weight_norm": _finite(weights.norm()),
+            "distance_from_init": _finite((weights - _joined_rows(first, self.weights)).norm()),
+            "gradient_norm": None if of_gradients is None else _finite(of_gradients.norm()),
+        }
+
+
+def _joined_rows(values: Mapping[str, Tensor], places: Mapping[str, Tensor | None]) -> Tensor:
+    """All numbers of some rows, in one row."""
+    parts = [
+        (values[name] if rows is None else values[name][rows.to(values[name].device)]).flatten()
+        for name, rows in places.items()
+        if name in values
+    ]
+    return torch.cat(parts)
 
 
 _HIDDEN_ONLY = (

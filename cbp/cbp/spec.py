@@ -4,29 +4,20 @@ Frozen, keyword-only records. Construction validates; what is wrong is raised as
 with the dotted path of its field.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from cbp.errors import FieldViolation, SpecError, shown
+from cbp.network_spec import Activation as Activation  # part of this module's names, too
+from cbp.network_spec import Initializer as Initializer
+from cbp.network_spec import MlpSpec as MlpSpec
+from cbp.network_spec import NetworkSpec
+from cbp.spec_record import Decay, Positive, Rate, Real, Record, Share, Whole, contradiction
 
-Activation = Literal["relu", "leaky_relu", "elu", "selu", "gelu", "silu", "tanh", "sigmoid", "identity"]
-Initializer = Literal["kaiming", "xavier", "lecun", "default"]
 LossKind = Literal["cross_entropy", "mse", "huber", "binary_cross_entropy"]
 Utility = Literal[
     "contribution",
@@ -41,47 +32,10 @@ Utility = Literal[
 OUTPUT_LAYER = "output"
 _HIDDEN_PREFIX = "hidden_"
 _LARGEST_SEED = 2**63 - 1
-_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
-_LEAST_FLOAT32 = 2.0**-149
 
 
 def hidden_layer_name(index: int) -> str:
     return f"{_HIDDEN_PREFIX}{index}"
-
-
-def _refuse_text_and_bool(value: object) -> object:
-    """Numbers arrive as numbers: "1e-4" or true where a rate belongs is a mistake upstream, not a notation."""
-    if isinstance(value, bool | str | bytes):
-        raise PydanticCustomError("number_type", "Input should be a number")
-    return value
-
-
-def _refuse_float32_overflow(value: object) -> object:
-    """Settings are float32 in a step; one that becomes infinite there would make every parameter NaN."""
-    if isinstance(value, int | float) and _LARGEST_FLOAT32 < abs(value) < math.inf:
-        raise PydanticCustomError("float32_overflow", "Input should be finite in float32")
-    return value
-
-
-def _refuse_float32_underflow(value: float) -> float:
-    """What must not be 0 must not become 0 in a step, either."""
-    if value < _LEAST_FLOAT32:
-        raise PydanticCustomError("float32_underflow", "Input should be greater than 0 in float32")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_refuse_text_and_bool)]
-Real = Annotated[
-    float,
-    BeforeValidator(_refuse_float32_overflow),
-    BeforeValidator(_refuse_text_and_bool),
-    Field(allow_inf_nan=False),
-]
-Positive = Annotated[Real, Field(gt=0), AfterValidator(_refuse_float32_underflow)]
-Width = Annotated[Whole, Field(ge=1)]
-Rate = Annotated[Real, Field(ge=0, le=1)]
-Share = Annotated[Positive, Field(le=1)]
-Decay = Annotated[Real, Field(ge=0, lt=1)]
 
 
 def _layer_name(value: object) -> str:
@@ -124,87 +78,7 @@ def _parse_layer_rates(value: object) -> object:
     return rates
 
 
-def _violations(error: ValidationError) -> list[FieldViolation]:
-    found = []
-    for details in error.errors(include_url=False):
-        if details["type"] == _FIELD_VIOLATION:
-            context = details["ctx"]
-            found.append(FieldViolation(context["field"], context["description"]))
-        else:
-            found.append(FieldViolation(_dotted_path(details), _description(details)))
-    return found
-
-
-def _dotted_path(details: ErrorDetails) -> str:
-    path = ""
-    for depth, part in enumerate(details["loc"]):
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part == "[key]":
-            continue
-        elif depth == 1 and path == "optimizer" and part in _UNION_TAGS:
-            continue  # pydantic puts the tag of a union into the path; the user never wrote it there
-        else:
-            path += f".{part}" if path else part
-    if details["type"] in _TAG_ERRORS:
-        path += ".kind"
-    return path or "spec"
-
-
-def _description(details: ErrorDetails) -> str:
-    if details["type"] == "missing":
-        return "Field required"
-    if details["type"] == "extra_forbidden":
-        return "Unknown field; remove it or correct its spelling"
-    if details["type"] in _TAG_ERRORS:
-        return f"Expected one of {', '.join(_UNION_TAGS)}"
-    return f"{details['msg']}; got {shown(details['input'])}"
-
-
-_FIELD_VIOLATION = "field_violation"
-_TAG_ERRORS = frozenset({"union_tag_invalid", "union_tag_not_found"})
-_UNION_TAGS = ("sgd", "rmsprop", "adam", "adamw")
-
-
-def _contradiction(field: str, description: str) -> PydanticCustomError:
-    """An error found only by looking at several fields together; it names the one to change."""
-    context = {"field": field, "description": description}
-    return PydanticCustomError(_FIELD_VIOLATION, "{field}: {description}", context)
-
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise SpecError(_violations(error)) from None
-
-    # Without this mark pydantic would build nested records through the __init__ above, and their errors would
-    # leave the outer validation without the path that leads to them.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-
-class MlpSpec(_Spec):
-    """A multilayer perceptron: linear layers with one activation between them, and a linear output layer."""
-
-    kind: Literal["mlp"] = "mlp"
-    """The sort of network; today there is one."""
-    in_features: Width
-    """Values in one example, at least 1."""
-    hidden: Annotated[tuple[Width, ...], Field(min_length=1)]
-    """Units in each hidden layer, first layer first; at least one layer, since resets need hidden units."""
-    out_features: Width
-    """Outputs: classes for cross_entropy, predicted values otherwise; at least 1."""
-    activation: Activation = "relu"
-    """The hidden units' nonlinearity. ReLU by default, for which the paper's evidence was gathered."""
-    initializer: Initializer = "kaiming"
-    """Distribution of the first weights, and of every redraw: a reset unit starts like a new one. Kaiming by
-    default, as published."""
-
-
-class LossSpec(_Spec):
+class LossSpec(Record):
     """The loss of one example; that of a step is the mean over its examples, each times its weight."""
 
     kind: LossKind
@@ -226,7 +100,7 @@ class LossSpec(_Spec):
         return self
 
 
-class _OptimizerSpec(_Spec):
+class _OptimizerSpec(Record):
     clip_norm: Positive | None = None
     """Most that the Euclidean norm of a step's gradient may be, over all parameters together, above 0; a longer one is
     scaled down to it, as `torch.nn.utils.clip_grad_norm_` does, before weight decay is added. None, by default, clips
@@ -303,7 +177,7 @@ class AdamWSpec(_AdamSpec):
 OptimizerSpec = Annotated[SgdSpec | RmspropSpec | AdamSpec | AdamWSpec, Field(discriminator="kind")]
 
 
-class ResetSpec(_Spec):
+class ResetSpec(Record):
     """Which hidden units Continual Backprop resets, and when."""
 
     layers: Annotated[
@@ -377,10 +251,12 @@ class ResetSpec(_Spec):
 
 
 def _enumerated(names: Sequence[str]) -> str:
+    if not names:
+        return "none; use 'all' or 'none'"
     return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:3])}, …, {names[-1]}"
 
 
-class MonitoringSpec(_Spec):
+class MonitoringSpec(Record):
     """How a learner watches itself. Changes nothing about how it learns."""
 
     interval: Annotated[Whole, Field(ge=0)] = 1000
@@ -396,11 +272,11 @@ class MonitoringSpec(_Spec):
     puts the standard error of an accuracy near 0.01."""
 
 
-class LearnerSpec(_Spec):
+class LearnerSpec(Record):
     """Everything that defines a learner before it has seen data."""
 
-    network: MlpSpec
-    """The network's shape."""
+    network: NetworkSpec
+    """The network's kind and shape; `mlp` if it names no kind."""
     loss: LossSpec
     """What the learner minimises; a bare kind such as 'mse' is accepted."""
     optimizer: OptimizerSpec
@@ -417,25 +293,35 @@ class LearnerSpec(_Spec):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         if self.loss.kind == "cross_entropy" and self.network.out_features == 1:
-            raise _contradiction(
+            raise contradiction(
                 "network.out_features",
                 "cross_entropy needs at least 2 classes; use binary_cross_entropy for a single output",
             )
+        if self.network.normalizes_batches and self.batch_size < 2:
+            raise contradiction(
+                "network.normalization",
+                "batch normalisation needs steps of several examples; set batch_size to 2 or more, or use 'group'",
+            )
         misnamed = self.resets.misnamed_layer(self.layer_names[:-1])
         if misnamed is not None:
-            raise _contradiction(f"resets.{misnamed.field}", misnamed.description)
+            raise contradiction(f"resets.{misnamed.field}", misnamed.description)
         return self
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         """`hidden_0`, `hidden_1`, … and `output`."""
-        return (*(hidden_layer_name(i) for i in range(len(self.network.hidden))), OUTPUT_LAYER)
+        return (*(hidden_layer_name(i) for i in range(len(self.network.hidden_units))), OUTPUT_LAYER)
+
+    @property
+    def mlp(self) -> MlpSpec:
+        """The network of a learner that is a plain multilayer perceptron."""
+        assert isinstance(self.network, MlpSpec)
+        return self.network
 
     @property
     def parameter_count(self) -> int:
-        """Weights and biases of the network."""
-        widths = (self.network.in_features, *self.network.hidden, self.network.out_features)
-        return sum((into + 1) * out for into, out in pairwise(widths))
+        """All that the network learns: weights, biases and so on."""
+        return self.network.parameter_count
 
     @property
     def replacement_rates(self) -> tuple[float, ...]:

@@ -248,6 +248,12 @@ def _look(activations: Tensor, part: Reading) -> _Look:
     return _Look(taken.float() if taken.dtype != torch.float32 else taken, axis)  # other types come from autocast
 
 
+def activity_rows(activations: Tensor, part: Reading) -> Tensor:
+    """[rows, U] of activations: a row for each example, position, and place of the units."""
+    look = _look(activations, part)
+    return look.values.movedim(look.axis, -1).flatten(0, -2)
+
+
 def evaluate_groups(
     units: UnitState,
     settings: ResetSettings,

@@ -95,7 +95,8 @@ class AsyncClient:
 
         Args:
             learner_id: 1 to 63 characters of a-z, 0-9 and hyphen, a letter first, no hyphen last.
-            network: such as `{"kind": "mlp", "in_features": 64, "hidden": [100, 100], "out_features": 10,
+            network: of any kind, see docs/networks.md; such as
+                `{"kind": "mlp", "in_features": 64, "hidden": [100, 100], "out_features": 10,
                 "activation": "relu"}`.
             loss: "cross_entropy", "mse", "huber" or "binary_cross_entropy", or such as `{"kind": "huber", "delta": 2}`.
             optimizer: "sgd", "rmsprop", "adam" or "adamw", or such as `{"kind": "sgd", "lr": 0.01}`.

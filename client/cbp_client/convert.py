@@ -188,7 +188,7 @@ def invalid(field: str, description: str, reason: str = "INVALID_REQUEST") -> In
 
 
 def features_tensor(features: ArrayLike) -> tensor_pb2.Tensor:
-    """Features [N, in_features]. Floats beyond single precision go as float32, which is what learners compute with;
+    """Features [N, …]. Floats beyond single precision go as float32, which is what learners compute with;
     half precision, booleans and integers go as they are, or in the next type that the wire has."""
     return encode_tensor(_features(features))
 
@@ -247,7 +247,7 @@ def _fill_rows(part: tensor_pb2.Tensor, tensor: tensor_pb2.Tensor, data: bytes, 
 def _features(features: ArrayLike) -> NDArray[np.generic]:
     array = _numbers(features, "features")
     if array.ndim < 2:
-        raise _invalid("features", f"must be [N, in_features], one row for each example, not {list(array.shape)}")
+        raise _invalid("features", f"must be [N, …], one row for each example, not {list(array.shape)}")
     if array.dtype.kind == "u":
         return array.astype(_SIGNED.get(array.dtype.itemsize, array.dtype), copy=False)
     return array if array.dtype == np.float16 else _narrowed(array)

@@ -217,7 +217,7 @@ class AsyncLearner:
         return await download(self._connection, request, target, timeout=timeout)
 
     async def predict(self, features: ArrayLike, *, timeout: float | None = None) -> Prediction:
-        """Predict for features [N, in_features] with the learner's state between two steps; changes nothing."""
+        """Predict for features [N, …] with the learner's state between two steps; changes nothing."""
         request = training_service_pb2.PredictRequest(learner=self._name, features=convert.features_tensor(features))
         answer = await self._connection.call(self._connection.training.Predict, request, retry=True, timeout=timeout)
         return convert.prediction(answer)

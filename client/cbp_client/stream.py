@@ -205,7 +205,7 @@ class AsyncTrainingStream:
         """Take a batch; waits while max_in_flight_bytes are unapplied.
 
         Args:
-            features: [N, in_features].
+            features: [N, …], the shape of the network's examples behind N.
             targets: [N] labels or [N, out_features] numbers, depending on the learner's loss.
             weights: [N] factors of the examples' losses.
             task: a label for reports.

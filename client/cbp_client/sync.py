@@ -131,7 +131,7 @@ class TrainingStream:
         """Take a batch; blocks while max_in_flight_bytes are unapplied.
 
         Args:
-            features: [N, in_features].
+            features: [N, …], the shape of the network's examples behind N.
             targets: [N] labels or [N, out_features] numbers, depending on the learner's loss.
             weights: [N] factors of the examples' losses.
             task: a label for reports.
@@ -267,7 +267,7 @@ class Learner:
         return self._loop.run(self._learner.export(target, format=format, timeout=timeout))
 
     def predict(self, features: ArrayLike, *, timeout: float | None = None) -> Prediction:
-        """Predict for features [N, in_features] with the learner's state between two steps; changes nothing."""
+        """Predict for features [N, …] with the learner's state between two steps; changes nothing."""
         return self._loop.run(self._learner.predict(features, timeout=timeout))
 
     def plasticity(self, *, history: int = 1, fresh: bool = False) -> list[PlasticitySample]:

@@ -98,6 +98,10 @@ def _set(message: Message, field: FieldDescriptor, value: Any, path: str) -> Non
             getattr(message, field.name).update({str(key): item for key, item in dict(value).items()})
         elif field.is_repeated:
             items = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+            if field.message_type is not None:
+                for place, item in enumerate(items):
+                    _fill(getattr(message, field.name).add(), item, f"{path}[{place}]")
+                return
             convert = str if field.type == FieldDescriptor.TYPE_STRING else _same
             getattr(message, field.name).extend(convert(item) for item in items)
         elif field.message_type is not None:

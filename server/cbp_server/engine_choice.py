@@ -10,7 +10,7 @@ class EngineChoice:
     """The engine that learners should have now.
 
     Args:
-        setting: "auto", or the engine of all of them.
+        setting: "auto", or the engine of all plain multilayer perceptrons.
     """
 
     def __init__(self, setting: EngineSetting) -> None:
@@ -20,5 +20,7 @@ class EngineChoice:
         """Whether the engine process has compiled code at hand."""
 
     def of(self, spec: LearnerSpec) -> EngineName:
-        wanted = choose_engine(spec, torch.device(self.device)) if self._setting == "auto" else self._setting
+        wanted = choose_engine(spec, torch.device(self.device))
+        if self._setting != "auto" and wanted != "module":  # which alone runs what it runs
+            wanted = self._setting
         return "torch" if wanted == "compiled" and not self.compiled else wanted

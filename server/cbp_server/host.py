@@ -405,7 +405,7 @@ class Host:
         return session, written
 
     async def predict(self, learner_id: str, features: NDArray[np.generic]) -> messages.PredictReport:
-        """Raw outputs of the live network between two of its steps, for features [N, in_features]."""
+        """Raw outputs of the live network between two of its steps, for features [N, …]."""
         hosted = self._registry.get(learner_id)
         checked = validate_features(hosted.record.spec, features)
         return await self._ask(hosted, messages.Predict(hosted.uid, checked))

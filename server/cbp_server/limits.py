@@ -8,6 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cbp import BatchError, FieldViolation, LearnerSpec, SpecError
+from cbp.network_spec import (
+    AnyNetwork,
+    ConvnetSpec,
+    LinearSpec,
+    MlpSpec,
+    RegisteredSpec,
+    ResnetSpec,
+    TransformerSpec,
+)
 
 _FLOAT_BYTES = 4
 
@@ -38,7 +47,7 @@ def check_training(spec: LearnerSpec, examples: int, limits: Limits) -> None:
     """Raises `BatchError` if learning from this many examples takes more memory than one message may.
 
     Examples of a few bytes on the wire can take thousands in the learner: features become float32, and each example
-    has its outputs and, while its step lasts, the hidden layers' activations.
+    has its outputs and, while its step lasts, the layers' activations.
     """
     at_once = spec.batch_size or examples
     needed = examples * _outer_bytes(spec) + at_once * _hidden_bytes(spec)
@@ -55,16 +64,16 @@ def check_prediction(spec: LearnerSpec, examples: int, limits: Limits) -> None:
 
 
 def _violations(spec: LearnerSpec, limits: Limits) -> Iterator[FieldViolation]:
-    layers = len(spec.network.hidden)
+    layers = len(spec.network.hidden_units)
     if layers > limits.max_layers:
         description = f"has {layers} layers, at most {limits.max_layers} are allowed; use fewer, or raise --max-layers"
-        yield FieldViolation("network.hidden", description)
+        yield FieldViolation(_depth(spec.network), description)
     if spec.parameter_count > limits.max_parameters:
         description = (
             f"makes a network of {spec.parameter_count} parameters, at most {limits.max_parameters} are allowed; "
             "make it narrower, or raise --max-parameters"
         )
-        yield FieldViolation(_widest(spec), description)
+        yield FieldViolation(_widest(spec.network), description)
     waiting, each = spec.batch_size, _outer_bytes(spec)
     if waiting * each > limits.max_pending_bytes:
         description = (
@@ -94,22 +103,52 @@ def _refuse_examples(examples: int, needed: int, fitting: int, limits: Limits) -
 
 def _outer_bytes(spec: LearnerSpec) -> int:
     """Of one example's features and outputs."""
-    return (spec.network.in_features + spec.network.out_features) * _FLOAT_BYTES
+    return (spec.network.input_size + spec.network.out_features) * _FLOAT_BYTES
 
 
 def _hidden_bytes(spec: LearnerSpec) -> int:
-    """Of one example's activations in all hidden layers."""
-    return sum(spec.network.hidden) * _FLOAT_BYTES
+    """Of one example's activations in all layers but the last."""
+    return spec.network.activation_values * _FLOAT_BYTES
 
 
 def _bytes(spec: LearnerSpec) -> int:
     return _outer_bytes(spec) + _hidden_bytes(spec)
 
 
-def _widest(spec: LearnerSpec) -> str:
-    widths = {
-        "network.hidden": max(spec.network.hidden),
-        "network.in_features": spec.network.in_features,
-        "network.out_features": spec.network.out_features,
-    }
-    return max(widths, key=lambda field: widths[field])
+def _depth(network: AnyNetwork) -> str:
+    """The field that makes a network deep."""
+    match network:
+        case ConvnetSpec():
+            return "network.channels"
+        case ResnetSpec():
+            return "network.blocks"
+        case TransformerSpec():
+            return "network.depth"
+        case RegisteredSpec():
+            return "network.settings"
+        case _:
+            return "network.hidden"
+
+
+def _widest(network: AnyNetwork) -> str:
+    """The field that makes a network large."""
+    widths = {"out_features": network.out_features}
+    match network:
+        case MlpSpec():
+            widths |= {"hidden": max(network.hidden), "in_features": network.inputs.width(network.in_features)}
+        case LinearSpec():
+            widths |= {"in_features": network.inputs.width(network.in_features)}
+        case ConvnetSpec():
+            flat = (
+                network.channels[-1]
+                * network.input_size
+                // (network.in_channels * network.pooling ** (2 * len(network.channels)))
+            )
+            widths |= {"channels": max(flat, *network.channels), "hidden": max(network.hidden, default=0)}
+        case ResnetSpec():
+            widths |= {"channels": max(network.channels)}
+        case TransformerSpec():
+            widths |= {field: getattr(network, field) for field in ("width", "feed_forward", "vocabulary", "length")}
+        case RegisteredSpec():
+            widths |= {"settings": network.parameter_count}
+    return f"network.{max(widths, key=lambda field: widths[field])}"

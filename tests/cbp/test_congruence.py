@@ -14,7 +14,7 @@ import torch
 from cbp import Batch, CbpError, Learner, LearnerSnapshot, LearnerSpec, compile_ahead
 from cbp.engines import kernels
 from cbp.engines.choice import choose_engine
-from cbp.engines.eager_engine import EngineName
+from cbp.engines.eager_engine import EngineName, PerceptronEngineName
 from cbp.spec import Activation, LossKind, Utility
 
 MakeSpec = Callable[..., LearnerSpec]
@@ -60,7 +60,7 @@ def spec_of(make_spec: MakeSpec, case: int, **changes: Any) -> LearnerSpec:
 
 
 def assert_congruent(spec: LearnerSpec, make_batch: MakeBatch) -> None:
-    reference, *others = (Learner(spec, engine=engine) for engine in get_args(EngineName))
+    reference, *others = (Learner(spec, engine=engine) for engine in get_args(PerceptronEngineName))
     assert [learner.engine for learner in (reference, *others)] == ["torch", "compiled", "stacked"]
     rows = STEPS * spec.batch_size
     for start in range(2):
@@ -149,7 +149,7 @@ def test_large_layers_with_a_clipped_gradient(make_spec: MakeSpec, make_batch: M
 def test_large_layers_of_any_magnitude(factor: float, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
     """Beyond what sums in integers can hold; across that bound and back; and changed behind the engine's back."""
     spec = spec_of(make_spec, 0, optimizer__lr=1e-4, **LARGE)
-    learners = [Learner(spec, engine=engine) for engine in get_args(EngineName)]
+    learners = [Learner(spec, engine=engine) for engine in get_args(PerceptronEngineName)]
     for learner in learners:
         learner.train(make_batch(spec, 20))
         learner._state.parameters.weights[1].mul_(factor)
@@ -167,7 +167,8 @@ def test_large_layers_after_an_update_of_the_optimizer(make_spec: MakeSpec, make
     """To one that needs the ordinary layout of the weights, and back."""
     updates = [{"kind": "sgd", "lr": 0.001, "momentum": momentum} for momentum in (0.0, 0.5, 0.0)]
     learners = [
-        Learner(spec_of(make_spec, 0, optimizer=updates[0], **LARGE), engine=engine) for engine in get_args(EngineName)
+        Learner(spec_of(make_spec, 0, optimizer=updates[0], **LARGE), engine=engine)
+        for engine in get_args(PerceptronEngineName)
     ]
     for learner in learners:
         for seed, optimizer in enumerate(updates):
@@ -256,7 +257,7 @@ def test_cuts_and_pauses_change_nothing(
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("engines", list(itertools.permutations(get_args(EngineName), 2)))
+@pytest.mark.parametrize("engines", list(itertools.permutations(get_args(PerceptronEngineName), 2)))
 def test_a_snapshot_goes_on_in_the_other_engine(
     engines: tuple[EngineName, EngineName],
     optimizer: str,
@@ -280,7 +281,7 @@ def test_a_snapshot_goes_on_in_the_other_engine(
 def test_changes_from_outside_are_noticed(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
     """By hand, by an update, behind its back: what an engine assumes of the state may not hold any more."""
     spec = make_spec(batch_size=1)
-    learners = [Learner(spec, engine=engine) for engine in get_args(EngineName)]
+    learners = [Learner(spec, engine=engine) for engine in get_args(PerceptronEngineName)]
     for learner in learners:
         learner.train(make_batch(spec, 60))
         learner.reset_units([0, 1], 0.4)
@@ -305,7 +306,7 @@ def test_changes_from_outside_are_noticed(make_spec: MakeSpec, make_batch: MakeB
 def test_adams_counts_need_not_be_ages(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
     """A state that steps alone cannot bring about: the counts of Adam decide, in every engine."""
     spec = make_spec(optimizer={"kind": "adam", "lr": 0.01}, batch_size=1)
-    learners = [Learner(spec, engine=engine) for engine in get_args(EngineName)]
+    learners = [Learner(spec, engine=engine) for engine in get_args(PerceptronEngineName)]
     for learner in learners:
         learner.train(make_batch(spec, 20))
         for name, slot in learner._state.optimizer.slots().items():

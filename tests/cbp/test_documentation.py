@@ -8,12 +8,14 @@ from typing import get_args
 import pytest
 
 from cbp import AdamSpec, AdamWSpec, LayerPlasticity, ResetSpec, RmspropSpec, SgdSpec
+from cbp.network_spec import AnyNetwork, RegisteredSpec
 from cbp.spec import Initializer, Utility
 
 REPOSITORY = Path(__file__).parents[2]
 ALGORITHM = (REPOSITORY / "docs" / "algorithm.md").read_text(encoding="utf-8")
 EXPORT = (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
 FORGETTING = (REPOSITORY / "docs" / "forgetting.md").read_text(encoding="utf-8")
+NETWORKS = (REPOSITORY / "docs" / "networks.md").read_text(encoding="utf-8")
 MODULES = (REPOSITORY / "docs" / "modules.md").read_text(encoding="utf-8")
 README = (REPOSITORY / "cbp" / "README.md").read_text(encoding="utf-8")
 EXAMPLES = [
@@ -23,6 +25,7 @@ EXAMPLES = [
         ("export", EXPORT),
         ("forgetting", FORGETTING),
         ("modules", MODULES),
+        ("networks", NETWORKS),
         ("readme", README),
     )
     for index, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
@@ -35,7 +38,7 @@ def test_examples_run(code: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 9
+    assert len(EXAMPLES) == 11
 
 
 @pytest.mark.parametrize("name", [*get_args(Utility), *get_args(Initializer)])
@@ -70,3 +73,10 @@ def test_the_table_of_a_module_is_what_is_printed(capsys: pytest.CaptureFixture[
     exec(compile(code, "example", "exec"), {})
     printed = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
     assert printed in MODULES
+
+
+@pytest.mark.parametrize("network", get_args(AnyNetwork))
+def test_kinds_of_networks_are_documented_with_their_fields(network: type[AnyNetwork]) -> None:
+    [row] = [line for line in NETWORKS.splitlines() if line.startswith(f"| `{network.model_fields['kind'].default}` |")]
+    for field in set(network.model_fields) - {"kind", "out_features"}:
+        assert f"`{field}`" in row or (network is RegisteredSpec and field == "inputs")

@@ -15,7 +15,7 @@ from torch import nn
 
 import cbp.continual_backprop
 from cbp import Batch, ContinualBackprop, Learner, LearnerSpec, losses
-from cbp.engines.eager_engine import EngineName
+from cbp.engines.eager_engine import EngineName, PerceptronEngineName
 from cbp.engines.torch_engine import TorchEngine, initial_stack
 from cbp.unit_groups import replace_in_groups
 
@@ -114,7 +114,7 @@ def test_the_recorded_trajectories_are_all_here() -> None:
 @pytest.mark.parametrize(
     ("engine", "device"),
     [
-        *((engine, "cpu") for engine in get_args(EngineName)),
+        *((engine, "cpu") for engine in get_args(PerceptronEngineName)),
         *(pytest.param(engine, "cuda", marks=pytest.mark.gpu) for engine in ("torch", "stacked")),
     ],
 )

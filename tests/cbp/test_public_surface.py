@@ -1,9 +1,10 @@
 import cbp
 
 EXPECTED = """
-AdamSpec AdamWSpec Batch BatchError CbpError ContinualBackprop DivergenceError EngineName FieldViolation HiddenUnits
-LayerPlasticity Learner LearnerProgress LearnerSnapshot LearnerSpec LossSpec MlpSpec MonitoringSpec PlasticitySample
-ResetSpec RmspropSpec SgdSpec SnapshotError SpecError TaskRecord TrainResult choose_engine compile_ahead compiled_before
+AdamSpec AdamWSpec Batch BatchError CategoricalColumn CbpError ContinualBackprop ConvnetSpec DivergenceError
+EngineName FieldViolation HiddenUnits InputSpec LayerPlasticity Learner LearnerProgress LearnerSnapshot LearnerSpec
+LinearSpec LossSpec MlpSpec MonitoringSpec PlasticitySample RegisteredSpec ResetSpec ResnetSpec RmspropSpec SgdSpec
+SnapshotError SpecError TaskRecord TrainResult TransformerSpec choose_engine compile_ahead compiled_before
 train_together
 """
 

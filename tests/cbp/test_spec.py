@@ -73,7 +73,7 @@ def test_layers_may_be_named_or_numbered(resets: dict[str, Any], rates: tuple[fl
     [
         ({"network": {**PLAIN["network"], "hidden": [5, 0]}}, "network.hidden[1]", "greater than or equal to 1; got 0"),
         ({"network": {**PLAIN["network"], "hidden": []}}, "network.hidden", "at least 1 item"),
-        ({"network": {**PLAIN["network"], "kind": "cnn"}}, "network.kind", "'mlp'"),
+        ({"network": {**PLAIN["network"], "kind": "cnn"}}, "network.kind", "mlp"),
         ({"network": {**PLAIN["network"], "in_features": "4"}}, "network.in_features", "number"),
         ({"network": {**PLAIN["network"], "width": 4}}, "network.width", "Unknown field"),
         ({"network": {**PLAIN["network"], "out_features": 1}}, "network.out_features", "binary_cross_entropy"),

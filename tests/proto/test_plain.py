@@ -121,7 +121,7 @@ def test_short_forms(short: dict[str, Any], long: dict[str, Any]) -> None:
         ({"optimizer": "lion"}, "optimizer.kind", "must be one of sgd, adam, adamw, rmsprop, not 'lion'"),
         ({"optimizer": {"kind": 1}}, "optimizer.kind", "must be one of sgd"),
         ({"optimizer": 3}, "optimizer", "must be a mapping, not int"),
-        ({"network": {"in_features": 3}}, "network.kind", "must be one of mlp, not None"),
+        ({"network": {"in_features": 3}}, "network.kind", "must be one of mlp, linear, convnet"),
         ({"network": {"kind": "mlp", "depth": 3}}, "network.depth", "is not a field here"),
         ({"network": {"kind": "mlp", "hidden": ["wide"]}}, "network.hidden", "does not fit"),
         ({"network": {"kind": "mlp", "in_features": 2**31}}, "network.in_features", "does not fit"),

@@ -6,8 +6,10 @@ from typing import Literal, get_args
 import torch
 
 from cbp.engines.eager_engine import EagerEngine, EngineName, LearnerEngine, Work
+from cbp.engines.learner_state import LearnerState
+from cbp.engines.module_engine import ModuleEngine, ModuleState
+from cbp.engines.perceptron_state import PerceptronState
 from cbp.engines.stacked_engine import StackedEngine
-from cbp.engines.torch_engine import StackState
 from cbp.errors import CbpError, shown
 from cbp.replacement import DrawSource
 from cbp.spec import LearnerSpec
@@ -17,8 +19,10 @@ EngineChoice = EngineName | Literal["auto"]
 
 
 def choose_engine(spec: LearnerSpec, device: torch.device) -> EngineName:
-    """The fastest engine for the learner: "compiled" on the CPU, "stacked" on a GPU, else "torch"."""
-    del spec  # today every engine runs them all
+    """The fastest engine for the learner: "compiled" on the CPU, "stacked" on a GPU, else "torch"; "module" for what is
+    no plain multilayer perceptron."""
+    if needs_module(spec):
+        return "module"
     match device.type:
         case "cpu":
             return "compiled"
@@ -26,6 +30,11 @@ def choose_engine(spec: LearnerSpec, device: torch.device) -> EngineName:
             return "stacked"
         case _:
             return "torch"
+
+
+def needs_module(spec: LearnerSpec) -> bool:
+    """Whether only the engine "module" runs the learner; it runs no other."""
+    return not spec.network.is_plain
 
 
 def check_engine(choice: EngineChoice, device: torch.device) -> None:
@@ -38,21 +47,40 @@ def check_engine(choice: EngineChoice, device: torch.device) -> None:
 
 
 def resolve_engine(choice: EngineChoice, spec: LearnerSpec, device: torch.device) -> EngineName:
-    """The engine that is meant. Raises `CbpError` if there is no such engine for the device."""
+    """The engine that is meant. Raises `CbpError` if there is no such engine for the device, or if it does not run the
+    network."""
     check_engine(choice, device)
-    return choose_engine(spec, device) if choice == "auto" else choice
+    if choice == "auto":
+        return choose_engine(spec, device)
+    if needs_module(spec) and choice != "module":
+        text = f"{choice!r} runs plain multilayer perceptrons only, without normalization, crelu or inputs"
+        raise CbpError(f"engine: {text}; use 'module' or 'auto'")
+    if choice == "module" and not needs_module(spec):
+        raise CbpError(
+            "engine: 'module' is for what the others do not run; use 'auto' for a plain multilayer perceptron"
+        )
+    return choice
+
+
+def initial_state(spec: LearnerSpec, device: torch.device) -> LearnerState:
+    """A newborn's, of the kind that the engines for its network work on."""
+    return ModuleState(spec, device) if needs_module(spec) else PerceptronState.newborn(spec, device)
 
 
 def make_engine(
     name: EngineName,
     spec: LearnerSpec,
-    state: StackState,
+    state: LearnerState,
     device: torch.device,
     draws: DrawSource | None = None,
     *,
     published_order: bool = False,
 ) -> LearnerEngine:
     """The engine of one learner; for `draws` and `published_order` see `TorchEngine`."""
+    if name == "module":
+        assert isinstance(state, ModuleState)
+        return ModuleEngine(spec, state)
+    assert isinstance(state, PerceptronState)
     match name:
         case "torch":
             return EagerEngine(spec, state, device, draws, published_order=published_order)

@@ -69,7 +69,7 @@ class CompiledEngine(EagerEngine):
 
     def configure(self, specs: Sequence[LearnerSpec]) -> None:
         super().configure(specs)
-        widths = (self.spec.network.in_features, *self.spec.network.hidden, self.spec.network.out_features)
+        widths = (self.spec.mlp.in_features, *self.spec.mlp.hidden, self.spec.mlp.out_features)
         self.run_kernel, self.point_kernel = _direct(kernels.run), _direct(kernels.point_to)
         self.table = np.zeros(Table.WIDTHS + len(widths), np.int64)
         self.table_address = self.table.ctypes.data
@@ -102,8 +102,8 @@ class CompiledEngine(EagerEngine):
     def _fill_table(self) -> None:
         spec, table, state = self.spec, self.table, self.state
         optimizer = spec.optimizer
-        table[Table.DEPTH] = len(spec.network.hidden) + 1
-        table[Table.ACTIVATION] = get_args(Activation).index(spec.network.activation)
+        table[Table.DEPTH] = len(spec.mlp.hidden) + 1
+        table[Table.ACTIVATION] = get_args(Activation).index(spec.mlp.plain_activation)
         table[Table.LOSS] = get_args(LossKind).index(spec.loss.kind)
         table[Table.UTILITY] = get_args(Utility).index(spec.resets.utility)
         table[Table.DECAYS_WEIGHTS] = optimizer.weight_decay > 0
@@ -144,7 +144,7 @@ class CompiledEngine(EagerEngine):
         optimizer = spec.optimizer
         remembers = (
             spec.batch_size == 1
-            and spec.network.activation == "relu"
+            and spec.mlp.plain_activation == "relu"
             and isinstance(optimizer, SgdSpec)
             and not optimizer.momentum
             and not optimizer.weight_decay
@@ -158,7 +158,7 @@ class CompiledEngine(EagerEngine):
         ]
         self.state.parameters = laid_out(self.state.parameters, turned)
         self._magnitudes = np.zeros(depth + 2 * sum(widths[1:-1]), np.int64)
-        bounds = np.array(initial_bounds(spec.network))  # a weight may grow 64-fold before it becomes too large
+        bounds = np.array(initial_bounds(spec.mlp))  # a weight may grow 64-fold before it becomes too large
         self._fineness = (2.0 ** (24 - np.ceil(np.log2(bounds)))).astype(np.float32)
         self.table[Table.MAGNITUDES] = self._magnitudes.ctypes.data
         self.table[Table.FINENESS] = self._fineness.ctypes.data
@@ -200,7 +200,7 @@ class CompiledEngine(EagerEngine):
     def _make_room(self, count: int) -> None:
         """For what is to be known of so many examples."""
         self._rows = count
-        self.outputs = np.empty((count, self.spec.network.out_features), np.float32)
+        self.outputs = np.empty((count, self.spec.mlp.out_features), np.float32)
         self.scores = np.empty((2, count))
         self.table[Table.OUTPUTS] = self.outputs.ctypes.data
         self.table[Table.SCORES] = self.scores.ctypes.data
@@ -216,7 +216,7 @@ class CompiledEngine(EagerEngine):
 
     def _prepare_for(self, step_size: int) -> None:
         self._step_size = step_size
-        self.reals[Real.SCALE] = losses.gradient_scale(self.spec.loss, self.spec.network.out_features) / step_size
+        self.reals[Real.SCALE] = losses.gradient_scale(self.spec.loss, self.spec.mlp.out_features) / step_size
         widths = self.table[Table.WIDTHS :]
         units, widest = int(widths.sum()), int(widths.max())
         matrix = int((widths[1:] * widths[:-1]).max()) if step_size > 1 else widest
@@ -254,8 +254,8 @@ class CompiledEngine(EagerEngine):
             return True
         oldest = torch.tensor([self.state.steps[0]])
         ages = [self.state.units.age[0, columns] for columns in self._layout.slices]
-        last = self.spec.network.out_features
-        before = oldest.expand(self.spec.network.in_features)
+        last = self.spec.mlp.out_features
+        before = oldest.expand(self.spec.mlp.in_features)
         for layer, after in enumerate([*ages, oldest.expand(last)]):
             counted = torch.minimum(after.unsqueeze(1), before.unsqueeze(0)).clamp_max_(2**24)
             weights, biases = optimizer.steps.weights[layer][0], optimizer.steps.biases[layer][0]

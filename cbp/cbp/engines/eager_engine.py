@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cbp import losses
+from cbp.engines.learner_state import CheckedState
 from cbp.engines.torch_engine import StackState, TorchEngine
 from cbp.pending import Examples, Probe
 from cbp.progress import Tally
 from cbp.replacement import DrawSource
 from cbp.spec import LearnerSpec
 
-EngineName = Literal["torch", "compiled", "stacked"]
+PerceptronEngineName = Literal["torch", "compiled", "stacked"]
+"""What executes the steps of plain multilayer perceptrons."""
+EngineName = Literal[PerceptronEngineName, "module"]
 
 
 class Work(Protocol):
@@ -55,7 +58,7 @@ class LearnerEngine(Protocol):
         """Takes over changed settings; the state is left as it is, but for the optimizer's record."""
 
     def predict(self, inputs: Tensor) -> Tensor:
-        """[1, n, C] outputs for inputs [1, n, I]."""
+        """[1, n, C] outputs for inputs [1, n, …]."""
 
     def reset_units(self, wanted: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """See `TorchEngine.reset_units`."""
@@ -103,8 +106,21 @@ def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
 
 
+class SteppingEngine(Protocol):
+    """Takes the steps of one learner one by one."""
+
+    spec: LearnerSpec
+    device: torch.device
+
+    @property
+    def state(self) -> CheckedState: ...
+
+    def step(self, inputs: Tensor, targets: Tensor, scale: Tensor, outputs: Tensor) -> None:
+        """See `TorchEngine.step`; inputs may have more axes."""
+
+
 class EagerWork:
-    def __init__(self, engine: EagerEngine, examples: Examples, step_size: int, probe: Probe) -> None:
+    def __init__(self, engine: SteppingEngine, examples: Examples, step_size: int, probe: Probe) -> None:
         self._engine = engine
         self._examples, self._step_size, self._probe = examples, step_size, probe
         self._loss = engine.spec.loss

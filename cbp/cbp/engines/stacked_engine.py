@@ -86,7 +86,7 @@ class StackedEngine(EagerEngine):
 
     def begin(self, examples: Examples, step_size: int, probe: Probe) -> Work:
         if self._stack is None or self._stack.kind.step_size != step_size:
-            if stack_width(self.spec.network, step_size, self.device) == 1:
+            if stack_width(self.spec.mlp, step_size, self.device) == 1:
                 return super().begin(examples, step_size, probe)
             self._stack = _stack_of(self._kind(step_size), self.spec)
         return StackedWork(self, self._stack, examples, probe)
@@ -94,7 +94,7 @@ class StackedEngine(EagerEngine):
     def _kind(self, step_size: int) -> _Kind:
         spec = self.spec
         return _Kind(
-            network=spec.network,
+            network=spec.mlp,
             loss=spec.loss,
             optimizer=spec.optimizer.kind,
             uses_momentum=optimizers.uses_momentum([spec.optimizer]),
@@ -121,13 +121,13 @@ class StackedWork:
         self.stack = stack
         self._examples, self._probe = examples, probe
         spec, step_size = engine.spec, stack.kind.step_size
-        outputs = spec.network.out_features
+        outputs = spec.mlp.out_features
         steps = len(examples) // step_size
         targets = examples.targets if examples.targets.flags.writeable else examples.targets.copy()
         encoded = losses.encode_targets(spec.loss, torch.from_numpy(targets), outputs).numpy()
         scale = examples.known_weights() * np.float32(losses.gradient_scale(spec.loss, outputs) / step_size)
         self._feed = (
-            examples.features.reshape(steps, step_size, spec.network.in_features),
+            examples.features.reshape(steps, step_size, spec.mlp.in_features),
             encoded.reshape(steps, step_size, outputs),
             scale.reshape(steps, step_size, 1),
         )
@@ -402,16 +402,16 @@ def _stack_of(kind: _Kind, spec: LearnerSpec) -> _Stack:
 
 def _blank_state(spec: LearnerSpec, width: int, device: torch.device) -> StackState:
     """Rows for learners to come."""
-    parameters = flat_layers(spec.network, width, device)
+    parameters = flat_layers(spec.mlp, width, device)
     return StackState(
         parameters=parameters,
         initial_parameters=parameters,  # no step reads them
-        optimizer=optimizers.initial_state([spec.optimizer] * width, spec.network, device),
-        units=UnitState.fresh(width, sum(spec.network.hidden), device),
+        optimizer=optimizers.initial_state([spec.optimizer] * width, spec.mlp, device),
+        units=UnitState.fresh(width, sum(spec.mlp.hidden), device),
         schedules=[],
         generators=[],
         steps=[],
-        replacements=[[0] * len(spec.network.hidden) for _ in range(width)],
+        replacements=[[0] * len(spec.mlp.hidden) for _ in range(width)],
     )
 
 

@@ -64,7 +64,7 @@ def unit_layout(network: MlpSpec, device: torch.device) -> UnitLayout:
 
 def initial_stack(specs: Sequence[LearnerSpec], device: torch.device) -> StackState:
     """Newborn learners, each drawn from its own seed: incoming weights from the initialiser's range, biases 0."""
-    network = specs[0].network
+    network = specs[0].mlp
     generators = [torch.Generator().manual_seed(spec.seed) for spec in specs]
     parameters = flat_layers(network, len(specs), device)
     for learner, generator in enumerate(generators):
@@ -99,7 +99,7 @@ def schedules(
     Per learner and hidden layer, `accumulated` is owed, and `replaced` units have gone in the present window.
     """
     ages = state.units.age.cpu().numpy()
-    slices = unit_layout(specs[0].network, torch.device("cpu")).slices
+    slices = unit_layout(specs[0].mlp, torch.device("cpu")).slices
     return [
         ReplacementSchedule.from_ages(
             spec.replacement_rates,
@@ -129,13 +129,13 @@ class TorchEngine:
     ) -> None:
         """To follow a recorded trajectory, `draws` takes the place of the learners' own generators, and
         `published_order` is handed to `replace_units`."""
-        network = specs[0].network
+        network = specs[0].mlp
         self._network_spec = network
         state.parameters = laid_out(state.parameters, [False] * len(state.parameters.weights))
         self.state = state
         self.device = device
         self._loss = specs[0].loss
-        self._network = Mlp(network.activation)
+        self._network = Mlp(network.plain_activation)
         self._layout = unit_layout(network, device)
         self._draws = draws or GeneratorDraws(state.generators, self._layout, initial_bounds(network))
         self._published_order = published_order

@@ -14,7 +14,7 @@ from cbp_client.cli.session import CommandError
 
 @dataclass(frozen=True)
 class Examples:
-    """Features [N, in_features]; the others, if the file has them, with N rows as well."""
+    """Features [N, …]; the others, if the file has them, with N rows as well."""
 
     features: NDArray[np.generic]
     targets: NDArray[np.generic] | None

@@ -281,8 +281,18 @@ def _without_none(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 def _network(info: LearnerInfo) -> str:
     network = info.spec["network"]
-    units = [network["in_features"], *network.get("hidden", []), network["out_features"]]
-    return f"{'-'.join(map(str, units))} {network['activation']}"
+    activation = network.get("activation", "")
+    if network["kind"] == "mlp":
+        units = [network["in_features"], *network.get("hidden", []), network["out_features"]]
+        return f"{'-'.join(map(str, units))} {activation}"
+    name = network.get("name", network["kind"])  # an operator's architecture has one of its own
+    return " ".join(filter(None, [name, _shape(network), "to", str(network["out_features"]), activation]))
+
+
+def _shape(network: Mapping[str, Any]) -> str:
+    """Of one example."""
+    fields = ("in_channels", "height", "width") if "in_channels" in network else ("length", "in_features")
+    return "x".join(map(str, network.get("shape") or [network[field] for field in fields if network.get(field)]))
 
 
 def _facts(info: LearnerInfo) -> Table:

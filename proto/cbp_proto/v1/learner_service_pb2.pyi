@@ -510,7 +510,9 @@ class ExportLearnerRequest(_message.Message):
         FORMAT_SAFETENSORS: ExportLearnerRequest._Format.ValueType  # 1
         """The whole state, which ImportLearner takes; tensors under names such as parameters.hidden_0.weight."""
         FORMAT_ONNX: ExportLearnerRequest._Format.ValueType  # 2
-        """The network as an ONNX model: input `features` [N, in_features] float32, output `outputs` [N, out_features]."""
+        """A plain multilayer perceptron as an ONNX model: input `features` [N, in_features] float32, output `outputs`
+        [N, out_features]. Other networks are refused.
+        """
         FORMAT_TORCH_EXPORT: ExportLearnerRequest._Format.ValueType  # 3
         """The network as a program that torch.export.load reads."""
 
@@ -520,7 +522,9 @@ class ExportLearnerRequest(_message.Message):
     FORMAT_SAFETENSORS: ExportLearnerRequest.Format.ValueType  # 1
     """The whole state, which ImportLearner takes; tensors under names such as parameters.hidden_0.weight."""
     FORMAT_ONNX: ExportLearnerRequest.Format.ValueType  # 2
-    """The network as an ONNX model: input `features` [N, in_features] float32, output `outputs` [N, out_features]."""
+    """A plain multilayer perceptron as an ONNX model: input `features` [N, in_features] float32, output `outputs`
+    [N, out_features]. Other networks are refused.
+    """
     FORMAT_TORCH_EXPORT: ExportLearnerRequest.Format.ValueType  # 3
     """The network as a program that torch.export.load reads."""
 

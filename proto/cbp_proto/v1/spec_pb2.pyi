@@ -19,6 +19,52 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _TransformerInput:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TransformerInputEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TransformerInput.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRANSFORMER_INPUT_UNSPECIFIED: _TransformerInput.ValueType  # 0
+    TRANSFORMER_INPUT_TOKENS: _TransformerInput.ValueType  # 1
+    """Features: whole numbers [N, length]."""
+    TRANSFORMER_INPUT_SEQUENCE: _TransformerInput.ValueType  # 2
+    """Features: [N, length, in_features]."""
+    TRANSFORMER_INPUT_TABULAR: _TransformerInput.ValueType  # 3
+    """Features: [N, in_features]; each column is a token."""
+
+class TransformerInput(_TransformerInput, metaclass=_TransformerInputEnumTypeWrapper): ...
+
+TRANSFORMER_INPUT_UNSPECIFIED: TransformerInput.ValueType  # 0
+TRANSFORMER_INPUT_TOKENS: TransformerInput.ValueType  # 1
+"""Features: whole numbers [N, length]."""
+TRANSFORMER_INPUT_SEQUENCE: TransformerInput.ValueType  # 2
+"""Features: [N, length, in_features]."""
+TRANSFORMER_INPUT_TABULAR: TransformerInput.ValueType  # 3
+"""Features: [N, in_features]; each column is a token."""
+Global___TransformerInput: _TypeAlias = TransformerInput  # noqa: Y015
+
+class _Normalization:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NormalizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Normalization.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NORMALIZATION_UNSPECIFIED: _Normalization.ValueType  # 0
+    NORMALIZATION_NONE: _Normalization.ValueType  # 1
+    NORMALIZATION_LAYER: _Normalization.ValueType  # 2
+    NORMALIZATION_BATCH: _Normalization.ValueType  # 3
+    NORMALIZATION_GROUP: _Normalization.ValueType  # 4
+
+class Normalization(_Normalization, metaclass=_NormalizationEnumTypeWrapper): ...
+
+NORMALIZATION_UNSPECIFIED: Normalization.ValueType  # 0
+NORMALIZATION_NONE: Normalization.ValueType  # 1
+NORMALIZATION_LAYER: Normalization.ValueType  # 2
+NORMALIZATION_BATCH: Normalization.ValueType  # 3
+NORMALIZATION_GROUP: Normalization.ValueType  # 4
+Global___Normalization: _TypeAlias = Normalization  # noqa: Y015
+
 class _Activation:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -35,6 +81,8 @@ class _ActivationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Activation
     ACTIVATION_TANH: _Activation.ValueType  # 7
     ACTIVATION_SIGMOID: _Activation.ValueType  # 8
     ACTIVATION_IDENTITY: _Activation.ValueType  # 9
+    ACTIVATION_CRELU: _Activation.ValueType  # 10
+    """relu(z) and relu(-z), side by side; for mlp only."""
 
 class Activation(_Activation, metaclass=_ActivationEnumTypeWrapper): ...
 
@@ -48,6 +96,8 @@ ACTIVATION_SILU: Activation.ValueType  # 6
 ACTIVATION_TANH: Activation.ValueType  # 7
 ACTIVATION_SIGMOID: Activation.ValueType  # 8
 ACTIVATION_IDENTITY: Activation.ValueType  # 9
+ACTIVATION_CRELU: Activation.ValueType  # 10
+"""relu(z) and relu(-z), side by side; for mlp only."""
 Global___Activation: _TypeAlias = Activation  # noqa: Y015
 
 class _Initializer:
@@ -219,18 +269,38 @@ class Network(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MLP_FIELD_NUMBER: _builtins.int
+    LINEAR_FIELD_NUMBER: _builtins.int
+    CONVNET_FIELD_NUMBER: _builtins.int
+    RESNET_FIELD_NUMBER: _builtins.int
+    TRANSFORMER_FIELD_NUMBER: _builtins.int
+    REGISTERED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def mlp(self) -> Global___Mlp: ...
+    @_builtins.property
+    def linear(self) -> Global___Linear: ...
+    @_builtins.property
+    def convnet(self) -> Global___Convnet: ...
+    @_builtins.property
+    def resnet(self) -> Global___Resnet: ...
+    @_builtins.property
+    def transformer(self) -> Global___Transformer: ...
+    @_builtins.property
+    def registered(self) -> Global___Registered: ...
     def __init__(
         self,
         *,
         mlp: Global___Mlp | None = ...,
+        linear: Global___Linear | None = ...,
+        convnet: Global___Convnet | None = ...,
+        resnet: Global___Resnet | None = ...,
+        transformer: Global___Transformer | None = ...,
+        registered: Global___Registered | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "mlp", b"mlp"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["convnet", b"convnet", "kind", b"kind", "linear", b"linear", "mlp", b"mlp", "registered", b"registered", "resnet", b"resnet", "transformer", b"transformer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "mlp", b"mlp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["convnet", b"convnet", "kind", b"kind", "linear", b"linear", "mlp", b"mlp", "registered", b"registered", "resnet", b"resnet", "transformer", b"transformer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["mlp"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["mlp", "linear", "convnet", "resnet", "transformer", "registered"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -249,14 +319,20 @@ class Mlp(_message.Message):
     OUT_FEATURES_FIELD_NUMBER: _builtins.int
     ACTIVATION_FIELD_NUMBER: _builtins.int
     INITIALIZER_FIELD_NUMBER: _builtins.int
+    NORMALIZATION_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
     in_features: _builtins.int
     out_features: _builtins.int
     activation: Global___Activation.ValueType
     initializer: Global___Initializer.ValueType
+    normalization: Global___Normalization.ValueType
+    """none or layer: that of each hidden layer, before its activation. Default none."""
     @_builtins.property
     def hidden(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Units of each hidden layer, from the input on."""
 
+    @_builtins.property
+    def inputs(self) -> Global___Inputs: ...
     def __init__(
         self,
         *,
@@ -265,14 +341,388 @@ class Mlp(_message.Message):
         out_features: _builtins.int = ...,
         activation: Global___Activation.ValueType = ...,
         initializer: Global___Initializer.ValueType = ...,
+        normalization: Global___Normalization.ValueType = ...,
+        inputs: Global___Inputs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "hidden", b"hidden", "in_features", b"in_features", "initializer", b"initializer", "out_features", b"out_features"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "hidden", b"hidden", "in_features", b"in_features", "initializer", b"initializer", "inputs", b"inputs", "normalization", b"normalization", "out_features", b"out_features"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Mlp: _TypeAlias = Mlp  # noqa: Y015
+
+@_typing.final
+class Linear(_message.Message):
+    """One linear layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IN_FEATURES_FIELD_NUMBER: _builtins.int
+    OUT_FEATURES_FIELD_NUMBER: _builtins.int
+    INITIALIZER_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    in_features: _builtins.int
+    out_features: _builtins.int
+    initializer: Global___Initializer.ValueType
+    @_builtins.property
+    def inputs(self) -> Global___Inputs: ...
+    def __init__(
+        self,
+        *,
+        in_features: _builtins.int = ...,
+        out_features: _builtins.int = ...,
+        initializer: Global___Initializer.ValueType = ...,
+        inputs: Global___Inputs | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_features", b"in_features", "initializer", b"initializer", "inputs", b"inputs", "out_features", b"out_features"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Linear: _TypeAlias = Linear  # noqa: Y015
+
+@_typing.final
+class Convnet(_message.Message):
+    """Convolutions, each with an activation and a pooling behind it; then linear layers. Features [N, in_channels, height,
+    width].
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IN_CHANNELS_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    CHANNELS_FIELD_NUMBER: _builtins.int
+    KERNEL_SIZE_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    OUT_FEATURES_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    INITIALIZER_FIELD_NUMBER: _builtins.int
+    NORMALIZATION_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    in_channels: _builtins.int
+    height: _builtins.int
+    width: _builtins.int
+    kernel_size: _builtins.int
+    """Odd. Default 3."""
+    pooling: _builtins.int
+    """Pixels on a side that each maximum is of; 1 pools nothing. Default 2."""
+    out_features: _builtins.int
+    activation: Global___Activation.ValueType
+    initializer: Global___Initializer.ValueType
+    normalization: Global___Normalization.ValueType
+    """none (the default), batch or group."""
+    @_builtins.property
+    def channels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each convolution, from the input on."""
+
+    @_builtins.property
+    def hidden(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Units of linear layers between the convolutions and the output. Default none."""
+
+    @_builtins.property
+    def inputs(self) -> Global___Inputs: ...
+    def __init__(
+        self,
+        *,
+        in_channels: _builtins.int = ...,
+        height: _builtins.int = ...,
+        width: _builtins.int = ...,
+        channels: _abc.Iterable[_builtins.int] | None = ...,
+        kernel_size: _builtins.int | None = ...,
+        pooling: _builtins.int | None = ...,
+        hidden: _abc.Iterable[_builtins.int] | None = ...,
+        out_features: _builtins.int = ...,
+        activation: Global___Activation.ValueType = ...,
+        initializer: Global___Initializer.ValueType = ...,
+        normalization: Global___Normalization.ValueType = ...,
+        inputs: Global___Inputs | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kernel_size", b"_kernel_size", "_pooling", b"_pooling", "inputs", b"inputs", "kernel_size", b"kernel_size", "pooling", b"pooling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kernel_size", b"_kernel_size", "_pooling", b"_pooling", "activation", b"activation", "channels", b"channels", "height", b"height", "hidden", b"hidden", "in_channels", b"in_channels", "initializer", b"initializer", "inputs", b"inputs", "kernel_size", b"kernel_size", "normalization", b"normalization", "out_features", b"out_features", "pooling", b"pooling", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kernel_size: _TypeAlias = _typing.Literal["kernel_size"]  # noqa: Y015
+    _WhichOneofArgType__kernel_size: _TypeAlias = _typing.Literal["_kernel_size", b"_kernel_size"]  # noqa: Y015
+    _WhichOneofReturnType__pooling: _TypeAlias = _typing.Literal["pooling"]  # noqa: Y015
+    _WhichOneofArgType__pooling: _TypeAlias = _typing.Literal["_pooling", b"_pooling"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kernel_size) -> _WhichOneofReturnType__kernel_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pooling) -> _WhichOneofReturnType__pooling | None: ...
+
+Global___Convnet: _TypeAlias = Convnet  # noqa: Y015
+
+@_typing.final
+class Resnet(_message.Message):
+    """A residual network for small images. Features [N, in_channels, height, width]."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IN_CHANNELS_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    CHANNELS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    OUT_FEATURES_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    INITIALIZER_FIELD_NUMBER: _builtins.int
+    NORMALIZATION_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    in_channels: _builtins.int
+    height: _builtins.int
+    width: _builtins.int
+    blocks: _builtins.int
+    """Of each stage. Default 2."""
+    out_features: _builtins.int
+    activation: Global___Activation.ValueType
+    initializer: Global___Initializer.ValueType
+    normalization: Global___Normalization.ValueType
+    """none, batch or group (the default)."""
+    @_builtins.property
+    def channels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each stage. Default 64, 128, 256, 512."""
+
+    @_builtins.property
+    def inputs(self) -> Global___Inputs: ...
+    def __init__(
+        self,
+        *,
+        in_channels: _builtins.int = ...,
+        height: _builtins.int = ...,
+        width: _builtins.int = ...,
+        channels: _abc.Iterable[_builtins.int] | None = ...,
+        blocks: _builtins.int | None = ...,
+        out_features: _builtins.int = ...,
+        activation: Global___Activation.ValueType = ...,
+        initializer: Global___Initializer.ValueType = ...,
+        normalization: Global___Normalization.ValueType = ...,
+        inputs: Global___Inputs | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_blocks", b"_blocks", "blocks", b"blocks", "inputs", b"inputs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blocks", b"_blocks", "activation", b"activation", "blocks", b"blocks", "channels", b"channels", "height", b"height", "in_channels", b"in_channels", "initializer", b"initializer", "inputs", b"inputs", "normalization", b"normalization", "out_features", b"out_features", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__blocks: _TypeAlias = _typing.Literal["blocks"]  # noqa: Y015
+    _WhichOneofArgType__blocks: _TypeAlias = _typing.Literal["_blocks", b"_blocks"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__blocks) -> _WhichOneofReturnType__blocks | None: ...
+
+Global___Resnet: _TypeAlias = Resnet  # noqa: Y015
+
+@_typing.final
+class Transformer(_message.Message):
+    """A transformer encoder, with the mean over tokens in front of its last layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    IN_FEATURES_FIELD_NUMBER: _builtins.int
+    VOCABULARY_FIELD_NUMBER: _builtins.int
+    OUT_FEATURES_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    FEED_FORWARD_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    INITIALIZER_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    input: Global___TransformerInput.ValueType
+    """What a token is."""
+    length: _builtins.int
+    """Tokens in one example, for tokens and sequence."""
+    in_features: _builtins.int
+    """Values in each vector of a sequence, or columns."""
+    vocabulary: _builtins.int
+    """For tokens: they are whole numbers from 0 up to but not including this."""
+    out_features: _builtins.int
+    width: _builtins.int
+    """A multiple of heads. Default 64."""
+    depth: _builtins.int
+    """Blocks. Default 2."""
+    heads: _builtins.int
+    """Default 4."""
+    feed_forward: _builtins.int
+    """Units of each block's feed-forward layers; these are what is reset. Default 256."""
+    activation: Global___Activation.ValueType
+    initializer: Global___Initializer.ValueType
+    @_builtins.property
+    def inputs(self) -> Global___Inputs: ...
+    def __init__(
+        self,
+        *,
+        input: Global___TransformerInput.ValueType = ...,
+        length: _builtins.int = ...,
+        in_features: _builtins.int = ...,
+        vocabulary: _builtins.int = ...,
+        out_features: _builtins.int = ...,
+        width: _builtins.int | None = ...,
+        depth: _builtins.int | None = ...,
+        heads: _builtins.int | None = ...,
+        feed_forward: _builtins.int | None = ...,
+        activation: Global___Activation.ValueType = ...,
+        initializer: Global___Initializer.ValueType = ...,
+        inputs: Global___Inputs | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_feed_forward", b"_feed_forward", "_heads", b"_heads", "_width", b"_width", "depth", b"depth", "feed_forward", b"feed_forward", "heads", b"heads", "inputs", b"inputs", "width", b"width"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_feed_forward", b"_feed_forward", "_heads", b"_heads", "_width", b"_width", "activation", b"activation", "depth", b"depth", "feed_forward", b"feed_forward", "heads", b"heads", "in_features", b"in_features", "initializer", b"initializer", "input", b"input", "inputs", b"inputs", "length", b"length", "out_features", b"out_features", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__depth: _TypeAlias = _typing.Literal["depth"]  # noqa: Y015
+    _WhichOneofArgType__depth: _TypeAlias = _typing.Literal["_depth", b"_depth"]  # noqa: Y015
+    _WhichOneofReturnType__feed_forward: _TypeAlias = _typing.Literal["feed_forward"]  # noqa: Y015
+    _WhichOneofArgType__feed_forward: _TypeAlias = _typing.Literal["_feed_forward", b"_feed_forward"]  # noqa: Y015
+    _WhichOneofReturnType__heads: _TypeAlias = _typing.Literal["heads"]  # noqa: Y015
+    _WhichOneofArgType__heads: _TypeAlias = _typing.Literal["_heads", b"_heads"]  # noqa: Y015
+    _WhichOneofReturnType__width: _TypeAlias = _typing.Literal["width"]  # noqa: Y015
+    _WhichOneofArgType__width: _TypeAlias = _typing.Literal["_width", b"_width"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__depth) -> _WhichOneofReturnType__depth | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feed_forward) -> _WhichOneofReturnType__feed_forward | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__heads) -> _WhichOneofReturnType__heads | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__width) -> _WhichOneofReturnType__width | None: ...
+
+Global___Transformer: _TypeAlias = Transformer  # noqa: Y015
+
+@_typing.final
+class Registered(_message.Message):
+    """An architecture that the operator of the server has installed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SettingsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    OUT_FEATURES_FIELD_NUMBER: _builtins.int
+    VOCABULARY_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    out_features: _builtins.int
+    vocabulary: _builtins.int
+    """If features are tokens: they are whole numbers from 0 up to but not including this."""
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of one example."""
+
+    @_builtins.property
+    def settings(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """As the architecture takes them."""
+
+    @_builtins.property
+    def inputs(self) -> Global___Inputs:
+        """Not for this kind."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        out_features: _builtins.int = ...,
+        vocabulary: _builtins.int = ...,
+        settings: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        inputs: Global___Inputs | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "name", b"name", "out_features", b"out_features", "settings", b"settings", "shape", b"shape", "vocabulary", b"vocabulary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Registered: _TypeAlias = Registered  # noqa: Y015
+
+@_typing.final
+class Inputs(_message.Message):
+    """What becomes of features before the network sees them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    normalize: _builtins.bool
+    """Whether features, or channels of images, are brought to mean 0 and variance 1 by running statistics."""
+    window: _builtins.int
+    """Examples over which the statistics look back. Default 100000."""
+    @_builtins.property
+    def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___CategoricalColumn]:
+        """Features that are categories; for mlp, linear and tabular transformer."""
+
+    def __init__(
+        self,
+        *,
+        normalize: _builtins.bool = ...,
+        window: _builtins.int | None = ...,
+        columns: _abc.Iterable[Global___CategoricalColumn] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_window", b"_window", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_window", b"_window", "columns", b"columns", "normalize", b"normalize", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__window: _TypeAlias = _typing.Literal["window"]  # noqa: Y015
+    _WhichOneofArgType__window: _TypeAlias = _typing.Literal["_window", b"_window"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__window) -> _WhichOneofReturnType__window | None: ...
+
+Global___Inputs: _TypeAlias = Inputs  # noqa: Y015
+
+@_typing.final
+class CategoricalColumn(_message.Message):
+    """Whole numbers that mean nothing as quantities."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLUMN_FIELD_NUMBER: _builtins.int
+    CARDINALITY_FIELD_NUMBER: _builtins.int
+    HASH_BUCKETS_FIELD_NUMBER: _builtins.int
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    column: _builtins.int
+    """Which of the features, from 0."""
+    cardinality: _builtins.int
+    """Categories, if they are numbered from 0. Either this or hash_buckets."""
+    hash_buckets: _builtins.int
+    """Buckets to which any whole number from -2^24 to 2^24 is hashed."""
+    dimension: _builtins.int
+    """Values of a learnt embedding; 0 is one-hot."""
+    def __init__(
+        self,
+        *,
+        column: _builtins.int = ...,
+        cardinality: _builtins.int = ...,
+        hash_buckets: _builtins.int = ...,
+        dimension: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cardinality", b"cardinality", "column", b"column", "dimension", b"dimension", "hash_buckets", b"hash_buckets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CategoricalColumn: _TypeAlias = CategoricalColumn  # noqa: Y015
 
 @_typing.final
 class Loss(_message.Message):

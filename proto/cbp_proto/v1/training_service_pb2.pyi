@@ -103,7 +103,7 @@ class TrainBatch(_message.Message):
     """Whether the result shall hold the predictions made before each update."""
     @_builtins.property
     def features(self) -> _tensor_pb2.Tensor:
-        """[N, in_features], any numeric type; learnt as float32."""
+        """[N, …], the shape of the network's examples behind N; any numeric type, learnt as float32."""
 
     @_builtins.property
     def targets(self) -> _tensor_pb2.Tensor:
@@ -380,7 +380,7 @@ class PredictRequest(_message.Message):
     """learners/{learner_id}"""
     @_builtins.property
     def features(self) -> _tensor_pb2.Tensor:
-        """[N, in_features], any numeric type."""
+        """[N, …], any numeric type."""
 
     def __init__(
         self,

@@ -6,7 +6,6 @@ Slices are cut by the learner's spec alone, so a batch is learnt in the same way
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -162,12 +161,11 @@ class Pace:
     @classmethod
     def of(cls, spec: LearnerSpec) -> "Pace":
         """What no update of a learner changes."""
-        widths = [spec.network.in_features, *spec.network.hidden, spec.network.out_features]
-        weights = sum(before * after for before, after in pairwise(widths))
+        work = spec.network.multiplications
         if spec.batch_size == 0:
-            return cls(weights, 0)
-        steps = _SLICE_WORK / (weights * spec.batch_size)
-        return cls(weights, int(min(max(steps, 1), _MOST_STEPS)) * spec.batch_size)
+            return cls(work, 0)
+        steps = _SLICE_WORK / (work * spec.batch_size)
+        return cls(work, int(min(max(steps, 1), _MOST_STEPS)) * spec.batch_size)
 
     def fits_one_slice(self, batch: Batch) -> bool:
         """Whether the batch is not cut."""

@@ -28,6 +28,8 @@ _COLLECTION = "learners/"
 _PRESETS = ("all", "first", "none")
 _WHOLE_SPEC = ("*", "spec")
 _DURABILITY = "durability"
+#: In a path, the kind of network stands where a plain specification has none.
+_NETWORK_KINDS = frozenset(spec_pb2.Network.DESCRIPTOR.fields_by_name)
 _UPDATABLE = {"optimizer", "resets", "monitoring"}
 #: In bytes; one of 64 layers with a rate for each has about 2000.
 _LARGEST_SPEC = 2**16
@@ -144,7 +146,7 @@ def revised_spec(present: LearnerSpec, changes: spec_pb2.LearnerSpec, mask: Fiel
         plain["optimizer"] = {"kind": present.optimizer.kind} | given.get("optimizer", {})
     else:
         for path in sorted(paths):  # what contains another comes before it
-            _copy_field(plain, given, [part for part in path.split(".")[1:] if part != "mlp"])
+            _copy_field(plain, given, [part for part in path.split(".")[1:] if part not in _NETWORK_KINDS])
     spec = LearnerSpec.parse(plain)
     check_spec(spec, limits)
     return spec
@@ -226,7 +228,7 @@ def _is_as_learnt(features: NDArray[np.generic], targets: NDArray[np.generic], s
     wanted = ((count,), _INT64) if spec.loss.kind == "cross_entropy" else ((count, width), _FLOAT32)
     return (
         count > 0
-        and (features.shape, features.dtype) == ((count, spec.network.in_features), _FLOAT32)
+        and (features.shape, features.dtype) == ((count, *spec.network.input_shape), _FLOAT32)
         and (targets.shape, targets.dtype) == wanted
     )
 

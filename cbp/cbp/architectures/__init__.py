@@ -1,0 +1,1 @@
+"""Networks that are built as modules of PyTorch, from the records of `cbp.network_spec`."""

@@ -1,0 +1,48 @@
+"""What a learner asks of the state that its engine changes: to be saved, restored, adjusted and measured."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from cbp.errors import Diverged
+from cbp.pending import Probe
+from cbp.plasticity import LayerPlasticity
+from cbp.spec import LearnerSpec
+
+
+class CheckedState(Protocol):
+    """What may have become infinite or not a number."""
+
+    def checked_numbers(self) -> list[tuple[Diverged, Tensor]]:
+        """Where a step whose predictions are finite may yet have left something that is not."""
+
+
+class LearnerState(CheckedState, Protocol):
+    """One learner's, whatever its network; lists have one entry, that of this learner."""
+
+    steps: list[int]
+    """Steps taken."""
+
+    @property
+    def replacements(self) -> Sequence[Sequence[int]]:
+        """Per hidden layer, units replaced so far."""
+
+    def changing_tensors(self) -> dict[str, Tensor]:
+        """All that steps change, by name; the tensors themselves where they can be had."""
+
+    def first_tensors(self) -> dict[str, Tensor]:
+        """The first draw of the parameters, which nothing changes."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """What is to be saved beside the tensors, as JSON."""
+
+    def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Goes on from what was saved. Raises `SnapshotError`, `KeyError`, `TypeError` or `ValueError` if it does not
+        fit."""
+
+    def adopt(self, spec: LearnerSpec) -> None:
+        """Goes on with another specification, of which only settings differ; the engine is configured afterwards."""
+
+    def measure(self, probe: Probe, between_layers: Callable[[], None] | None) -> tuple[LayerPlasticity, ...]:
+        """Measures every layer on the probe; changes nothing."""

@@ -1,0 +1,397 @@
+"""One learner's steps for any network: a module of PyTorch, trained by autograd and an optimizer of `torch.optim`.
+
+Between two steps come the methods of `ModuleState`, such as `ContinualBackprop`. Nothing is read back from the device
+within a step. Steps are deterministic on one machine and number of threads, and leave torch's own random generators as
+they were.
+
+Shapes: B examples in a step, C outputs.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from cbp import losses
+from cbp.architectures.building import Network, build, found_units, own_random_numbers, seeds_of
+from cbp.continual_backprop import ContinualBackprop
+from cbp.discovery import Discovery
+from cbp.engines.eager_engine import EagerWork, EngineName, Work
+from cbp.errors import Diverged, SnapshotError
+from cbp.pending import Examples, Probe
+from cbp.plasticity import GroupHistory, LayerPlasticity, Seen, measure_groups
+from cbp.serialization import take_tensor
+from cbp.spec import AdamSpec, AdamWSpec, LearnerSpec, RmspropSpec, SgdSpec
+from cbp.unit_groups import activity_rows
+
+_PLAIN = "plain"
+_TENSOR = "tensor"
+
+
+class Method(Protocol):
+    """What changes a network between the optimizer's steps, and is saved with it."""
+
+    def step(self) -> None:
+        """Called after every step of the optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Dictionaries with names as keys, lists, tensors, and values that JSON holds."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises `SnapshotError` if it does not fit."""
+
+    def remove(self) -> None:
+        """Takes its hooks off; another one takes its place."""
+
+
+class ModuleState:
+    """One learner's network, its optimizer, and the methods at work on it. See `LearnerState`."""
+
+    def __init__(self, spec: LearnerSpec, device: torch.device) -> None:
+        first, self._later_seed = seeds_of(spec.seed)
+        self.spec = spec
+        self.device = device
+        self.steps = [0]
+        self.network: Network = build(spec.network, first).to(device)
+        self._first = {f"initial_parameters.{name}": value.clone() for name, value in self._parameters.items()}
+        self.optimizer = _optimizer(spec, self.network)
+        _fill(self.optimizer)
+        self._found: Discovery = found_units(spec.network, self.network)
+        self.resets = self._made_resets()
+
+    @property
+    def methods(self) -> list[Method]:
+        """In the order in which they take their steps."""
+        return [] if self.resets is None else [self.resets]
+
+    def _made_resets(self) -> ContinualBackprop | None:
+        """None without units; those that are not reset now have ages and utilities all the same, for an update may
+        change that."""
+        if not self._found.groups:
+            return None
+        return ContinualBackprop(
+            self.network.body,
+            self.optimizer,
+            initializer=getattr(self.spec.network, "initializer", "default"),
+            seed=self._later_seed,
+            **dict(self.spec.resets),
+        )
+
+    @property
+    def replacements(self) -> list[list[int]]:
+        return [[] if self.resets is None else list(self.resets.replacements.values())]
+
+    @property
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+
+    def checked_numbers(self) -> list[tuple[Diverged, Tensor]]:
+        buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
+        moments = [
+            value
+            for kept in self.optimizer.state.values()
+            for value in kept.values()
+            if isinstance(value, Tensor) and value.dim()
+        ]
+        parameters: list[tuple[Diverged, Tensor]] = [("parameters", _flat([*self._parameters.values(), *buffers]))]
+        return [*parameters, ("optimizer state", _flat(moments))] if moments else parameters
+
+    # -- saving and restoring --
+
+    def changing_tensors(self) -> dict[str, Tensor]:
+        tensors = {f"parameters.{name}": value for name, value in self._parameters.items()}
+        tensors |= {f"buffers.{name}": value for name, value in self._buffers().items()}
+        for parameter, slots in self._slots().items():
+            tensors |= {f"optimizer.{parameter}.{slot}": value for slot, value in slots.items()}
+        for place, method in enumerate(self.methods):
+            tensors |= _split(method.state_dict(), f"methods.{place}")[1]
+        return tensors
+
+    def first_tensors(self) -> dict[str, Tensor]:
+        return self._first
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that are part of a state; not what follows from the specification."""
+        return {name: value for name, value in self.network.state_dict().items() if name not in self._parameters}
+
+    def _slots(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            name: {slot: value for slot, value in self.optimizer.state[parameter].items() if isinstance(value, Tensor)}
+            for name, parameter in self.network.named_parameters()
+        }
+
+    def to_plain(self) -> dict[str, Any]:
+        plain = [_split(method.state_dict(), f"methods.{place}")[0] for place, method in enumerate(self.methods)]
+        return {"step": self.steps[0], "methods": plain}
+
+    def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        targets = {f"parameters.{name}": value for name, value in self._parameters.items()}
+        targets |= {f"buffers.{name}": value for name, value in self._buffers().items()}
+        for parameter, slots in self._slots().items():
+            targets |= {f"optimizer.{parameter}.{slot}": value for slot, value in slots.items()}
+        with torch.no_grad():
+            for name, target in (targets | self._first).items():
+                target.copy_(take_tensor(tensors, name, target.shape, target.dtype))
+        self.steps = [int(plain["step"])]
+        saved = plain["methods"]
+        if len(saved) != len(self.methods):
+            raise SnapshotError(f"The snapshot has the state of {len(saved)} methods, this learner {len(self.methods)}")
+        for method, skeleton in zip(self.methods, saved, strict=True):
+            method.load_state_dict(_joined(skeleton, tensors))
+
+    def adopt(self, spec: LearnerSpec) -> None:
+        self.spec = spec
+        for group in self.optimizer.param_groups:
+            group |= _settings(spec)
+        states = [method.state_dict() for method in self.methods]
+        for method in self.methods:
+            method.remove()
+        self.resets = self._made_resets()
+        for method, state in zip(self.methods, states, strict=True):
+            method.load_state_dict(state)
+
+    # -- measuring --
+
+    def measure(self, probe: Probe, between_layers: Callable[[], None] | None) -> tuple[LayerPlasticity, ...]:
+        seen = self._seen(probe)
+        history = None
+        if self.resets is not None:
+            saved = self.resets.state_dict()
+            history = GroupHistory(age=saved["age"][0], utility=saved["utility"][0], replacements=self.replacements[0])
+        return measure_groups(
+            self.spec.layer_names,
+            self._found.groups,
+            _output_layer(self.network),
+            self.network,
+            {name.removeprefix("initial_parameters."): value for name, value in self._first.items()},
+            history,
+            self.spec.resets.decay_rate,
+            seen,
+            self.spec.monitoring.dormant_threshold,
+            between_layers,
+        )
+
+    def _seen(self, probe: Probe) -> Seen | None:
+        """What the probe brings about; None without examples."""
+        count = len(probe)
+        if not count:
+            return None
+        loss, outputs = self.spec.loss, self.spec.network.out_features
+        targets = losses.encode_targets(loss, torch.from_numpy(probe.targets).to(self.device), outputs)
+        scale = torch.full((count, 1), losses.gradient_scale(loss, outputs) / count, device=self.device)
+        inputs = torch.from_numpy(probe.features).to(self.device)
+        with torch.inference_mode(False), torch.enable_grad(), _evaluating(self.network), self._tapped() as tapped:
+            predicted = self.network(inputs)
+            parameters = dict(self.network.named_parameters())
+            gradients = torch.autograd.grad(
+                predicted,
+                list(parameters.values()),
+                losses.output_gradient(loss, predicted.detach(), targets, scale),
+                allow_unused=True,
+            )
+        return Seen(
+            activations=[
+                activity_rows(tapped[group.readings[0].tap], group.readings[0]) for group in self._found.groups
+            ],
+            gradients={
+                name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None
+            },
+        )
+
+    @contextmanager
+    def _tapped(self) -> Iterator[dict[int, Tensor]]:
+        """Where the groups' activations are, by tap, after a forward pass within."""
+        found: dict[int, Tensor] = {}
+        hooks = []
+        for place, tap in enumerate(self._found.taps):
+
+            def look(_layer: nn.Module, inputs: Any, output: Any, place: int = place, side: str = tap.side) -> None:
+                value = output if side == "output" else inputs[0]
+                found[place] = (value[0] if isinstance(value, tuple) else value).detach()
+
+            hooks.append(tap.layer.register_forward_hook(look))
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class ModuleEngine:
+    """Takes the steps of one learner by autograd."""
+
+    name: EngineName = "module"
+
+    def __init__(self, spec: LearnerSpec, state: ModuleState) -> None:
+        self.state = state
+        self.device = state.device
+        self.spec = spec
+        state.network.train()
+
+    def configure(self, specs: Sequence[LearnerSpec]) -> None:
+        [self.spec] = specs
+
+    @torch.inference_mode()
+    def predict(self, inputs: Tensor) -> Tensor:
+        with _evaluating(self.state.network):
+            outputs: Tensor = self.state.network(inputs[0])
+        return outputs.unsqueeze(0)
+
+    def begin(self, examples: Examples, step_size: int, probe: Probe) -> Work:
+        return EagerWork(self, examples, step_size, probe)
+
+    def steps_between_calls(self, step_size: int, learners: int) -> int:
+        del step_size, learners
+        return 1
+
+    def step(self, inputs: Tensor, targets: Tensor, scale: Tensor, outputs: Tensor) -> None:
+        """One step; what was predicted before it is written to `outputs` [1, B, C].
+
+        inputs [1, B, …]; targets [1, B, C] as encoded by the loss; scale [1, B, 1], each example's share in the
+        gradient.
+        """
+        state = self.state
+        optimizer = state.optimizer
+        with _repeatable(state, self.device):
+            optimizer.zero_grad()
+            # A copy: where an example lies in memory must not decide how products round.
+            predicted = state.network(inputs[0].clone())
+            outputs[0] = predicted.detach()
+            predicted.backward(losses.output_gradient(self.spec.loss, predicted.detach(), targets[0], scale[0]))
+            if (most := self.spec.optimizer.clip_norm) is not None:
+                clip_grad_norm_(state.network.parameters(), most)
+            optimizer.step()
+            for method in state.methods:
+                method.step()
+        state.steps[0] += 1
+
+    def reset_units(self, wanted: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        resets = self.state.resets
+        return [() if resets is None else resets.reset_units(wanted[0])]
+
+
+@contextmanager
+def _repeatable(state: ModuleState, device: torch.device) -> Iterator[None]:
+    """The same steps give the same numbers: convolutions on a GPU by deterministic algorithms, and a registered
+    architecture's random layers from a seed of the step's own, of which nothing need be saved."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        if state.spec.network.kind != "registered":
+            yield
+            return
+        devices = (device,) if device.type == "cuda" else ()
+        with own_random_numbers(seeds_of(state.spec.seed, state.steps[0])[1], devices):
+            yield
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train()
+
+
+def _optimizer(spec: LearnerSpec, network: nn.Module) -> Optimizer:
+    parameters = list(network.parameters())
+    settings = _settings(spec)
+    match spec.optimizer:
+        case SgdSpec():
+            return SGD(parameters, **settings)
+        case RmspropSpec():
+            return RMSprop(parameters, **settings)
+        case AdamSpec():
+            return Adam(parameters, **settings)
+        case AdamWSpec():
+            return AdamW(parameters, **settings)
+
+
+def _settings(spec: LearnerSpec) -> dict[str, Any]:
+    """As `torch.optim` calls them."""
+    match spec.optimizer:
+        case SgdSpec() as sgd:
+            return {
+                "lr": sgd.lr,
+                "momentum": sgd.momentum,
+                "weight_decay": sgd.weight_decay,
+                "nesterov": sgd.nesterov,
+            }
+        case RmspropSpec() as rmsprop:
+            return {
+                "lr": rmsprop.lr,
+                "alpha": rmsprop.alpha,
+                "eps": rmsprop.epsilon,
+                "momentum": rmsprop.momentum,
+                "weight_decay": rmsprop.weight_decay,
+            }
+        case AdamSpec() | AdamWSpec() as adam:
+            return {
+                "lr": adam.lr,
+                "betas": (adam.beta1, adam.beta2),
+                "eps": adam.epsilon,
+                "weight_decay": adam.weight_decay,
+            }
+
+
+def _fill(optimizer: Optimizer) -> None:
+    """Lets the optimizer make all that it keeps for its parameters, as it is before the first step: zeros.
+
+    So a snapshot has the same tensors at any step, and one that is missing is noticed.
+    """
+    kept = [(group, group["lr"]) for group in optimizer.param_groups]
+    for group, _ in kept:
+        group["lr"] = 0.0  # nothing moves
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, lr in kept:
+        group["lr"] = lr
+    for slots in optimizer.state.values():
+        for slot in slots.values():
+            if isinstance(slot, Tensor):
+                slot.zero_()
+
+
+def _output_layer(network: Network) -> str:
+    """The layer that gives the outputs, by its name: that of the name `output`, or else the last one with weights."""
+    names = [name.removesuffix(".weight") for name, _ in network.named_parameters() if name.endswith(".weight")]
+    return "body.output" if "body.output" in names else names[-1]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _split(value: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
+    """A state without its tensors, as JSON, and the tensors by name."""
+    if isinstance(value, Tensor):
+        return {_TENSOR: name}, {name: value}
+    if isinstance(value, Mapping):
+        entries = {key: _split(entry, f"{name}.{key}") for key, entry in value.items()}
+        plain: Any = {_PLAIN: {key: entry[0] for key, entry in entries.items()}}
+        parts = list(entries.values())
+    elif isinstance(value, list | tuple):
+        parts = [_split(entry, f"{name}.{place}") for place, entry in enumerate(value)]
+        plain = [entry[0] for entry in parts]
+    else:
+        return value, {}
+    return plain, {key: tensor for _, tensors in parts for key, tensor in tensors.items()}
+
+
+def _joined(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `_split` was given."""
+    if isinstance(plain, Mapping):
+        if _TENSOR in plain:
+            name = plain[_TENSOR]
+            if name not in tensors:
+                raise SnapshotError(f"The snapshot lacks the tensor {name!r}")
+            return tensors[name]
+        return {key: _joined(entry, tensors) for key, entry in plain[_PLAIN].items()}
+    if isinstance(plain, list):
+        return [_joined(entry, tensors) for entry in plain]
+    return plain
