@@ -7,7 +7,7 @@ from cbp.engines.eager_engine import EngineName
 from cbp.errors import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
 from cbp.learner import Learner, TrainResult
 from cbp.named_units import HiddenUnits
-from cbp.plasticity import LayerPlasticity, PlasticitySample
+from cbp.plasticity import LayerPlasticity, PlasticitySample, Trainability
 from cbp.progress import LearnerProgress, TaskRecord
 from cbp.serialization import LearnerSnapshot
 from cbp.spec import (
@@ -21,6 +21,7 @@ from cbp.spec import (
     SgdSpec,
 )
 from cbp.stack import train_together
+from cbp.trainability import measure_trainability
 
 __all__ = [
     "AdamSpec",
@@ -48,8 +49,10 @@ __all__ = [
     "SpecError",
     "TaskRecord",
     "TrainResult",
+    "Trainability",
     "choose_engine",
     "compile_ahead",
     "compiled_before",
+    "measure_trainability",
     "train_together",
 ]

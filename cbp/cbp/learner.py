@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cbp import losses, optimizers
+from cbp.activations import NONLINEARITIES
 from cbp.batches import Batch, validate_features
 from cbp.engines.choice import EngineChoice, check_engine, make_engine, resolve_engine
 from cbp.engines.eager_engine import EngineName, Work
@@ -417,6 +418,7 @@ class Learner:
                 self._state.replacements[0],
                 self._probe_network(),
                 self._spec.monitoring.dormant_threshold,
+                NONLINEARITIES[network.activation].saturated_outside,
                 between_layers,
             ),
         )
@@ -428,15 +430,22 @@ class Learner:
         mlp = Mlp(network.activation)
         passed = mlp.forward(self._state.parameters, inputs)
         activations = [activation[0] for activation in passed.activations]
+        layer_inputs = [inputs[0], *activations]
         if not count:
-            return Probed(activations=activations, gradient=None)
+            return Probed(inputs=layer_inputs, activations=activations, deltas=None, gradient=None)
         targets = torch.from_numpy(self._probe.targets).to(self._device).unsqueeze(0)
         encoded = losses.encode_targets(loss, targets, network.out_features)
         scale = torch.full((1, count, 1), losses.gradient_scale(loss, network.out_features) / count)
         residual = losses.output_gradient(loss, passed.outputs, encoded, scale.to(self._device))
         gradient = flat_layers(network, 1, self._device)
-        mlp.backward(self._state.parameters, inputs, passed, residual, gradient)
-        return Probed(activations=activations, gradient=gradient)
+        deltas: list[Tensor] = []
+        mlp.backward(self._state.parameters, inputs, passed, residual, gradient, deltas)
+        return Probed(
+            inputs=layer_inputs,
+            activations=activations,
+            deltas=[delta[0] for delta in reversed(deltas)],
+            gradient=gradient,
+        )
 
     def take_samples(self) -> list[PlasticitySample]:
         """The samples that training has taken since the last call, at most the last 1024; they are not in snapshots."""

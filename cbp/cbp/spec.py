@@ -336,6 +336,9 @@ class MonitoringSpec(_Spec):
     many examples as a layer is wide, so the default serves widths up to 256."""
     dormant_threshold: Annotated[Real, Field(ge=0)] = 0.025
     """A unit is dormant if its share of the layer's mean activity is at most this; the value of Sokar et al."""
+    trainability_interval: Annotated[Whole, Field(ge=0)] = 0
+    """Steps between two tests of trainability in the service, about: a copy of the learner and the newborn that it was
+    learn a fresh task, in the background; 0 tests never. Off by default, for a test costs thousands of steps."""
     average_decay: Decay = 0.999
     """Decay per example of the averages of loss and accuracy: they look back over about 1000 examples, which
     puts the standard error of an accuracy near 0.01."""

@@ -3,8 +3,8 @@ import cbp
 EXPECTED = """
 AdamSpec AdamWSpec Batch BatchError CbpError ContinualBackprop DivergenceError EngineName FieldViolation HiddenUnits
 LayerPlasticity Learner LearnerProgress LearnerSnapshot LearnerSpec LossSpec MlpSpec MonitoringSpec PlasticitySample
-ResetSpec SgdSpec SnapshotError SpecError TaskRecord TrainResult choose_engine compile_ahead compiled_before
-train_together
+ResetSpec SgdSpec SnapshotError SpecError TaskRecord TrainResult Trainability choose_engine compile_ahead
+compiled_before measure_trainability train_together
 """
 
 
