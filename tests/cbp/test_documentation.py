@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from cbp import LayerPlasticity, ResetSpec
+from cbp import LayerPlasticity, Learner, LearnerSpec, ResetSpec
 from cbp.spec import Initializer, Utility
 
 REPOSITORY = Path(__file__).parents[2]
@@ -23,12 +24,16 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run(code: str) -> None:
+def test_examples_run(
+    code: str, make_spec: Callable[..., LearnerSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("clicks.safetensors").write_bytes(Learner(make_spec()).snapshot().to_bytes())
     exec(compile(code, "example", "exec"), {})
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
 
 
 @pytest.mark.parametrize("name", [*get_args(Utility), *get_args(Initializer)])

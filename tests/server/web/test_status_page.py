@@ -205,7 +205,7 @@ def test_what_does_not_concern_a_learner_is_not_shown(
     host.add(make_learner("clicks"), tested("prices"))
     trainability = page.locator("figure", has=page.get_by_role("heading", name="Trainability"))
     page.goto("/#/learners/clicks")
-    expect(page.get_by_role("columnheader", name="Gradient rank")).to_be_visible()
+    expect(page.get_by_role("columnheader", name="Grad. rank")).to_be_visible()
     expect(page.get_by_role("columnheader", name="Saturated")).to_be_hidden()
     expect(page.get_by_role("row", name=re.compile("hidden_0")).locator("td:visible")).to_have_count(14)
     expect(trainability).to_be_hidden()

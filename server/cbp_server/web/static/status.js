@@ -258,15 +258,15 @@ const LAYER_COLUMNS = [
   ["Dormant", (layer) => format.percent(layer.dormant_fraction)],
   ["Dead", (layer) => format.percent(layer.dead_fraction)],
   ["Saturated", (layer) => format.percent(layer.saturated_fraction)],
-  ["Effective rank", (layer) => format.decimal(layer.effective_rank)],
+  ["Eff. rank", (layer) => format.decimal(layer.effective_rank)],
   ["Stable rank", (layer) => format.decimal(layer.stable_rank)],
   ["srank", (layer) => format.count(layer.srank)],
-  ["Gradient rank", (layer) => format.decimal(layer.gradient_rank)],
+  ["Grad. rank", (layer) => format.decimal(layer.gradient_rank)],
   ["Mean |w|", (layer) => format.decimal(layer.mean_abs_weight)],
   ["Weight norm", (layer) => format.decimal(layer.weight_norm)],
   ["From start", (layer) => format.decimal(layer.distance_from_init)],
   ["Feature norm", (layer) => format.decimal(layer.feature_norm)],
-  ["Gradient norm", (layer) => format.decimal(layer.gradient_norm)],
+  ["Grad. norm", (layer) => format.decimal(layer.gradient_norm)],
   ["Median age", (layer) => format.count(layer.age_quantiles.find(({ quantile }) => quantile === 0.5)?.value)],
 ];
 
@@ -361,9 +361,10 @@ class LearnerView {
     };
     this.trainability = new LineChart({
       title: "Trainability",
-      about: "What a copy makes of a fresh task of random targets, of what the first network makes of it.",
+      about: "How well a copy learns a fresh random task, relative to the first network. Falling is plasticity loss.",
       x: byStep,
       y: { format: format.percent, tick: format.plainPercent },
+      from: 0,
       dots: true,
     });
     this.layers = new PlainTable("Layers, newest sample", "Layer", LAYER_COLUMNS);
