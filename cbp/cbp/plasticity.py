@@ -312,8 +312,8 @@ def gradient_rank(inputs: Tensor, deltas: Tensor) -> float | None:
     """
     if len(inputs) < GRADIENT_EXAMPLES:
         return None
-    features = inputs[-GRADIENT_EXAMPLES:].to("cpu", torch.float64)
-    pulls = deltas[-GRADIENT_EXAMPLES:].to("cpu", torch.float64)
+    features = inputs[-GRADIENT_EXAMPLES:].cpu().to(torch.float64)  # not every device has float64
+    pulls = deltas[-GRADIENT_EXAMPLES:].cpu().to(torch.float64)
     gram = (features @ features.T + 1.0) * (pulls @ pulls.T)
     return effective_rank(_roots_of_eigenvalues(gram)) if bool(gram.isfinite().all()) else None
 

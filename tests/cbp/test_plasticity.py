@@ -236,6 +236,17 @@ def test_gradient_rank_of_special_cases() -> None:
     assert gradient_rank(inputs, deltas / 0.0) is None
 
 
+@pytest.mark.gpu
+def test_a_learner_on_a_gpu_is_measured_alike(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    spec = make_spec(network__activation="tanh")
+    snapshot = trained(spec, make_batch(spec, 100)).snapshot()
+    on_cpu, on_gpu = (Learner.restore(snapshot, device=device).sample_plasticity() for device in ("cpu", "cuda"))
+    for here, there in zip(on_cpu.layers, on_gpu.layers, strict=True):
+        for name in ("saturated_fraction", "feature_norm", "effective_rank", "srank", "gradient_rank"):
+            value = getattr(here, name)
+            assert getattr(there, name) == (None if value is None else pytest.approx(value, rel=1e-3)), name
+
+
 def test_gradient_rank_is_of_the_losss_own_gradients(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
     spec = make_spec(loss="cross_entropy", network__activation="tanh", resets__layers="none")
     batch = make_batch(spec, GRADIENT_EXAMPLES)
