@@ -53,6 +53,7 @@ proto: .venv/installed ## regenerate proto/cbp_proto/v1/*_pb2*
 bench: .venv/installed ## measure the claims of docs/benchmarks.md and print their tables (less than ten minutes)
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/stacked_steps.py
+	$(BIN)/python benchmarks/plasticity_samples.py
 	$(BIN)/python benchmarks/service_throughput.py
 	$(BIN)/python benchmarks/service_latency.py
 	$(BIN)/python benchmarks/many_learners.py

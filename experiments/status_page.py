@@ -59,7 +59,7 @@ def photograph(browser_path: str, http_url: str, followed: Sequence[Followed], d
 
 
 def _charts(page: Page, learner: Followed) -> Iterator[Chart]:
-    for figure in page.locator("figure.chart").all():
+    for figure in page.locator("figure.chart:visible").all():
         title = figure.locator("h3").inner_text()
         layers = [entry.inner_text() for entry in figure.locator("ul.legend li").all()]
         drawn = [

@@ -48,6 +48,9 @@ _OF_LAYER: Mapping[str, Callable[[LayerPlasticity], float | None]] = {
     "Stable rank": lambda layer: layer.stable_rank,
     "Weight norm": lambda layer: layer.weight_norm,
     "Distance from the start": lambda layer: layer.distance_from_init,
+    "Singular values that count (srank)": lambda layer: layer.srank,
+    "Gradient rank": lambda layer: layer.gradient_rank,
+    "Feature norm": lambda layer: layer.feature_norm,
 }
 _OF_UNITS: Mapping[str, Callable[[LayerPlasticity], tuple[float, ...] | None]] = {
     "Age of units": lambda layer: layer.age_quantiles,
@@ -57,6 +60,8 @@ _TELLING_PANEL = "Mean weight magnitude"
 _QUANTILES = ("0.1", "0.5", "0.9")
 RATES = ("Examples learnt", "Units replaced")
 """Panels whose numbers are of the clock, which learners in this process have no part in: drawn, not compared."""
+WITHOUT_NUMBERS = ("Trainability", "Saturated activations")
+"""Panels of what these learners do not have: tests on copies, and activations with bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,14 +192,14 @@ class PanelComparison:
 
 
 def compare_panels(curves: Sequence[PanelCurve], followed: Sequence[Followed]) -> list[PanelComparison]:
-    """Every panel of the dashboard, in its order."""
+    """Every panel of the dashboard but those in `WITHOUT_NUMBERS`, in its order."""
     by_id = {learner_id(one.cell): one for one in followed}
     shown = {
         name: _samples_shown([curve for curve in curves if curve.labels["learner"] == name], one)
         for name, one in by_id.items()
     }
     compared = []
-    for title in (panel["title"] for panel in panels(_DASHBOARD)):
+    for title in _titles():
         of_panel = [curve for curve in curves if curve.panel == title]
         worst = None
         if title not in RATES:
@@ -207,6 +212,10 @@ def compare_panels(curves: Sequence[PanelCurve], followed: Sequence[Followed]) -
     return compared
 
 
+def _titles() -> list[str]:
+    return [title for title in (panel["title"] for panel in panels(_DASHBOARD)) if title not in WITHOUT_NUMBERS]
+
+
 def panel_table(compared: Sequence[PanelComparison]) -> str:
     rows = [
         [one.panel, str(one.curves), str(one.points), "–" if one.difference is None else f"{one.difference:.1e}"]
@@ -217,7 +226,7 @@ def panel_table(compared: Sequence[PanelComparison]) -> str:
 
 def panel_picture(curves: Sequence[PanelCurve], followed: Sequence[Followed]) -> Figure:
     """The dashboard's panels as Grafana draws them: a line for each series, by time. Layers differ in their dashes."""
-    titles = [panel["title"] for panel in panels(_DASHBOARD)]
+    titles = _titles()
     names = [learner_id(one.cell) for one in followed]
     figure = figures.new_figure(15, 12)
     grid = figure.subplots(4, -(-len(titles) // 4)).flat

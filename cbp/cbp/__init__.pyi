@@ -15,7 +15,7 @@ from .network_spec import (
     ResnetSpec,
     TransformerSpec,
 )
-from .plasticity import LayerPlasticity, PlasticitySample
+from .plasticity import LayerPlasticity, PlasticitySample, Trainability
 from .progress import LearnerProgress, TaskRecord
 from .serialization import LearnerSnapshot
 from .spec import (
@@ -29,6 +29,7 @@ from .spec import (
     SgdSpec,
 )
 from .stack import train_together
+from .trainability import measure_trainability
 
 __all__ = [
     "AdamSpec",
@@ -63,9 +64,11 @@ __all__ = [
     "SpecError",
     "TaskRecord",
     "TrainResult",
+    "Trainability",
     "TransformerSpec",
     "choose_engine",
     "compile_ahead",
     "compiled_before",
+    "measure_trainability",
     "train_together",
 ]

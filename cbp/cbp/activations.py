@@ -29,6 +29,9 @@ class Nonlinearity:
     """Factor of the Kaiming and Xavier bounds, as in PyTorch; SiLU, ELU and GELU use that of ReLU."""
     module: type[nn.Module]
     """The layer that computes the same by default."""
+    saturated_outside: tuple[float, float] | None = None
+    """Activations beyond these bounds count as saturated; None where nothing bounds them. Sigmoid's are tanh's, since
+    tanh(x) = 2 sigmoid(2x) − 1."""
 
 
 NONLINEARITIES: Mapping[Activation, Nonlinearity] = MappingProxyType(
@@ -76,12 +79,14 @@ NONLINEARITIES: Mapping[Activation, Nonlinearity] = MappingProxyType(
             backward=lambda gradient, _pre, post: _aten.tanh_backward(gradient, post),
             gain=5.0 / 3.0,
             module=nn.Tanh,
+            saturated_outside=(-0.9, 0.9),
         ),
         "sigmoid": Nonlinearity(
             apply=torch.sigmoid,
             backward=lambda gradient, _pre, post: _aten.sigmoid_backward(gradient, post),
             gain=1.0,
             module=nn.Sigmoid,
+            saturated_outside=(0.05, 0.95),
         ),
         "identity": Nonlinearity(
             apply=lambda pre: pre,

@@ -153,10 +153,16 @@ class Mlp:
         passed: ForwardPass,
         output_gradient: Tensor,
         gradient: FlatLayers,
+        deltas: list[Tensor] | None = None,
     ) -> None:
-        """Writes the gradient, summed over the examples, into `gradient`. output_gradient [L, B, C]."""
+        """Writes the gradient, summed over the examples, into `gradient`. output_gradient [L, B, C].
+
+        `deltas` gets each layer's gradient in its pre-activations [L, B, out], output layer first.
+        """
         delta = output_gradient
         for layer in range(len(parameters.weights) - 1, -1, -1):
+            if deltas is not None:
+                deltas.append(delta)
             layer_input = passed.activations[layer - 1] if layer else inputs
             torch.bmm(delta.transpose(1, 2), layer_input, out=gradient.weights[layer])
             torch.sum(delta, dim=1, out=gradient.biases[layer])

@@ -1,5 +1,7 @@
 """How much of its ability to learn a network still has, layer by layer.
 
+The measures themselves are functions of one layer's tensors, whatever network they come from.
+
 Shapes: n probe examples, `in` and `out` the widths around one linear layer, L learners (the one measured is picked
 by index).
 """
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cbp.networks import FlatLayers
@@ -22,6 +25,13 @@ SAMPLES_PER_UNIT = 2
 """A rank is reported from this many probe examples per unit on. A matrix with fewer rows than columns has at most as
 many singular values as rows, so its rank would tell of the probe and not of the network; at twice as many, independent
 units reach about 0.9 of the full effective rank."""
+GRADIENT_EXAMPLES = 64
+"""Newest probe examples that a gradient rank is of; it is at most as many. Always the same number, for with fewer it
+would be lower."""
+SRANK_DELTA = 0.01
+"""Share of the singular values' sum that srank may leave out; the value of Kumar et al."""
+_LEAST_LEARNT = 0.05
+_DECIDED_BY_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +52,50 @@ class LayerPlasticity:
     """Share of units whose mean |h| is at most τ times the layer's mean (Sokar et al. 2023, definition 3.1)."""
     dead_fraction: float | None
     """Share of units that are 0 on every probe example."""
+    saturated_fraction: float | None
+    """Share of the activations beyond the bounds of a saturating nonlinearity: abs(tanh) > 0.9, or sigmoid outside of
+    0.05 to 0.95. None for others. Of activations, not of units: a unit may saturate on some examples only."""
+    feature_norm: float | None
+    """Mean ‖h‖ over the probe examples, h [units] the activations on one."""
     effective_rank: float | None
     """exp(−Σ p log p), p = σ/Σσ of the activations (Roy & Vetterli 2007)."""
     stable_rank: float | None
     """‖H‖_F² / ‖H‖₂² of the activations."""
+    srank: int | None
+    """Fewest singular values of the activations that hold 99 % of the sum of all (Kumar et al. 2020)."""
+    gradient_rank: float | None
+    """Effective rank of the gradients of single examples in the layer's weights and biases, see `gradient_rank`."""
     replacements: int | None
     """Units replaced so far."""
     age_quantiles: tuple[float, ...] | None
     """Units' ages in steps at the quantiles 0.1, 0.5 and 0.9."""
     utility_quantiles: tuple[float, ...] | None
     """Units' bias-corrected utilities at the quantiles 0.1, 0.5 and 0.9; None before the first step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainability:
+    """What a copy of a learner made of a fresh task, and what the network that it began as made of it; see
+    `cbp.measure_trainability`. Losses are means over the last pass through the task; None if the network diverged."""
+
+    step: int
+    """The learner's when it was copied."""
+    loss: float | None
+    """The copy's."""
+    fresh_loss: float | None
+    """The fresh network's."""
+    chance_loss: float
+    """That of the best constant prediction."""
+
+    @property
+    def score(self) -> float | None:
+        """(chance − loss) / (chance − fresh loss): 1 is as trainable as at the beginning, 0 no better than chance; less
+        and more are possible. None if a network diverged, or if the fresh one stayed within 5 % of chance: the task was
+        too hard for so few steps, and says nothing."""
+        if self.loss is None or self.fresh_loss is None:
+            return None
+        learnable = self.chance_loss - self.fresh_loss
+        return (self.chance_loss - self.loss) / learnable if learnable > _LEAST_LEARNT * self.chance_loss else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +107,8 @@ class PlasticitySample:
     """Examples learned from when the sample was taken."""
     layers: tuple[LayerPlasticity, ...]
     """Input side first; the output layer is last."""
+    trainability: Trainability | None = None
+    """The newest test of the learner's trainability, of this step or an earlier one; None without any."""
 
     def to_plain(self) -> dict[str, Any]:
         """A JSON object."""
@@ -75,22 +121,37 @@ class PlasticitySample:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "PlasticitySample":
-        """The sample that `to_plain` wrote. Raises `KeyError` or `TypeError` if it is another object."""
-        layers = []
-        for layer in plain["layers"]:
-            fields: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in layer.items()
-            }
-            layers.append(LayerPlasticity(**fields))
-        return cls(step=plain["step"], examples=plain["examples"], layers=tuple(layers))
+        """The sample that `to_plain` wrote, also an earlier version's: what that did not measure is None.
+
+        Raises `KeyError` or `TypeError` if it is another object.
+        """
+        tested = plain.get("trainability")
+        return cls(
+            step=plain["step"],
+            examples=plain["examples"],
+            layers=tuple(_layer_from_plain(layer) for layer in plain["layers"]),
+            trainability=None if tested is None else Trainability(**tested),
+        )
+
+
+def _layer_from_plain(plain: Mapping[str, Any]) -> LayerPlasticity:
+    measures: dict[str, Any] = {
+        measure.name: None for measure in fields(LayerPlasticity) if measure.name not in ("layer", "units")
+    }
+    measures |= {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+    return LayerPlasticity(**measures)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """What the probe examples bring about in one network."""
+    """What the probe examples bring about in one network; n may be 0."""
 
+    inputs: Sequence[Tensor]
+    """Per layer [n, in]."""
     activations: Sequence[Tensor]
-    """Per hidden layer [n, units]; n may be 0."""
+    """Per hidden layer [n, units]."""
+    deltas: Sequence[Tensor] | None
+    """Per layer [n, out]: gradient of the mean probe loss in the pre-activations; None without examples."""
     gradient: FlatLayers | None
     """Gradient of the mean probe loss; None without examples."""
 
@@ -106,6 +167,7 @@ def measure_layers(
     replacements: Sequence[int],
     probed: Probed,
     dormant_threshold: float,
+    saturated_outside: tuple[float, float] | None,
     between_layers: Callable[[], None] | None = None,
 ) -> tuple[LayerPlasticity, ...]:
     """Every layer of one learner in a stack."""
@@ -121,19 +183,24 @@ def measure_layers(
             "weight_norm": _finite(weight.norm()),
             "distance_from_init": _finite((weight - initial_parameters.weights[layer][learner]).norm()),
             "gradient_norm": _gradient_norm(probed.gradient, layer),
+            "gradient_rank": None
+            if probed.deltas is None
+            else gradient_rank(probed.inputs[layer], probed.deltas[layer]),
         }
         if layer < len(layout.slices):
             columns = layout.slices[layer]
             age = units.age[learner, columns]
             utility = units.utility[learner, columns] / bias_correction(age, log_decay[learner])
-            hidden_units = _activity(probed.activations[layer], dormant_threshold) | {
+            hidden_units: dict[str, Any] = measure_activations(
+                probed.activations[layer], dormant_threshold, saturated_outside
+            ) | {
                 "replacements": replacements[layer],
                 "age_quantiles": _quantiles(age),
                 # A unit born at this very step has no utility yet; it must not hide the others'.
                 "utility_quantiles": _quantiles(utility[age > 0]),
             }
         else:
-            hidden_units = dict.fromkeys(_HIDDEN_ONLY)
+            hidden_units = dict.fromkeys((*_OF_ACTIVATIONS, "replacements", "age_quantiles", "utility_quantiles"))
         measured.append(LayerPlasticity(**whole_layer, **hidden_units))
     return tuple(measured)
 
@@ -206,7 +273,7 @@ def measure_groups(
                 measures |= history.measures(index, slice(ends[index], ends[index + 1]), decay_rate)
             if seen is not None:
                 rows = seen.activations[index]
-                measures |= _activity(rows[:: -(-len(rows) // _MOST_ROWS)], dormant_threshold)
+                measures |= measure_activations(rows[:: -(-len(rows) // _MOST_ROWS)], dormant_threshold, None)
         measured.append(LayerPlasticity(**measures))
     return tuple(measured)
 
@@ -254,14 +321,14 @@ def _joined_rows(values: Mapping[str, Tensor], places: Mapping[str, Tensor | Non
     return torch.cat(parts)
 
 
-_HIDDEN_ONLY = (
+_OF_ACTIVATIONS = (
     "dormant_fraction",
     "dead_fraction",
+    "saturated_fraction",
+    "feature_norm",
     "effective_rank",
     "stable_rank",
-    "replacements",
-    "age_quantiles",
-    "utility_quantiles",
+    "srank",
 )
 
 
@@ -271,42 +338,101 @@ def _gradient_norm(gradient: FlatLayers | None, layer: int) -> float | None:
     return _finite(torch.hypot(gradient.weights[layer].norm(), gradient.biases[layer].norm()))
 
 
-def _activity(activations: Tensor, dormant_threshold: float) -> dict[str, Any]:
+def measure_activations(
+    activations: Tensor, dormant_threshold: float, saturated_outside: tuple[float, float] | None
+) -> dict[str, float | None]:
+    """The measures of `LayerPlasticity` that activations [n, units] decide; None where n is too small, or where a value
+    is not finite. Activations outside of the bounds are saturated; None where the nonlinearity has none."""
     examples, width = activations.shape
     on_host = activations.cpu().numpy()  # small decompositions are faster there, and not every device has float64
     if not examples or not np.isfinite(on_host).all():
-        return dict.fromkeys(("dormant_fraction", "dead_fraction", "effective_rank", "stable_rank"))
+        return dict.fromkeys(_OF_ACTIVATIONS)
     values = on_host.astype(np.float64)
     activity = np.abs(values).mean(axis=0)
     enough = examples >= SAMPLES_PER_UNIT * width
-    effective, stable = ranks(torch.from_numpy(values)) if enough else (None, None)
+    spectrum = singular_values(values) if enough else None
     return {
         # Compared without dividing: a layer that is silent altogether is dormant, not undefined.
         "dormant_fraction": float((activity <= dormant_threshold * activity.mean()).mean()),
         "dead_fraction": float((values == 0).all(axis=0).mean()),
-        "effective_rank": effective,
-        "stable_rank": stable,
+        "saturated_fraction": None if saturated_outside is None else saturated_fraction(values, saturated_outside),
+        "feature_norm": float(np.sqrt(np.einsum("nu,nu->n", values, values)).mean()),
+        "effective_rank": None if spectrum is None else effective_rank(spectrum),
+        "stable_rank": None if spectrum is None else stable_rank(spectrum),
+        "srank": None if spectrum is None else srank(spectrum),
     }
 
 
-def ranks(activations: Tensor) -> tuple[float, float]:
-    """Effective and stable rank of [n, units] activations; both 0 where all of them are 0.
+def saturated_fraction(activations: NDArray[np.float64], saturated_outside: tuple[float, float]) -> float:
+    """Share of [n, units] activations that are strictly outside of the two bounds."""
+    low, high = saturated_outside
+    return float(((activations < low) | (activations > high)).mean())
 
-    Singular values are the roots of the eigenvalues of HᵀH, which for many more examples than units takes half the time
-    of a decomposition of H. One that is lost in the rounding of the largest, below 1e-7 of it, counts as 0: the
-    float32 of the activations says no more of it.
+
+def singular_values(activations: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[units] ascending, of activations [n, units].
+
+    They are the roots of the eigenvalues of HᵀH, which for many more examples than units takes half the time of a
+    decomposition of H. One that is lost in the rounding of the largest, below 1e-7 of it, is 0: the float32 of the
+    activations says no more of it.
     """
-    values = activations.to(torch.float64)
-    squares = torch.linalg.eigvalsh(values.T @ values)
-    largest = squares.max()
-    if largest <= 0:
-        return 0.0, 0.0
-    squares = torch.where(squares > len(squares) * torch.finfo(torch.float64).eps * largest, squares, 0.0)
-    singular_values = squares.sqrt()
-    share = singular_values / singular_values.sum()
-    effective = torch.exp(torch.special.entr(share).sum())
-    stable = (squares / largest).sum()
-    return float(effective), float(stable)
+    values = torch.from_numpy(activations)
+    return _roots_of_eigenvalues(values.T @ values)
+
+
+def _roots_of_eigenvalues(gram: Tensor) -> NDArray[np.float64]:
+    """[m] ascending, of a positive semidefinite [m, m]; 0 where an eigenvalue is lost in the largest one's rounding."""
+    squares: NDArray[np.float64] = torch.linalg.eigvalsh(gram).numpy()
+    known = squares > len(squares) * np.finfo(np.float64).eps * squares[-1]
+    return np.sqrt(np.where(known, squares, 0.0))
+
+
+def effective_rank(spectrum: NDArray[np.float64]) -> float:
+    """exp(−Σ p log p), p = σ/Σσ, of singular values σ in any order (Roy & Vetterli 2007); 0 where all are 0."""
+    present = spectrum[spectrum > 0]
+    if not len(present):
+        return 0.0
+    share = present / present.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def stable_rank(spectrum: NDArray[np.float64]) -> float:
+    """‖H‖_F² / ‖H‖₂² = Σσ² / max σ² of singular values σ in any order; 0 where all are 0."""
+    largest = spectrum.max(initial=0.0)
+    return float(np.square(spectrum / largest).sum()) if largest > 0 else 0.0
+
+
+def srank(spectrum: NDArray[np.float64], delta: float = SRANK_DELTA) -> int:
+    """Fewest of the singular values, in any order, that hold 1 − δ of the sum of all (Kumar et al. 2020, "Implicit
+    under-parameterization inhibits data-efficient deep reinforcement learning"); 0 where all are 0.
+
+    Often called stable rank, which is another measure.
+    """
+    held = np.cumsum(np.sort(spectrum)[::-1])
+    if not len(held) or held[-1] <= 0:
+        return 0
+    return int(np.argmax(held >= (1.0 - delta - _DECIDED_BY_ROUNDING) * held[-1])) + 1
+
+
+def gradient_rank(inputs: Tensor, deltas: Tensor) -> float | None:
+    """Effective rank of the gradients of single examples in one linear layer, from 0 to `GRADIENT_EXAMPLES`.
+
+    Inputs [n, in] of the layer and deltas [n, out], the gradients in its pre-activations up to a common factor; the
+    newest `GRADIENT_EXAMPLES` count, and None is returned of fewer, or if a value is not finite.
+
+    The gradient of example i is the outer product δᵢ (hᵢ, 1)ᵀ, so the Gram matrix of all is (HHᵀ + 1) ∘ ΔΔᵀ and no
+    gradient is ever formed. Over n, its eigenvalues are those of the layer's empirical Fisher matrix, the stand-in for
+    the Hessian whose rank falls where plasticity is lost (Lewandowski et al. 2023, "Directions of curvature as an
+    explanation for loss of plasticity"): one Hessian's rank would take as long as hundreds of steps. Low means that
+    examples pull at the weights in the same few directions (Lyle et al. 2023, "Understanding plasticity in neural
+    networks", look at the angles between these gradients).
+    """
+    if len(inputs) < GRADIENT_EXAMPLES:
+        return None
+    features = inputs[-GRADIENT_EXAMPLES:].cpu().to(torch.float64)  # not every device has float64
+    pulls = deltas[-GRADIENT_EXAMPLES:].cpu().to(torch.float64)
+    gram = (features @ features.T + 1.0) * (pulls @ pulls.T)
+    return effective_rank(_roots_of_eigenvalues(gram)) if bool(gram.isfinite().all()) else None
 
 
 def _quantiles(values: Tensor) -> tuple[float, ...] | None:

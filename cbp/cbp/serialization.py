@@ -6,9 +6,11 @@ own.
 
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,11 @@ class LearnerSnapshot:
         metadata = json.dumps(self.metadata, allow_nan=True, separators=(",", ":"))
         own = {_METADATA_KEY: metadata, _CHECKSUM_KEY: _checksum(self.tensors, metadata)}
         return _serialize(self.tensors, joined | own)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> "LearnerSnapshot":
+        """The snapshot in a file, such as a checkpoint of the service. Raises `OSError`, and as `from_bytes` does."""
+        return cls.from_bytes(Path(path).read_bytes())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "LearnerSnapshot":

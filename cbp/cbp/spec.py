@@ -260,13 +260,17 @@ class MonitoringSpec(Record):
     """How a learner watches itself. Changes nothing about how it learns."""
 
     interval: Annotated[Whole, Field(ge=0)] = 1000
-    """Steps between two plasticity samples; 0 takes none. A sample costs about as much as 35 steps, so that at 1000
-    watching takes 2 to 5 % of the time."""
+    """Steps between two plasticity samples; 0 takes none. On the compiled engine a sample takes as long as about 100
+    steps of a network of 3×100 units, and some hundreds of a smaller one: for small networks choose a longer
+    interval."""
     probe_size: Annotated[Whole, Field(ge=1, le=65536)] = 512
     """Recent examples on which activations and gradients are measured, 1 to 65536. Rank metrics need twice as
     many examples as a layer is wide, so the default serves widths up to 256."""
     dormant_threshold: Annotated[Real, Field(ge=0)] = 0.025
     """A unit is dormant if its share of the layer's mean activity is at most this; the value of Sokar et al."""
+    trainability_interval: Annotated[Whole, Field(ge=0)] = 0
+    """Steps between two tests of trainability in the service, about: a copy of the learner and the newborn that it was
+    learn a fresh task, in the background; 0 tests never. Off by default, for a test costs thousands of steps."""
     average_decay: Decay = 0.999
     """Decay per example of the averages of loss and accuracy: they look back over about 1000 examples, which
     puts the standard error of an accuracy near 0.01."""
@@ -301,6 +305,12 @@ class LearnerSpec(Record):
             raise contradiction(
                 "network.normalization",
                 "batch normalisation needs steps of several examples; set batch_size to 2 or more, or use 'group'",
+            )
+        if self.monitoring.trainability_interval and not self.network.is_plain:
+            raise contradiction(
+                "monitoring.trainability_interval",
+                "Only copies of plain multilayer perceptrons are tested beside their learners; set it to 0, and call "
+                "cbp.measure_trainability on a snapshot",
             )
         misnamed = self.resets.misnamed_layer(self.layer_names[:-1])
         if misnamed is not None:

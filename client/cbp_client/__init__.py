@@ -43,6 +43,7 @@ from cbp_client.types import (
     Quarantine,
     StreamSummary,
     TaskRecord,
+    Trainability,
     WatchedLearner,
     WatchUpdate,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "StreamSummary",
     "TaskRecord",
     "Ticket",
+    "Trainability",
     "TrainingStream",
     "Unavailable",
     "Unimplemented",

@@ -24,6 +24,7 @@ from cbp_client.types import (
     ProducerPosition,
     Quarantine,
     TaskRecord,
+    Trainability,
     WatchedLearner,
     WatchUpdate,
 )
@@ -142,6 +143,7 @@ def plasticity_sample(sample: learner_pb2.PlasticitySample) -> PlasticitySample:
         examples=sample.examples,
         time=_time(sample.sample_time),
         layers=tuple(_layer(layer) for layer in sample.layers),
+        trainability=_trainability(sample.trainability) if sample.HasField("trainability") else None,
     )
 
 
@@ -343,6 +345,20 @@ def _layer(layer: learner_pb2.LayerPlasticity) -> LayerPlasticity:
         replacements=_optional(layer, "replacements"),
         age_quantiles={item.quantile: item.value for item in layer.age_quantiles},
         utility_quantiles={item.quantile: item.value for item in layer.utility_quantiles},
+        saturated_fraction=_optional(layer, "saturated_fraction"),
+        feature_norm=_optional(layer, "feature_norm"),
+        srank=_optional(layer, "srank"),
+        gradient_rank=_optional(layer, "gradient_rank"),
+    )
+
+
+def _trainability(tested: learner_pb2.Trainability) -> Trainability:
+    return Trainability(
+        step=tested.step,
+        loss=_optional(tested, "loss"),
+        fresh_loss=_optional(tested, "fresh_loss"),
+        chance_loss=tested.chance_loss,
+        score=_optional(tested, "score"),
     )
 
 

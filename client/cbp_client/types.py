@@ -189,6 +189,10 @@ class LayerPlasticity:
         replacements: units replaced so far.
         age_quantiles: age of the units in steps, by quantile.
         utility_quantiles: bias-corrected utility of the units, by quantile.
+        saturated_fraction: share of the activations near the bounds of a saturating nonlinearity.
+        feature_norm: mean Euclidean norm of the activations on one probe example.
+        srank: fewest singular values of the activations that hold 99 % of the sum of all.
+        gradient_rank: effective rank of the gradients of the newest 64 probe examples, at most 64.
     """
 
     layer: str
@@ -204,16 +208,45 @@ class LayerPlasticity:
     replacements: int | None
     age_quantiles: dict[float, float]
     utility_quantiles: dict[float, float]
+    saturated_fraction: float | None
+    feature_norm: float | None
+    srank: int | None
+    gradient_rank: float | None
+
+
+@dataclass(frozen=True)
+class Trainability:
+    """What a copy of the learner made of a fresh task of random targets, against the network that it began as.
+
+    Attributes:
+        step: the learner's when it was copied.
+        loss: the copy's mean loss over its last pass through the task; None if it diverged.
+        fresh_loss: likewise of the network that the learner began as.
+        chance_loss: of the best constant prediction.
+        score: 1 is as trainable as at the beginning, 0 no better than chance; None if a network diverged, or if the
+            task was too hard for the fresh one.
+    """
+
+    step: int
+    loss: float | None
+    fresh_loss: float | None
+    chance_loss: float
+    score: float | None
 
 
 @dataclass(frozen=True)
 class PlasticitySample:
-    """Plasticity metrics of a learner between two steps: hidden layers from the input on, then the output layer."""
+    """Plasticity metrics of a learner between two steps: hidden layers from the input on, then the output layer.
+
+    Attributes:
+        trainability: its newest test, of this step or an earlier one; None without any.
+    """
 
     step: int
     examples: int
     time: datetime
     layers: tuple[LayerPlasticity, ...]
+    trainability: Trainability | None
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,38 @@ SIGNS = (
     ),
 )
 
+REPRESENTATION = (
+    Panel(
+        "Trainability",
+        "What a copy makes of a fresh random task, against the learner's first network. Falling: plasticity is lost. "
+        "Tested are learners with a monitoring.trainability_interval.",
+        {_BY_LEARNER: f"cbp_learner_trainability{{{_LEARNER}}}"},
+        "percentunit",
+        None,
+    ),
+    Panel(
+        "Saturated activations",
+        "Share of a layer's activations near the bounds of tanh or sigmoid, where gradients vanish.",
+        {_BY_LAYER: f"cbp_layer_saturated_ratio{{{_LAYER}}}"},
+        "percentunit",
+    ),
+    Panel(
+        "Singular values that count (srank)",
+        "How many singular values of a layer's activations hold 99 % of their sum.",
+        {_BY_LAYER: f"cbp_layer_srank{{{_LAYER}}}"},
+    ),
+    Panel(
+        "Gradient rank",
+        "Directions in which the newest 64 probe examples pull at a layer's weights, at most 64.",
+        {_BY_LAYER: f"cbp_layer_gradient_rank{{{_LAYER}}}"},
+    ),
+    Panel(
+        "Feature norm",
+        "Mean Euclidean norm of a layer's activations on one probe example.",
+        {_BY_LAYER: f"cbp_layer_feature_norm{{{_LAYER}}}"},
+    ),
+)
+
 WEIGHTS_AND_UNITS = (
     Panel(
         "Dead units",
@@ -390,6 +422,7 @@ def plasticity() -> dashboard.Dashboard:
     board.with_variable(_variable("layer", "Layer", f"label_values(cbp_layer_units{{{_LEARNER}}}, layer)"))
     _add_row(board, "How well it learns", LEARNING)
     _add_row(board, "Signs of plasticity loss", SIGNS)
+    _add_row(board, "Trainability and representation", REPRESENTATION)
     _add_row(board, "Weights and units", WEIGHTS_AND_UNITS)
     return board
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
 
-from cbp import LayerPlasticity, LearnerProgress
+from cbp import LayerPlasticity, LearnerProgress, Trainability
 from cbp_server.exposition import Family
 from cbp_server.records import LearnerRecord
 
@@ -45,14 +45,24 @@ class LayerGauge:
 
 
 def state_of(learner: LearnerRecord) -> tuple[object, ...]:
-    """All that a learner's series are made from but its plasticity sample: while it is equal, so are they."""
+    """All that a learner's series are made from but its plasticity sample's layers: while it is equal, so are they."""
     return (
         learner.progress,
         learner.checkpoint,
         learner.quarantine,
         learner.queued_batches,
         learner.journal_position,
+        _newest_test(learner),
     )
+
+
+def _newest_test(learner: LearnerRecord) -> Trainability | None:
+    return learner.samples[-1].sample.trainability if learner.samples else None
+
+
+def _trainability(learner: LearnerRecord) -> float | None:
+    tested = _newest_test(learner)
+    return None if tested is None else tested.score
 
 
 def newest_layers(learner: LearnerRecord) -> tuple[LayerPlasticity, ...]:
@@ -110,6 +120,12 @@ LEARNER_GAUGES = (
         Summary.MEAN,
     ),
     _gauge(
+        "cbp_learner_trainability",
+        "What the learner makes of a fresh task: 1 as much as its first network does, 0 no better than chance.",
+        _trainability,
+        Summary.MEAN,
+    ),
+    _gauge(
         "cbp_learner_queued_batches",
         "Batches accepted and not yet applied.",
         lambda learner: learner.queued_batches,
@@ -164,11 +180,27 @@ LAYER_GAUGES = (
         "dead_fraction",
     ),
     _of_layer(
+        "cbp_layer_saturated_ratio",
+        "Share of the activations near the bounds of a saturating nonlinearity, from 0 to 1.",
+        "saturated_fraction",
+    ),
+    _of_layer("cbp_layer_feature_norm", "Mean Euclidean norm of the activations on one probe example.", "feature_norm"),
+    _of_layer(
         "cbp_layer_effective_rank",
         "Effective rank of the layer's activations on the probe examples (Roy and Vetterli 2007).",
         "effective_rank",
     ),
     _of_layer("cbp_layer_stable_rank", "Stable rank of the layer's activations on the probe examples.", "stable_rank"),
+    _of_layer(
+        "cbp_layer_srank",
+        "Fewest singular values of the layer's activations that hold 99 % of their sum (Kumar et al. 2020).",
+        "srank",
+    ),
+    _of_layer(
+        "cbp_layer_gradient_rank",
+        "Effective rank of the gradients of the newest 64 probe examples in the layer's parameters.",
+        "gradient_rank",
+    ),
 )
 
 #: Quantiles of different learners cannot be combined, so the others have none.

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     "step_cost": ["--quick"],
     "stacked_steps": ["--quick"],
+    "plasticity_samples": ["--quick"],
     "service_throughput": ["--quick"],
     "service_latency": ["--quick"],
     "many_learners": ["--quick"],

@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from cbp import AdamSpec, AdamWSpec, LayerPlasticity, ResetSpec, RmspropSpec, SgdSpec
+from cbp import AdamSpec, AdamWSpec, LayerPlasticity, Learner, LearnerSpec, ResetSpec, RmspropSpec, SgdSpec
 from cbp.network_spec import AnyNetwork, RegisteredSpec
 from cbp.spec import Initializer, Utility
 
@@ -33,12 +34,16 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run(code: str) -> None:
+def test_examples_run(
+    code: str, make_spec: Callable[..., LearnerSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("clicks.safetensors").write_bytes(Learner(make_spec()).snapshot().to_bytes())
     exec(compile(code, "example", "exec"), {})
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 11
+    assert len(EXAMPLES) == 12
 
 
 @pytest.mark.parametrize("name", [*get_args(Utility), *get_args(Initializer)])

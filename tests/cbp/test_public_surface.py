@@ -4,8 +4,8 @@ EXPECTED = """
 AdamSpec AdamWSpec Batch BatchError CategoricalColumn CbpError ContinualBackprop ConvnetSpec DivergenceError
 EngineName FieldViolation HiddenUnits InputSpec LayerPlasticity Learner LearnerProgress LearnerSnapshot LearnerSpec
 LinearSpec LossSpec MlpSpec MonitoringSpec PlasticitySample RegisteredSpec ResetSpec ResnetSpec RmspropSpec SgdSpec
-SnapshotError SpecError TaskRecord TrainResult TransformerSpec choose_engine compile_ahead compiled_before
-train_together
+SnapshotError SpecError TaskRecord TrainResult Trainability TransformerSpec choose_engine compile_ahead compiled_before
+measure_trainability train_together
 """
 
 

@@ -242,7 +242,8 @@ def test_a_server_that_is_not_there_is_one_line(cbp: Run) -> None:
 
 _SPEC_FLAGS = {
     "--bias-compensation", "--decay-rate", "--json", "--lr", "--maturity-threshold", "--momentum",
-    "--monitoring-interval", "--no-bias-compensation", "--replacement-rate", "--resets", "--utility", "--weight-decay",
+    "--monitoring-interval", "--no-bias-compensation", "--replacement-rate", "--resets", "--trainability-interval",
+    "--utility", "--weight-decay",
 }  # fmt: skip
 _FLAGS = {
     "learners list": {"--deleted", "--json"},

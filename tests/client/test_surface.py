@@ -56,6 +56,7 @@ def test_the_public_names() -> None:
         "StreamSummary",
         "TaskRecord",
         "Ticket",
+        "Trainability",
         "TrainingStream",
         "Unavailable",
         "Unimplemented",

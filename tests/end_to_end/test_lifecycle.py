@@ -1,6 +1,7 @@
 """Start, end and failure of a whole server: what was acknowledged is there afterwards, and callers hear the truth."""
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -324,6 +325,43 @@ def test_plasticity_history_survives_a_restart(own_server, connect, examples):
     own_server.stop()
     own_server.start()
     assert httpx.get(history).json() == before
+
+
+def test_trainability_is_tested_in_the_background_and_survives_a_restart(own_server, connect, examples):
+    """The learner itself learns what it would have learnt unwatched."""
+    wire = connect(own_server.grpc_target)
+    watched = wire.create("clicks", monitoring={"interval": 100, "trainability_interval": 200})
+    wire.create("alone", monitoring={"interval": 0})
+    assert watched.spec.monitoring.trainability_interval == 200
+    streams = {learner: wire.stream(learner) for learner in ("clicks", "alone")}
+
+    def send(sequence: int) -> dict:
+        for stream in streams.values():
+            stream.send_batch(sequence, *examples(100, seed=sequence))
+            stream.results(1)
+        return view(own_server)["plasticity"]["trainability"]
+
+    sent = 1
+    while send(sent) is None and sent < 300:
+        sent += 1
+        time.sleep(0.02)
+    tested = view(own_server)["plasticity"]["trainability"]
+    assert tested["step"] >= 200
+    assert tested["step"] % 100 == 0
+    assert 0 < tested["loss"] < math.inf
+    assert tested["chance_loss"] > 0
+    probe, _ = examples(20, seed=1000)
+    predicted = [decode_tensor(wire.predict(learner, probe).outputs) for learner in ("clicks", "alone")]
+    np.testing.assert_array_equal(*predicted)
+
+    own_server.stop()
+    own_server.start()
+    after = view(own_server)["plasticity"]["trainability"]
+    assert after["step"] >= tested["step"]
+    wire = connect(own_server.grpc_target)
+    request = learner_service_pb2.GetPlasticityRequest(name="learners/clicks", fresh=True)
+    [fresh] = wire.learners.GetPlasticity(request).samples
+    assert fresh.trainability.step == after["step"], "known until the next test"
 
 
 def test_a_server_can_be_stopped_while_its_engine_starts_again(own_server):

@@ -91,7 +91,8 @@ def observed(busy_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
     training.start()
     try:
         wait_until(prometheus.answers)
-        wait_until(lambda: prometheus.values("count_over_time(cbp_learner_steps_total{learner='observed'}[1m]) >= 5"))
+        for seen in ("cbp_learner_steps_total", "cbp_learner_trainability"):
+            wait_until(lambda seen=seen: prometheus.values(f"count_over_time({seen}{{learner='observed'}}[1m]) >= 5"))
         yield prometheus
     finally:
         stop.set()
@@ -105,11 +106,11 @@ def train(target: str, stop: threading.Event) -> None:
     with Client(target) as client:
         learner = client.create_learner(
             "observed",
-            network={"kind": "mlp", "in_features": 8, "hidden": [16, 16], "out_features": 3},
+            network={"kind": "mlp", "in_features": 8, "hidden": [16, 16], "out_features": 3, "activation": "tanh"},
             loss="cross_entropy",
             optimizer={"kind": "sgd", "lr": 0.01},
             resets={"replacement_rate": 1e-2, "maturity_threshold": 20},
-            monitoring={"interval": 50, "probe_size": 64},
+            monitoring={"interval": 50, "probe_size": 64, "trainability_interval": 500},
         )
         with learner.stream("observability-test") as stream:
             for task in range(1_000_000):

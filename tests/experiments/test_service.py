@@ -61,7 +61,7 @@ def test_the_dashboards_panels_show_the_learners_numbers(own_server: ServerProce
         curves = watch.curves(cells[0].steps)
     here = in_process(cells, seed=3)
     compared = compare_panels(curves, here)
-    assert len(compared) == 16
+    assert len(compared) == 19
     for panel in compared:
         assert panel.points >= panel.curves >= len(cells), panel
         assert (panel.difference is None) == (panel.panel in RATES)

@@ -53,7 +53,12 @@ specs = messages(
         bias_compensation=st.booleans(),
     ),
     monitoring=messages(
-        spec_pb2.Monitoring, interval=int64, probe_size=int32, dormant_threshold=numbers, average_decay=numbers
+        spec_pb2.Monitoring,
+        interval=int64,
+        probe_size=int32,
+        dormant_threshold=numbers,
+        average_decay=numbers,
+        trainability_interval=int64,
     ),
 )
 anything = st.recursive(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cbp import losses, optimizers
+from cbp.activations import NONLINEARITIES
 from cbp.engines.torch_engine import StackState, initial_stack, schedules, unit_layout
 from cbp.errors import SnapshotError
 from cbp.networks import FlatLayers, Mlp, flat_layers
@@ -102,6 +103,7 @@ class PerceptronState(StackState):
             self.replacements[0],
             self._probed(probe),
             spec.monitoring.dormant_threshold,
+            NONLINEARITIES[spec.mlp.plain_activation].saturated_outside,
             between_layers,
         )
 
@@ -112,12 +114,19 @@ class PerceptronState(StackState):
         mlp = Mlp(network.plain_activation)
         passed = mlp.forward(self.parameters, inputs)
         activations = [activation[0] for activation in passed.activations]
+        layer_inputs = [inputs[0], *activations]
         if not count:
-            return Probed(activations=activations, gradient=None)
+            return Probed(inputs=layer_inputs, activations=activations, deltas=None, gradient=None)
         targets = torch.from_numpy(probe.targets).to(device).unsqueeze(0)
         encoded = losses.encode_targets(loss, targets, network.out_features)
         scale = torch.full((1, count, 1), losses.gradient_scale(loss, network.out_features) / count)
         residual = losses.output_gradient(loss, passed.outputs, encoded, scale.to(device))
         gradient = flat_layers(network, 1, device)
-        mlp.backward(self.parameters, inputs, passed, residual, gradient)
-        return Probed(activations=activations, gradient=gradient)
+        deltas: list[Tensor] = []
+        mlp.backward(self.parameters, inputs, passed, residual, gradient, deltas)
+        return Probed(
+            inputs=layer_inputs,
+            activations=activations,
+            deltas=[delta[0] for delta in reversed(deltas)],
+            gradient=gradient,
+        )

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from cbp_client.cli.session import CommandError, as_json, messages, moment, number, output, percent, session
-from cbp_client.types import Durability, LearnerInfo, PlasticitySample, Quarantine
+from cbp_client.types import Durability, LearnerInfo, PlasticitySample, Quarantine, Trainability
 
 app = typer.Typer(help="List, create, change, save, copy and delete learners.", no_args_is_help=True)
 
@@ -53,6 +53,10 @@ Compensation = Annotated[
 Interval = Annotated[
     int | None,
     typer.Option("--monitoring-interval", help="Steps between two plasticity samples; 0 turns them off."),
+]
+TestInterval = Annotated[
+    int | None,
+    typer.Option("--trainability-interval", help="Steps between two tests of trainability on a copy; 0: none."),
 ]
 
 
@@ -115,6 +119,7 @@ def create(
     utility: Utility = None,
     bias_compensation: Compensation = None,
     monitoring_interval: Interval = None,
+    trainability_interval: TestInterval = None,
     durability: DurabilityOption = None,
     spec: Annotated[
         Path | None,
@@ -131,7 +136,7 @@ def create(
         "loss": _without_none({"kind": loss}),
         "optimizer": _without_none({"kind": optimizer, "lr": lr, "weight_decay": weight_decay, "momentum": momentum}),
         "resets": _resets(resets, replacement_rate, maturity_threshold, decay_rate, utility, bias_compensation),
-        "monitoring": _without_none({"interval": monitoring_interval}),
+        "monitoring": _without_none({"interval": monitoring_interval, "trainability_interval": trainability_interval}),
         **_without_none({"batch_size": batch_size, "seed": seed}),
     }
     whole = _merged(_read_spec(spec) if spec is not None else {}, flags)
@@ -161,6 +166,8 @@ def show(context: typer.Context, learner_id: LearnerId, json_output: AsJson = Fa
         console.print(_tasks(learner.info))
     if samples:
         console.print(_layers(samples[-1]))
+        if samples[-1].trainability is not None:
+            console.print(_trainability(samples[-1].trainability))
 
 
 @app.command("update")
@@ -177,6 +184,7 @@ def update(
     utility: Utility = None,
     bias_compensation: Compensation = None,
     monitoring_interval: Interval = None,
+    trainability_interval: TestInterval = None,
     durability: DurabilityOption = None,
     json_output: AsJson = False,
 ) -> None:
@@ -184,7 +192,7 @@ def update(
     changes = {
         "optimizer": _without_none({"lr": lr, "weight_decay": weight_decay, "momentum": momentum}),
         "resets": _resets(resets, replacement_rate, maturity_threshold, decay_rate, utility, bias_compensation),
-        "monitoring": _without_none({"interval": monitoring_interval}),
+        "monitoring": _without_none({"interval": monitoring_interval, "trainability_interval": trainability_interval}),
     }
     if not any(changes.values()) and durability is None:
         raise typer.BadParameter("name at least one setting to change")
@@ -336,6 +344,11 @@ def _tasks(info: LearnerInfo) -> Table:
             task.task or "–", str(task.first_step), str(task.examples), number(task.loss), percent(task.accuracy)
         )
     return table
+
+
+def _trainability(tested: Trainability) -> str:
+    losses = f"loss {number(tested.loss)}, fresh {number(tested.fresh_loss)}, chance {number(tested.chance_loss)}"
+    return f"Trainability at step {tested.step}: {percent(tested.score)} of a fresh network's ({losses})"
 
 
 def _layers(sample: PlasticitySample) -> Table:

@@ -405,6 +405,7 @@ class PlasticitySample(_message.Message):
     EXAMPLES_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     SAMPLE_TIME_FIELD_NUMBER: _builtins.int
+    TRAINABILITY_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     examples: _builtins.int
     @_builtins.property
@@ -413,6 +414,10 @@ class PlasticitySample(_message.Message):
 
     @_builtins.property
     def sample_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def trainability(self) -> Global___Trainability:
+        """The newest test of the learner's trainability, of this step or an earlier one; unset without any."""
+
     def __init__(
         self,
         *,
@@ -420,14 +425,66 @@ class PlasticitySample(_message.Message):
         examples: _builtins.int = ...,
         layers: _abc.Iterable[Global___LayerPlasticity] | None = ...,
         sample_time: _timestamp_pb2.Timestamp | None = ...,
+        trainability: Global___Trainability | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sample_time", b"sample_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sample_time", b"sample_time", "trainability", b"trainability"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "layers", b"layers", "sample_time", b"sample_time", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "layers", b"layers", "sample_time", b"sample_time", "step", b"step", "trainability", b"trainability"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlasticitySample: _TypeAlias = PlasticitySample  # noqa: Y015
+
+@_typing.final
+class Trainability(_message.Message):
+    """What a copy of the learner made of a fresh task of random targets, and what the network that it began as made of it.
+    Losses are means over the last pass through the task; that of a network that diverged is absent.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    FRESH_LOSS_FIELD_NUMBER: _builtins.int
+    CHANCE_LOSS_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The learner's step when it was copied."""
+    loss: _builtins.float
+    fresh_loss: _builtins.float
+    chance_loss: _builtins.float
+    """Loss of the best constant prediction."""
+    score: _builtins.float
+    """(chance_loss - loss) / (chance_loss - fresh_loss): 1 is as trainable as at the beginning, 0 no better than chance.
+    Absent if a network diverged, or if the task was too hard for the fresh one.
+    """
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        loss: _builtins.float | None = ...,
+        fresh_loss: _builtins.float | None = ...,
+        chance_loss: _builtins.float = ...,
+        score: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fresh_loss", b"_fresh_loss", "_loss", b"_loss", "_score", b"_score", "fresh_loss", b"fresh_loss", "loss", b"loss", "score", b"score"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fresh_loss", b"_fresh_loss", "_loss", b"_loss", "_score", b"_score", "chance_loss", b"chance_loss", "fresh_loss", b"fresh_loss", "loss", b"loss", "score", b"score", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__fresh_loss: _TypeAlias = _typing.Literal["fresh_loss"]  # noqa: Y015
+    _WhichOneofArgType__fresh_loss: _TypeAlias = _typing.Literal["_fresh_loss", b"_fresh_loss"]  # noqa: Y015
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
+    _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fresh_loss) -> _WhichOneofReturnType__fresh_loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score) -> _WhichOneofReturnType__score | None: ...
+
+Global___Trainability: _TypeAlias = Trainability  # noqa: Y015
 
 @_typing.final
 class LayerPlasticity(_message.Message):
@@ -448,6 +505,10 @@ class LayerPlasticity(_message.Message):
     REPLACEMENTS_FIELD_NUMBER: _builtins.int
     AGE_QUANTILES_FIELD_NUMBER: _builtins.int
     UTILITY_QUANTILES_FIELD_NUMBER: _builtins.int
+    SATURATED_FRACTION_FIELD_NUMBER: _builtins.int
+    FEATURE_NORM_FIELD_NUMBER: _builtins.int
+    SRANK_FIELD_NUMBER: _builtins.int
+    GRADIENT_RANK_FIELD_NUMBER: _builtins.int
     layer: _builtins.str
     units: _builtins.int
     mean_abs_weight: _builtins.float
@@ -466,6 +527,14 @@ class LayerPlasticity(_message.Message):
     stable_rank: _builtins.float
     replacements: _builtins.int
     """Units replaced so far."""
+    saturated_fraction: _builtins.float
+    """Share of the activations that a saturating nonlinearity has near its bounds; absent for other nonlinearities."""
+    feature_norm: _builtins.float
+    """Mean Euclidean norm of the activations on one probe example."""
+    srank: _builtins.int
+    """Fewest singular values of the activations that hold 99 % of the sum of all."""
+    gradient_rank: _builtins.float
+    """Effective rank of the gradients of the newest 64 probe examples in the layer's parameters, at most 64."""
     @_builtins.property
     def age_quantiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quantile]:
         """Age of the units, in steps."""
@@ -490,10 +559,14 @@ class LayerPlasticity(_message.Message):
         replacements: _builtins.int | None = ...,
         age_quantiles: _abc.Iterable[Global___Quantile] | None = ...,
         utility_quantiles: _abc.Iterable[Global___Quantile] | None = ...,
+        saturated_fraction: _builtins.float | None = ...,
+        feature_norm: _builtins.float | None = ...,
+        srank: _builtins.int | None = ...,
+        gradient_rank: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dead_fraction", b"_dead_fraction", "_distance_from_init", b"_distance_from_init", "_dormant_fraction", b"_dormant_fraction", "_effective_rank", b"_effective_rank", "_gradient_norm", b"_gradient_norm", "_mean_abs_weight", b"_mean_abs_weight", "_replacements", b"_replacements", "_stable_rank", b"_stable_rank", "_weight_norm", b"_weight_norm", "dead_fraction", b"dead_fraction", "distance_from_init", b"distance_from_init", "dormant_fraction", b"dormant_fraction", "effective_rank", b"effective_rank", "gradient_norm", b"gradient_norm", "mean_abs_weight", b"mean_abs_weight", "replacements", b"replacements", "stable_rank", b"stable_rank", "weight_norm", b"weight_norm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dead_fraction", b"_dead_fraction", "_distance_from_init", b"_distance_from_init", "_dormant_fraction", b"_dormant_fraction", "_effective_rank", b"_effective_rank", "_feature_norm", b"_feature_norm", "_gradient_norm", b"_gradient_norm", "_gradient_rank", b"_gradient_rank", "_mean_abs_weight", b"_mean_abs_weight", "_replacements", b"_replacements", "_saturated_fraction", b"_saturated_fraction", "_srank", b"_srank", "_stable_rank", b"_stable_rank", "_weight_norm", b"_weight_norm", "dead_fraction", b"dead_fraction", "distance_from_init", b"distance_from_init", "dormant_fraction", b"dormant_fraction", "effective_rank", b"effective_rank", "feature_norm", b"feature_norm", "gradient_norm", b"gradient_norm", "gradient_rank", b"gradient_rank", "mean_abs_weight", b"mean_abs_weight", "replacements", b"replacements", "saturated_fraction", b"saturated_fraction", "srank", b"srank", "stable_rank", b"stable_rank", "weight_norm", b"weight_norm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dead_fraction", b"_dead_fraction", "_distance_from_init", b"_distance_from_init", "_dormant_fraction", b"_dormant_fraction", "_effective_rank", b"_effective_rank", "_gradient_norm", b"_gradient_norm", "_mean_abs_weight", b"_mean_abs_weight", "_replacements", b"_replacements", "_stable_rank", b"_stable_rank", "_weight_norm", b"_weight_norm", "age_quantiles", b"age_quantiles", "dead_fraction", b"dead_fraction", "distance_from_init", b"distance_from_init", "dormant_fraction", b"dormant_fraction", "effective_rank", b"effective_rank", "gradient_norm", b"gradient_norm", "layer", b"layer", "mean_abs_weight", b"mean_abs_weight", "replacements", b"replacements", "stable_rank", b"stable_rank", "units", b"units", "utility_quantiles", b"utility_quantiles", "weight_norm", b"weight_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dead_fraction", b"_dead_fraction", "_distance_from_init", b"_distance_from_init", "_dormant_fraction", b"_dormant_fraction", "_effective_rank", b"_effective_rank", "_feature_norm", b"_feature_norm", "_gradient_norm", b"_gradient_norm", "_gradient_rank", b"_gradient_rank", "_mean_abs_weight", b"_mean_abs_weight", "_replacements", b"_replacements", "_saturated_fraction", b"_saturated_fraction", "_srank", b"_srank", "_stable_rank", b"_stable_rank", "_weight_norm", b"_weight_norm", "age_quantiles", b"age_quantiles", "dead_fraction", b"dead_fraction", "distance_from_init", b"distance_from_init", "dormant_fraction", b"dormant_fraction", "effective_rank", b"effective_rank", "feature_norm", b"feature_norm", "gradient_norm", b"gradient_norm", "gradient_rank", b"gradient_rank", "layer", b"layer", "mean_abs_weight", b"mean_abs_weight", "replacements", b"replacements", "saturated_fraction", b"saturated_fraction", "srank", b"srank", "stable_rank", b"stable_rank", "units", b"units", "utility_quantiles", b"utility_quantiles", "weight_norm", b"weight_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dead_fraction: _TypeAlias = _typing.Literal["dead_fraction"]  # noqa: Y015
     _WhichOneofArgType__dead_fraction: _TypeAlias = _typing.Literal["_dead_fraction", b"_dead_fraction"]  # noqa: Y015
@@ -503,12 +576,20 @@ class LayerPlasticity(_message.Message):
     _WhichOneofArgType__dormant_fraction: _TypeAlias = _typing.Literal["_dormant_fraction", b"_dormant_fraction"]  # noqa: Y015
     _WhichOneofReturnType__effective_rank: _TypeAlias = _typing.Literal["effective_rank"]  # noqa: Y015
     _WhichOneofArgType__effective_rank: _TypeAlias = _typing.Literal["_effective_rank", b"_effective_rank"]  # noqa: Y015
+    _WhichOneofReturnType__feature_norm: _TypeAlias = _typing.Literal["feature_norm"]  # noqa: Y015
+    _WhichOneofArgType__feature_norm: _TypeAlias = _typing.Literal["_feature_norm", b"_feature_norm"]  # noqa: Y015
     _WhichOneofReturnType__gradient_norm: _TypeAlias = _typing.Literal["gradient_norm"]  # noqa: Y015
     _WhichOneofArgType__gradient_norm: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm"]  # noqa: Y015
+    _WhichOneofReturnType__gradient_rank: _TypeAlias = _typing.Literal["gradient_rank"]  # noqa: Y015
+    _WhichOneofArgType__gradient_rank: _TypeAlias = _typing.Literal["_gradient_rank", b"_gradient_rank"]  # noqa: Y015
     _WhichOneofReturnType__mean_abs_weight: _TypeAlias = _typing.Literal["mean_abs_weight"]  # noqa: Y015
     _WhichOneofArgType__mean_abs_weight: _TypeAlias = _typing.Literal["_mean_abs_weight", b"_mean_abs_weight"]  # noqa: Y015
     _WhichOneofReturnType__replacements: _TypeAlias = _typing.Literal["replacements"]  # noqa: Y015
     _WhichOneofArgType__replacements: _TypeAlias = _typing.Literal["_replacements", b"_replacements"]  # noqa: Y015
+    _WhichOneofReturnType__saturated_fraction: _TypeAlias = _typing.Literal["saturated_fraction"]  # noqa: Y015
+    _WhichOneofArgType__saturated_fraction: _TypeAlias = _typing.Literal["_saturated_fraction", b"_saturated_fraction"]  # noqa: Y015
+    _WhichOneofReturnType__srank: _TypeAlias = _typing.Literal["srank"]  # noqa: Y015
+    _WhichOneofArgType__srank: _TypeAlias = _typing.Literal["_srank", b"_srank"]  # noqa: Y015
     _WhichOneofReturnType__stable_rank: _TypeAlias = _typing.Literal["stable_rank"]  # noqa: Y015
     _WhichOneofArgType__stable_rank: _TypeAlias = _typing.Literal["_stable_rank", b"_stable_rank"]  # noqa: Y015
     _WhichOneofReturnType__weight_norm: _TypeAlias = _typing.Literal["weight_norm"]  # noqa: Y015
@@ -522,11 +603,19 @@ class LayerPlasticity(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__effective_rank) -> _WhichOneofReturnType__effective_rank | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feature_norm) -> _WhichOneofReturnType__feature_norm | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_norm) -> _WhichOneofReturnType__gradient_norm | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_rank) -> _WhichOneofReturnType__gradient_rank | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_abs_weight) -> _WhichOneofReturnType__mean_abs_weight | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__replacements) -> _WhichOneofReturnType__replacements | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__saturated_fraction) -> _WhichOneofReturnType__saturated_fraction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__srank) -> _WhichOneofReturnType__srank | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stable_rank) -> _WhichOneofReturnType__stable_rank | None: ...
     @_typing.overload

@@ -955,6 +955,7 @@ class Monitoring(_message.Message):
     PROBE_SIZE_FIELD_NUMBER: _builtins.int
     DORMANT_THRESHOLD_FIELD_NUMBER: _builtins.int
     AVERAGE_DECAY_FIELD_NUMBER: _builtins.int
+    TRAINABILITY_INTERVAL_FIELD_NUMBER: _builtins.int
     interval: _builtins.int
     """Steps between two samples of the plasticity metrics; 0 turns sampling off."""
     probe_size: _builtins.int
@@ -963,6 +964,8 @@ class Monitoring(_message.Message):
     """A unit whose normalised mean activation is at most this is dormant."""
     average_decay: _builtins.float
     """Decay, per example, of the exponential averages of loss and accuracy."""
+    trainability_interval: _builtins.int
+    """Steps between two tests of trainability, which run on copies in the background; 0, the default, tests never."""
     def __init__(
         self,
         *,
@@ -970,10 +973,11 @@ class Monitoring(_message.Message):
         probe_size: _builtins.int | None = ...,
         dormant_threshold: _builtins.float | None = ...,
         average_decay: _builtins.float | None = ...,
+        trainability_interval: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_dormant_threshold", b"_dormant_threshold", "_interval", b"_interval", "_probe_size", b"_probe_size", "average_decay", b"average_decay", "dormant_threshold", b"dormant_threshold", "interval", b"interval", "probe_size", b"probe_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_dormant_threshold", b"_dormant_threshold", "_interval", b"_interval", "_probe_size", b"_probe_size", "_trainability_interval", b"_trainability_interval", "average_decay", b"average_decay", "dormant_threshold", b"dormant_threshold", "interval", b"interval", "probe_size", b"probe_size", "trainability_interval", b"trainability_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_dormant_threshold", b"_dormant_threshold", "_interval", b"_interval", "_probe_size", b"_probe_size", "average_decay", b"average_decay", "dormant_threshold", b"dormant_threshold", "interval", b"interval", "probe_size", b"probe_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_dormant_threshold", b"_dormant_threshold", "_interval", b"_interval", "_probe_size", b"_probe_size", "_trainability_interval", b"_trainability_interval", "average_decay", b"average_decay", "dormant_threshold", b"dormant_threshold", "interval", b"interval", "probe_size", b"probe_size", "trainability_interval", b"trainability_interval"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__average_decay: _TypeAlias = _typing.Literal["average_decay"]  # noqa: Y015
     _WhichOneofArgType__average_decay: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay"]  # noqa: Y015
@@ -983,6 +987,8 @@ class Monitoring(_message.Message):
     _WhichOneofArgType__interval: _TypeAlias = _typing.Literal["_interval", b"_interval"]  # noqa: Y015
     _WhichOneofReturnType__probe_size: _TypeAlias = _typing.Literal["probe_size"]  # noqa: Y015
     _WhichOneofArgType__probe_size: _TypeAlias = _typing.Literal["_probe_size", b"_probe_size"]  # noqa: Y015
+    _WhichOneofReturnType__trainability_interval: _TypeAlias = _typing.Literal["trainability_interval"]  # noqa: Y015
+    _WhichOneofArgType__trainability_interval: _TypeAlias = _typing.Literal["_trainability_interval", b"_trainability_interval"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__average_decay) -> _WhichOneofReturnType__average_decay | None: ...
     @_typing.overload
@@ -991,5 +997,7 @@ class Monitoring(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__interval) -> _WhichOneofReturnType__interval | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__probe_size) -> _WhichOneofReturnType__probe_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trainability_interval) -> _WhichOneofReturnType__trainability_interval | None: ...
 
 Global___Monitoring: _TypeAlias = Monitoring  # noqa: Y015

@@ -1,7 +1,7 @@
 """The engine process: holds the learners' tensors and carries out requests from the front, one at a time.
 
-Three threads: one reads requests into the inbox, the main one carries them out, one writes checkpoints. The process
-ends when the front closes its end of the socket, so it never outlives the front.
+Four threads: one reads requests into the inbox, the main one carries them out, one writes checkpoints, and one tests
+trainability on copies. The process ends when the front closes its end of the socket, so it never outlives the front.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, cast
@@ -29,8 +29,10 @@ from cbp import (
     Learner,
     LearnerProgress,
     LearnerSnapshot,
+    LearnerSpec,
     PlasticitySample,
     SnapshotError,
+    Trainability,
     TrainResult,
 )
 from cbp_server.engine import messages, training
@@ -39,6 +41,7 @@ from cbp_server.engine.inbox import Inbox
 from cbp_server.engine.outbox import Outbox
 from cbp_server.engine.preparation import Preparation
 from cbp_server.engine.spares import SpareSnapshots
+from cbp_server.engine.trainability import TrainabilityTests
 from cbp_server.engine.training import Pace, StopTrainingError, TrainingJob
 from cbp_server.errors import (
     BatchNotLearnt,
@@ -99,10 +102,28 @@ class HostedLearner:
     journal_position: int = 0
     samples: deque[SampleRecord] = field(default_factory=lambda: deque(maxlen=_SAMPLES_SAVED))
     reported_at: float = 0.0  # monotonic seconds
+    trainability: Trainability | None = None  # the newest test
     pace: Pace = field(init=False)
+    test_interval: int = field(init=False)  # steps; 0 is never
+    test_begun_at: int = field(init=False)  # step
 
     def __post_init__(self) -> None:
         self.pace = Pace.of(self.learner.spec)
+        self.test_interval = self.learner.spec.monitoring.trainability_interval
+        self.test_begun_at = self.learner.progress.step
+
+    def revise(self, spec: LearnerSpec, update_time: str) -> None:
+        """Goes on with another spec."""
+        self.learner.update(spec)
+        self.update_time = update_time
+        self.test_interval = spec.monitoring.trainability_interval
+
+    def begins_test(self, step: int) -> bool:
+        """Whether a test of trainability is due at this step; if so, the next one is when an interval has passed."""
+        due = self.test_interval > 0 and step // self.test_interval > self.test_begun_at // self.test_interval
+        if due:
+            self.test_begun_at = step
+        return due
 
     def applied(self, change: messages.Change[object]) -> None:
         """The learner contains this entry of the journal now."""
@@ -125,11 +146,11 @@ class HostedLearner:
         self.producers = {name: ProducerState.at(position) for name, position in positions.items()}
 
     def stamp(self, samples: Sequence[PlasticitySample]) -> tuple[SampleRecord, ...]:
-        """The samples with the present time, kept for the next checkpoint."""
+        """The samples with the present time and the newest test, kept for the next checkpoint."""
         if not samples:
             return ()
         now = datetime.now(UTC)
-        stamped = tuple(SampleRecord(sample, now) for sample in samples)
+        stamped = tuple(SampleRecord(replace(sample, trainability=self.trainability), now) for sample in samples)
         self.samples.extend(stamped)
         return stamped
 
@@ -164,6 +185,7 @@ class EngineWorker:
         self._loners: set[str] = set()  # learners that a call failed with which they shared
         self._learn_until = 0.0  # monotonic; predictions have had their share up to then
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+        self._tests = TrainabilityTests()
 
     @property
     def ready(self) -> messages.EngineReady:
@@ -177,6 +199,7 @@ class EngineWorker:
             if (call := self._inbox.take()) is None:
                 break
             self._carry_out(call)
+        self._tests.close()
         self._writer.shutdown(wait=True)
 
     def _carry_out(self, call: messages.Call) -> None:
@@ -305,6 +328,8 @@ class EngineWorker:
             if not call.quiet:
                 progress = self._due_progress(request.learner, hosted) if index == newest else None
                 self._report(call, result, samples, progress)
+        if results:
+            self._test_if_due(hosted, results[-1])
 
     def _take_failure(self, hosted: HostedLearner, call: messages.Call, failure: Exception) -> None:
         if isinstance(failure, StopTrainingError):
@@ -417,8 +442,16 @@ class EngineWorker:
         hosted = self._get(request.learner)
         self._advance(hosted, request)
         samples = hosted.stamp(hosted.learner.take_samples())
+        result = job.result()
         if not call.quiet:
-            self._report(call, job.result(), samples, self._due_progress(request.learner, hosted))
+            self._report(call, result, samples, self._due_progress(request.learner, hosted))
+        self._test_if_due(hosted, result)
+
+    def _test_if_due(self, hosted: HostedLearner, result: TrainResult) -> None:
+        """Has a copy of the learner tested, if enough steps have passed; and whoever is next, if a test has ended."""
+        if hosted.begins_test(_last_step(result)):
+            self._tests.add(hosted)
+        self._tests.start_next()
 
     def _report(
         self,
@@ -427,8 +460,7 @@ class EngineWorker:
         samples: tuple[SampleRecord, ...],
         progress: LearnerProgress | None,
     ) -> None:
-        step = result.first_step + result.steps - 1
-        report = messages.TrainReport(result=result, step=step, samples=samples, progress=progress)
+        report = messages.TrainReport(result=result, step=_last_step(result), samples=samples, progress=progress)
         self._outbox.hold(messages.Answer(call.number, value=report))
 
     def _advance(self, hosted: HostedLearner, request: messages.Train | messages.Skip) -> None:
@@ -452,8 +484,7 @@ class EngineWorker:
                 producer = hosted.producer(request.producer)
                 producer.epoch, producer.stream_id = request.epoch, request.stream_id
             case messages.Update():
-                hosted.learner.update(request.spec)
-                hosted.update_time = request.update_time
+                hosted.revise(request.spec, request.update_time)
             case messages.ResetUnits():
                 counts = hosted.learner.reset_units(request.layers, request.fraction)
                 return messages.ResetReport(counts, hosted.learner.progress)
@@ -534,9 +565,7 @@ class EngineWorker:
             case messages.Place():
                 return self._place(request)
             case messages.Revise():
-                hosted = self._get(request.learner)
-                hosted.learner.update(request.spec)
-                hosted.update_time = request.update_time
+                self._get(request.learner).revise(request.spec, request.update_time)
                 return None
             case _:
                 raise TypeError(f"the engine knows no request {type(request).__name__}")
@@ -571,6 +600,7 @@ class EngineWorker:
             )
             hosted.place({name: _position_from_plain(plain) for name, plain in service["positions"].items()})
             hosted.samples.extend(_sample_from_plain(plain) for plain in service["samples"])
+            hosted.trainability = hosted.samples[-1].sample.trainability if hosted.samples else None
             if service["learner"] != request.stored_as:
                 raise SnapshotError("it is another learner's checkpoint, under the wrong name")
         except (SnapshotError, OSError, KeyError, TypeError, ValueError) as error:
@@ -637,6 +667,11 @@ class EngineWorker:
         if hosted is None:
             raise NotInEngine
         return hosted
+
+
+def _last_step(result: TrainResult) -> int:
+    """The learner's step after the batch."""
+    return result.first_step + result.steps - 1
 
 
 def _check_order(position: int, before: int) -> None:

@@ -11,7 +11,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from numpy.typing import NDArray
 
-from cbp import Batch, BatchError, FieldViolation, LayerPlasticity, LearnerSpec, SpecError
+from cbp import Batch, BatchError, FieldViolation, LayerPlasticity, LearnerSpec, SpecError, Trainability
 from cbp.errors import shown
 from cbp.plasticity import QUANTILES
 from cbp_proto import TensorError, decode_tensor, encode_tensor, from_plain, to_plain
@@ -412,6 +412,19 @@ def sample_to_message(record: SampleRecord) -> learner_pb2.PlasticitySample:
         examples=record.sample.examples,
         layers=[_layer_to_message(layer) for layer in record.sample.layers],
         sample_time=_timestamp(record.time),
+        trainability=_trainability(record.sample.trainability),
+    )
+
+
+def _trainability(tested: Trainability | None) -> learner_pb2.Trainability | None:
+    if tested is None:
+        return None
+    return learner_pb2.Trainability(
+        step=tested.step,
+        loss=tested.loss,
+        fresh_loss=tested.fresh_loss,
+        chance_loss=tested.chance_loss,
+        score=tested.score,
     )
 
 
@@ -430,6 +443,10 @@ def _layer_to_message(layer: LayerPlasticity) -> learner_pb2.LayerPlasticity:
         replacements=layer.replacements,
         age_quantiles=_quantiles(layer.age_quantiles),
         utility_quantiles=_quantiles(layer.utility_quantiles),
+        saturated_fraction=layer.saturated_fraction,
+        feature_norm=layer.feature_norm,
+        srank=layer.srank,
+        gradient_rank=layer.gradient_rank,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, Field
 
 from cbp import LayerPlasticity, LearnerProgress
+from cbp import Trainability as TrainabilityRecord
 from cbp.plasticity import QUANTILES
 from cbp_server.records import CheckpointRecord, LearnerRecord, ProducerRecord, SampleRecord
 from cbp_server.records import Quarantine as QuarantineRecord
@@ -38,8 +39,16 @@ class Layer(BaseModel):
         description="Share of units whose normalised mean activation is at most the dormant threshold."
     )
     dead_fraction: Number = Field(description="Share of units that are zero on every probe example.")
+    saturated_fraction: Number = Field(
+        description="Share of activations near the bounds of a saturating nonlinearity; null for others."
+    )
+    feature_norm: Number = Field(description="Mean Euclidean norm of the activations on one probe example.")
     effective_rank: Number = Field(description="Of the activations on the probe examples.")
     stable_rank: Number = Field(description="Of the activations on the probe examples.")
+    srank: int | None = Field(description="Fewest singular values of the activations that hold 99 % of their sum.")
+    gradient_rank: Number = Field(
+        description="Effective rank of the gradients of the newest 64 probe examples, at most 64."
+    )
     replacements: int | None = Field(description="Units replaced so far.")
     age_quantiles: list[Quantile] = Field(description="Age of the units, in steps.")
     utility_quantiles: list[Quantile] = Field(description="Bias-corrected utility of the units.")
@@ -55,11 +64,39 @@ class Layer(BaseModel):
             gradient_norm=layer.gradient_norm,
             dormant_fraction=layer.dormant_fraction,
             dead_fraction=layer.dead_fraction,
+            saturated_fraction=layer.saturated_fraction,
+            feature_norm=layer.feature_norm,
             effective_rank=layer.effective_rank,
             stable_rank=layer.stable_rank,
+            srank=layer.srank,
+            gradient_rank=layer.gradient_rank,
             replacements=layer.replacements,
             age_quantiles=_quantiles(layer.age_quantiles),
             utility_quantiles=_quantiles(layer.utility_quantiles),
+        )
+
+
+class Trainability(BaseModel):
+    """What a copy of the learner made of a fresh task of random targets, and what the network that it began as made of
+    it. A loss is null if its network diverged."""
+
+    step: int = Field(description="The learner's when it was copied.")
+    loss: Number = Field(description="The copy's mean loss over its last pass through the task.")
+    fresh_loss: Number = Field(description="That of the network that the learner began as.")
+    chance_loss: Number = Field(description="That of the best constant prediction.")
+    score: Number = Field(
+        description="(chance_loss - loss) / (chance_loss - fresh_loss): 1 is as trainable as at the beginning, 0 no "
+        "better than chance. Null if a network diverged, or if the task was too hard for the fresh one."
+    )
+
+    @classmethod
+    def of(cls, tested: TrainabilityRecord) -> "Trainability":
+        return cls(
+            step=tested.step,
+            loss=tested.loss,
+            fresh_loss=tested.fresh_loss,
+            chance_loss=tested.chance_loss,
+            score=tested.score,
         )
 
 
@@ -70,6 +107,7 @@ class PlasticitySample(BaseModel):
     examples: int
     layers: list[Layer]
     sample_time: datetime
+    trainability: Trainability | None = Field(description="Its newest test; null without any.")
 
     @classmethod
     def of(cls, record: SampleRecord) -> "PlasticitySample":
@@ -79,6 +117,7 @@ class PlasticitySample(BaseModel):
             examples=sample.examples,
             layers=[Layer.of(layer) for layer in sample.layers],
             sample_time=record.time,
+            trainability=None if sample.trainability is None else Trainability.of(sample.trainability),
         )
 
 

@@ -12,7 +12,15 @@ import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from cbp import FieldViolation, LayerPlasticity, LearnerProgress, LearnerSpec, PlasticitySample, TaskRecord
+from cbp import (
+    FieldViolation,
+    LayerPlasticity,
+    LearnerProgress,
+    LearnerSpec,
+    PlasticitySample,
+    TaskRecord,
+    Trainability,
+)
 from cbp_server.errors import InvalidRequest, LearnerNotFound
 from cbp_server.exposition import Exposition
 from cbp_server.learner_metrics import LearnerMetrics
@@ -129,6 +137,22 @@ def quarantined(make_learner: Callable[..., LearnerRecord]) -> Callable[..., Lea
 
 
 @pytest.fixture
+def tested(make_learner: Callable[..., LearnerRecord]) -> Callable[..., LearnerRecord]:
+    """Makes a learner with three samples, whose trainability was tested before the first and the last; further
+    arguments are those of `make_learner`."""
+
+    def make(learner_id: str, **changes: Any) -> LearnerRecord:
+        learner = make_learner(learner_id, **changes)
+        for place, (step, loss) in enumerate([(500, 1.6), (500, 1.6), (2500, 1.7)]):
+            test = Trainability(step=step, loss=loss, fresh_loss=1.5, chance_loss=2.5)
+            record = learner.samples[place]
+            learner.samples[place] = replace(record, sample=replace(record.sample, trainability=test))
+        return learner
+
+    return make
+
+
+@pytest.fixture
 def make_learner() -> Callable[..., LearnerRecord]:
     """Makes a learner in the middle of its second task; arguments are fields of its progress or of the record."""
     return _learner_record
@@ -185,8 +209,12 @@ def _sample(step: int) -> SampleRecord:
         gradient_norm=0.75,
         dormant_fraction=0.04,
         dead_fraction=0.01,
+        saturated_fraction=None,
+        feature_norm=9.5,
         effective_rank=63.5,
         stable_rank=7.5,
+        srank=88,
+        gradient_rank=51.5,
         replacements=step // 100,
         age_quantiles=(90.0, 400.0, 900.0),
         utility_quantiles=(0.01, 0.2, 0.7),
@@ -198,8 +226,10 @@ def _sample(step: int) -> SampleRecord:
         units=10,
         dormant_fraction=None,
         dead_fraction=None,
+        feature_norm=None,
         effective_rank=None,
         stable_rank=None,
+        srank=None,
         replacements=None,
         age_quantiles=None,
         utility_quantiles=None,

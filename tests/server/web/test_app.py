@@ -69,6 +69,20 @@ def test_a_learner_with_all_its_keys(host: Any, client: httpx.Client, make_learn
     hidden, _, output = learner["plasticity"]["layers"]
     assert hidden["age_quantiles"][1] == {"quantile": 0.5, "value": 400.0}
     assert (output["dormant_fraction"], output["age_quantiles"]) == (None, [])
+    assert (hidden["srank"], hidden["gradient_rank"], hidden["feature_norm"]) == (88, 51.5, 9.5)
+    assert hidden["saturated_fraction"] is None
+    assert learner["plasticity"]["trainability"] is None
+
+
+def test_a_tested_learner_says_how_trainable_it_is(host: Any, client: httpx.Client, tested: MakeLearner) -> None:
+    host.add(tested("clicks"))
+    assert client.get("/v1/learners/clicks").json()["plasticity"]["trainability"] == {
+        "step": 2500,
+        "loss": 1.7,
+        "fresh_loss": 1.5,
+        "chance_loss": 2.5,
+        "score": pytest.approx(0.8),
+    }
 
 
 def test_a_new_learner_has_nulls(host: Any, client: httpx.Client, make_learner: MakeLearner) -> None:

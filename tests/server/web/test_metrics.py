@@ -98,6 +98,19 @@ def test_layers_show_the_newest_sample(host: Any, make_learner: MakeLearner) -> 
     assert scraper.value("cbp_layer_replacements_total", first) == 12
     assert scraper.value("cbp_layer_unit_age_steps", {**first, "quantile": "0.5"}) == 400
     assert scraper.value("cbp_layer_unit_utility", {**first, "quantile": "0.9"}) == 0.7
+    assert scraper.value("cbp_layer_srank", first) == 88
+    assert scraper.value("cbp_layer_gradient_rank", first) == 51.5
+    assert scraper.value("cbp_layer_feature_norm", first) == 9.5
+    assert scraper.value("cbp_layer_saturated_ratio", first) is None
+    assert scraper.value("cbp_learner_trainability", {"learner": "clicks"}) is None
+
+
+def test_a_tested_learner_shows_its_trainability(host: Any, make_learner: MakeLearner, tested: MakeLearner) -> None:
+    host.add(make_learner("clicks"))
+    scraper = scraper_of(host)
+    assert scraper.value("cbp_learner_trainability", {"learner": "clicks"}) is None
+    host.add(tested("clicks"))
+    assert scraper_of(host).value("cbp_learner_trainability", {"learner": "clicks"}) == pytest.approx(0.8)
 
 
 def test_what_is_not_known_has_no_sample(host: Any, make_learner: MakeLearner) -> None:

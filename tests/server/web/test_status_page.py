@@ -199,6 +199,21 @@ def test_a_learner_in_full(host: Any, page: Page, make_learner: MakeLearner) -> 
     expect(row(page, "clicks")).to_be_visible()
 
 
+def test_what_does_not_concern_a_learner_is_not_shown(
+    host: Any, page: Page, make_learner: MakeLearner, tested: MakeLearner
+) -> None:
+    host.add(make_learner("clicks"), tested("prices"))
+    trainability = page.locator("figure", has=page.get_by_role("heading", name="Trainability"))
+    page.goto("/#/learners/clicks")
+    expect(page.get_by_role("columnheader", name="Grad. rank")).to_be_visible()
+    expect(page.get_by_role("columnheader", name="Saturated")).to_be_hidden()
+    expect(page.get_by_role("row", name=re.compile("hidden_0")).locator("td:visible")).to_have_count(14)
+    expect(trainability).to_be_hidden()
+    page.goto("/#/learners/prices")
+    expect(trainability.get_by_role("img")).to_have_attribute("aria-label", re.compile(r"Newest: score 80\.0 %\."))
+    expect(trainability.locator("circle.dot")).to_have_count(2)
+
+
 def test_a_chart_is_read_with_mouse_and_keys(host: Any, page: Page, make_learner: MakeLearner) -> None:
     host.add(make_learner("clicks"))
     page.goto("/#/learners/clicks")

@@ -17,7 +17,7 @@ function ticks(low, high, wanted) {
 }
 
 export class LineChart {
-  // title, about: texts; x: {label, format, whole}; y: {format, tick}; from, to: fixed ends of the y axis; dots: marks each point.
+  // title, about: texts; x: {label, format, whole}; y: {format, tick}; from: highest beginning of the y axis, to: its end; dots: marks each point.
   constructor({ title, about, x, y, from, to, dots = false }) {
     Object.assign(this, { title, x, y, from, to, dots });
     this.series = [];
@@ -68,7 +68,7 @@ export class LineChart {
     const all = this.series.flatMap(({ points }) => points);
     const xs = [...new Set(all.map((point) => point.x))].sort((a, b) => a - b);
     const ys = all.map((point) => point.y);
-    let low = this.from ?? Math.min(...ys);
+    let low = Math.min(this.from ?? Infinity, ...ys);
     let high = Math.max(...ys);
     if (this.to !== undefined) high = this.to;
     if (high - low < 1e-12) high = low + (Math.abs(low) || 1);

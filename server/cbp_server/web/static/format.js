@@ -1,6 +1,6 @@
 // Numbers and specs as people read them.
 
-const NONE = "–";
+export const NONE = "–";
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 const known = (value) => value !== null && value !== undefined && Number.isFinite(value);

@@ -257,12 +257,16 @@ const LAYER_COLUMNS = [
   ["Replaced", (layer) => format.count(layer.replacements)],
   ["Dormant", (layer) => format.percent(layer.dormant_fraction)],
   ["Dead", (layer) => format.percent(layer.dead_fraction)],
-  ["Effective rank", (layer) => format.decimal(layer.effective_rank)],
+  ["Saturated", (layer) => format.percent(layer.saturated_fraction)],
+  ["Eff. rank", (layer) => format.decimal(layer.effective_rank)],
   ["Stable rank", (layer) => format.decimal(layer.stable_rank)],
+  ["srank", (layer) => format.count(layer.srank)],
+  ["Grad. rank", (layer) => format.decimal(layer.gradient_rank)],
   ["Mean |w|", (layer) => format.decimal(layer.mean_abs_weight)],
   ["Weight norm", (layer) => format.decimal(layer.weight_norm)],
   ["From start", (layer) => format.decimal(layer.distance_from_init)],
-  ["Gradient norm", (layer) => format.decimal(layer.gradient_norm)],
+  ["Feature norm", (layer) => format.decimal(layer.feature_norm)],
+  ["Grad. norm", (layer) => format.decimal(layer.gradient_norm)],
   ["Median age", (layer) => format.count(layer.age_quantiles.find(({ quantile }) => quantile === 0.5)?.value)],
 ];
 
@@ -293,17 +297,21 @@ class PlainTable {
     );
   }
 
-  // entries: [[name, value]]
+  // entries: [[name, value]]. A column in which nobody has anything is not shown.
   update(entries) {
     this.element.hidden = entries.length === 0;
     while (this.body.rows.length > entries.length) this.body.lastChild.remove();
     while (this.body.rows.length < entries.length) {
       this.body.append(h("tr", {}, h("th", { scope: "row" }), ...this.columns.map(() => h("td", { class: "number" }))));
     }
-    entries.forEach(([name, value], index) => {
-      const [head, ...cells] = this.body.rows[index].cells;
-      setText(head, name);
-      cells.forEach((cell, column) => setText(cell, this.columns[column][1](value)));
+    const texts = entries.map(([, value]) => this.columns.map(([, show]) => show(value)));
+    const shown = this.columns.map((_, column) => texts.some((row) => row[column] !== format.NONE));
+    entries.forEach(([name], index) => setText(this.body.rows[index].cells[0], name));
+    [...this.element.querySelectorAll("tr")].forEach((row, index) => {
+      [...row.cells].slice(1).forEach((cell, column) => {
+        cell.hidden = !shown[column];
+        if (index > 0) setText(cell, texts[index - 1][column]);
+      });
     });
   }
 }
@@ -351,6 +359,14 @@ class LearnerView {
         from: 0,
       }),
     };
+    this.trainability = new LineChart({
+      title: "Trainability",
+      about: "How well a copy learns a fresh random task, relative to the first network. Falling is plasticity loss.",
+      x: byStep,
+      y: { format: format.percent, tick: format.plainPercent },
+      from: 0,
+      dots: true,
+    });
     this.layers = new PlainTable("Layers, newest sample", "Layer", LAYER_COLUMNS);
     this.producers = new PlainTable("Producers", "Producer", PRODUCER_COLUMNS);
     this.chartGrid = h("div", { class: "charts" });
@@ -409,7 +425,12 @@ class LearnerView {
           : { format: format.decimal, tick: format.plain },
       dots: true,
     });
-    this.chartGrid.append(this.tasks.element, ...Object.values(this.charts).map(({ element }) => element));
+    this.trainability.element.hidden = true;
+    this.chartGrid.append(
+      this.tasks.element,
+      ...Object.values(this.charts).map(({ element }) => element),
+      this.trainability.element,
+    );
   }
 
   showNotice(learner) {
@@ -479,6 +500,10 @@ class LearnerView {
         })),
       );
     }
+    const known = samples.map(({ trainability }) => trainability).filter((test) => test && test.score !== null);
+    const tests = new Map(known.map(({ step, score }) => [step, score]));
+    this.trainability.element.hidden = tests.size === 0;
+    this.trainability.update([{ name: "score", points: [...tests].map(([x, y]) => ({ x, y })) }]);
   }
 }
 
