@@ -388,6 +388,6 @@ def test_an_engine_is_not_changed_amid_a_call(make_spec: MakeSpec, make_batch: M
     learner = Learner(spec)
     with pytest.raises(CbpError, match="switch_engine cannot be called from between_steps"):
         learner.train(make_batch(spec, 4), between_steps=lambda: learner.switch_engine("stacked"))
-    with pytest.raises(CbpError, match="engine: Expected one of torch, compiled, stacked, auto; got 'numpy'"):
+    with pytest.raises(CbpError, match="engine: Expected one of torch, compiled, stacked, module, auto; got 'numpy'"):
         learner.switch_engine("numpy")  # type: ignore[arg-type]
     assert learner.engine == "torch"

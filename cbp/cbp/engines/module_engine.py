@@ -8,7 +8,7 @@ Shapes: B examples in a step, C outputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -278,13 +278,18 @@ class ModuleEngine:
 def _repeatable(state: ModuleState, device: torch.device) -> Iterator[None]:
     """The same steps give the same numbers: convolutions on a GPU by deterministic algorithms, and a registered
     architecture's random layers from a seed of the step's own, of which nothing need be saved."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    on_gpu = device.type == "cuda"
+    with _deterministic_convolutions() if on_gpu else nullcontext():
         if state.spec.network.kind != "registered":
             yield
             return
-        devices = (device,) if device.type == "cuda" else ()
+        devices = (device,) if on_gpu else ()
         with own_random_numbers(seeds_of(state.spec.seed, state.steps[0])[1], devices):
             yield
+
+
+def _deterministic_convolutions() -> AbstractContextManager[None]:
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 @contextmanager
