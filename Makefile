@@ -62,7 +62,7 @@ bench: .venv/installed ## measure the claims of docs/benchmarks.md and print the
 bench-durability: .venv/installed ## what the journal and checkpoints cost, and how fast a journal is learnt again (eight minutes)
 	$(BIN)/python benchmarks/durability.py
 
-forgetting: .venv/installed ## the table of docs/forgetting.md (about three minutes on two cores)
+forgetting: .venv/installed ## the table of docs/forgetting.md (a minute and a half on two idle cores)
 	$(BIN)/python -m experiments forgetting --document docs/forgetting.md
 
 reproduce-quick: PROTOCOL := quick
