@@ -20,5 +20,7 @@ class EngineChoice:
         """Whether the engine process has compiled code at hand."""
 
     def of(self, spec: LearnerSpec) -> EngineName:
-        wanted = choose_engine(spec, torch.device(self.device)) if self._setting == "auto" else self._setting
+        """Raises `SpecError` if no engine runs it."""
+        best = choose_engine(spec, torch.device(self.device))
+        wanted = best if self._setting == "auto" else self._setting
         return "torch" if wanted == "compiled" and not self.compiled else wanted

@@ -2,9 +2,11 @@ import cbp
 
 EXPECTED = """
 AdamSpec AdamWSpec Batch BatchError CbpError ContinualBackprop DivergenceError EngineName FieldViolation HiddenUnits
-LayerPlasticity Learner LearnerProgress LearnerSnapshot LearnerSpec LossSpec MlpSpec MonitoringSpec PlasticitySample
-ResetSpec SgdSpec SnapshotError SpecError TaskRecord TrainResult choose_engine compile_ahead compiled_before
-train_together
+L2Init L2InitSpec LayerPlasticity Learner LearnerProgress LearnerSnapshot LearnerSpec LossSpec MethodSpec MlpSpec
+MonitoringSpec PlasticityMethod PlasticitySample ReDo ReDoSpec ResetSpec SelectiveWeightReinitialization
+SelectiveWeightReinitializationSpec SelfNormalizedResets SelfNormalizedResetsSpec SgdSpec ShrinkAndPerturb
+ShrinkAndPerturbSpec SnapshotError SpecError TaskRecord TrainResult UnitResettingMethod Upgd UpgdSpec choose_engine
+compile_ahead compiled_before make_methods train_together
 """
 
 

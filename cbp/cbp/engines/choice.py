@@ -8,7 +8,7 @@ import torch
 from cbp.engines.eager_engine import EagerEngine, EngineName, LearnerEngine, Work
 from cbp.engines.stacked_engine import StackedEngine
 from cbp.engines.torch_engine import StackState
-from cbp.errors import CbpError, shown
+from cbp.errors import CbpError, FieldViolation, SpecError, shown
 from cbp.replacement import DrawSource
 from cbp.spec import LearnerSpec
 
@@ -17,8 +17,11 @@ EngineChoice = EngineName | Literal["auto"]
 
 
 def choose_engine(spec: LearnerSpec, device: torch.device) -> EngineName:
-    """The fastest engine for the learner: "compiled" on the CPU, "stacked" on a GPU, else "torch"."""
-    del spec  # today every engine runs them all
+    """The fastest engine for the learner: "compiled" on the CPU, "stacked" on a GPU, else "torch".
+
+    Raises `SpecError` if no engine runs it.
+    """
+    _refuse_methods(spec)
     match device.type:
         case "cpu":
             return "compiled"
@@ -38,9 +41,19 @@ def check_engine(choice: EngineChoice, device: torch.device) -> None:
 
 
 def resolve_engine(choice: EngineChoice, spec: LearnerSpec, device: torch.device) -> EngineName:
-    """The engine that is meant. Raises `CbpError` if there is no such engine for the device."""
+    """The engine that is meant. Raises `CbpError` if there is no such engine for the device or the learner."""
     check_engine(choice, device)
-    return choose_engine(spec, device) if choice == "auto" else choice
+    best = choose_engine(spec, device)
+    return best if choice == "auto" else choice
+
+
+def _refuse_methods(spec: LearnerSpec) -> None:
+    if spec.methods:
+        text = (
+            "No engine of a learner runs methods beside its resets; leave it empty, or attach them to a module of your "
+            "own with cbp.make_methods"
+        )
+        raise SpecError([FieldViolation("methods", text)])
 
 
 def make_engine(
