@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cbp.discovery import TableRow
-from cbp.errors import SnapshotError
+from cbp.errors import SnapshotError, SpecError
 from cbp.module_units import ModuleUnits
 from cbp.named_units import HiddenUnits
 from cbp.replacement import DrawSource, ReplacementSchedule, ResetSettings, UnitState, select_units
@@ -80,8 +80,12 @@ class ContinualBackprop:
             "utility": utility,
             "bias_compensation": bias_compensation,
         }
-        self._resets = ResetSpec(**resets)  # type: ignore[arg-type]
-        self._rates = self._resets.rates(names)
+        try:
+            self._resets = ResetSpec(**resets)  # type: ignore[arg-type]
+            self._rates = self._resets.rates(names)
+        except SpecError:
+            self._module_units.remove()
+            raise
         self._step = 0
         self._settings = ResetSettings.of([self._resets], self._module_units.grouping.device)
         self._units = self._module_units.grouping.fresh_units()

@@ -60,12 +60,13 @@ class ModuleUnits:
         self._parameters: dict[str, nn.Parameter] = {}
         for group in self.found.groups:
             self._parameters |= group.parameters()
+        device = self._device()
         self.slots = OptimizerSlots(optimizer, self._parameters)
         self.replaced = [0] * len(self.names)
         """Per group, units replaced so far."""
         self._generator = torch.Generator().manual_seed(seed)
         self._given_draws = draws
-        self._settle_on(self._device())
+        self._settle_on(device)
         self.activations = ActivationTaps(self.found.taps, optimizer)
 
     @property

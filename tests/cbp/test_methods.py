@@ -332,3 +332,24 @@ def test_an_optimizer_of_other_parameters_is_refused(method: str) -> None:
     resets, specs = METHODS[method]
     with pytest.raises(SpecError):
         make_methods(specs, mlp(), SGD(mlp().parameters(), lr=0.1), resets=resets)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_type", "resets", "specs"),
+    [
+        (torch.optim.Rprop, None, (L2_INIT, REDO)),
+        (torch.optim.Rprop, CBP, (L2_INIT,)),
+        (Adam, ResetSpec(layers=("hidden_7",)), (L2_INIT,)),
+        (Adam, None, (UPGD,)),
+    ],
+)
+def test_what_is_refused_leaves_no_hooks(
+    optimizer_type: Callable[[Any], Optimizer], resets: ResetSpec | None, specs: tuple[MethodSpec, ...]
+) -> None:
+    module = mlp()
+    optimizer = optimizer_type(module.parameters())
+    with pytest.raises(SpecError):
+        make_methods(specs, module, optimizer, resets=resets)
+    assert not any(layer._forward_hooks for layer in module.modules())
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks

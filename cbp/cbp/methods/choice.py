@@ -50,12 +50,17 @@ def make_methods(
     if clash is not None:
         raise SpecError([clash])
     made: list[PlasticityMethod] = []
-    if resets is not None and resets.resets_units:
-        settings = {name: getattr(resets, name) for name in type(resets).model_fields}
-        made.append(ContinualBackprop(module, optimizer, initializer=initializer, seed=seed, **settings))
-    for place, spec in enumerate(specs, start=1):
-        settings = {name: getattr(spec, name) for name in type(spec).model_fields if name != "kind"}
-        made.append(_made(spec, module, optimizer, settings, initializer, seed + place))
+    try:
+        if resets is not None and resets.resets_units:
+            settings = {name: getattr(resets, name) for name in type(resets).model_fields}
+            made.append(ContinualBackprop(module, optimizer, initializer=initializer, seed=seed, **settings))
+        for place, spec in enumerate(specs, start=1):
+            settings = {name: getattr(spec, name) for name in type(spec).model_fields if name != "kind"}
+            made.append(_made(spec, module, optimizer, settings, initializer, seed + place))
+    except SpecError:
+        for method in made:
+            method.remove()
+        raise
     return made
 
 

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from cbp.module_units import ModuleUnits
+from cbp.methods.unit_resets import UnitResets
 from cbp.named_units import HiddenUnits
 from cbp.serialization import refusing_misfits, take_tensor
 from cbp.spec import Initializer, ReDoSpec
-from cbp.unit_groups import Grouping, mean_over_units
+from cbp.unit_groups import mean_over_units
 
 _SMALLEST_MEAN = 1e-12
 
 
-class ReDo:
+class ReDo(UnitResets):
     """Every `interval` steps, resets all units whose score is at most τ.
 
     The score (equation 1) is mean abs(h_i) / mean_k mean abs(h_k), over the units k of a group. The means are taken
@@ -44,18 +44,9 @@ class ReDo:
         setting is not supported.
         """
         self._spec = ReDoSpec(interval=interval, dormant_threshold=dormant_threshold)
-        self._units = ModuleUnits(module, optimizer, initializer=initializer, units=units, seed=seed)
+        super().__init__(module, optimizer, initializer, units, seed)
         self._step = 0
         self._activity = torch.zeros(self._grouping.layout.total, device=self._grouping.device)
-
-    @property
-    def replacements(self) -> dict[str, int]:
-        """Units replaced so far, per group of units."""
-        return self._units.replacements
-
-    def explain(self) -> str:
-        """A table of all groups of units, and of what is left alone."""
-        return self._units.explain(lambda _index, row: row.verdict)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -89,11 +80,3 @@ class ReDo:
             history = self._units.read_state(state)
         self._step, self._activity = step, activity.to(self._grouping.device, copy=True)
         self._units.resume(history)
-
-    def remove(self) -> None:
-        """Takes the hooks off the module and the optimizer; the object is of no more use."""
-        self._units.remove()
-
-    @property
-    def _grouping(self) -> Grouping:
-        return self._units.grouping

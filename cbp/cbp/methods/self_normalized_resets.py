@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cbp.module_units import ModuleUnits
+from cbp.methods.unit_resets import UnitResets
 from cbp.named_units import HiddenUnits
 from cbp.serialization import refusing_misfits, take_tensor
 from cbp.spec import Initializer, SelfNormalizedResetsSpec
-from cbp.unit_groups import Grouping, mean_over_units
+from cbp.unit_groups import mean_over_units
 
 _BINS_PER_OCTAVE = 8
 
 
-class SelfNormalizedResets:
+class SelfNormalizedResets(UnitResets):
     """Resets a unit once it has been silent for longer than it used to be.
 
     A unit fires at a step if h > 0 for any example and position. With A the time between two firings, in steps, and a
@@ -51,20 +51,11 @@ class SelfNormalizedResets:
         setting is not supported.
         """
         self._spec = SelfNormalizedResetsSpec(rejection_level=rejection_level, longest_silence=longest_silence)
-        self._units = ModuleUnits(module, optimizer, initializer=initializer, units=units, seed=seed)
+        super().__init__(module, optimizer, initializer, units, seed)
         device, total = self._grouping.device, self._grouping.layout.total
         self._bins = first_times(longest_silence).to(device)
         self._silence = torch.zeros(total, dtype=torch.int64, device=device)
         self._times = torch.zeros(total, len(self._bins), dtype=torch.int64, device=device)
-
-    @property
-    def replacements(self) -> dict[str, int]:
-        """Units replaced so far, per group of units."""
-        return self._units.replacements
-
-    def explain(self) -> str:
-        """A table of all groups of units, and of what is left alone."""
-        return self._units.explain(lambda _index, row: row.verdict)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -113,14 +104,6 @@ class SelfNormalizedResets:
         device = self._grouping.device
         self._silence, self._times = silence.to(device, copy=True), times.to(device, copy=True)
         self._units.resume(history)
-
-    def remove(self) -> None:
-        """Takes the hooks off the module and the optimizer; the object is of no more use."""
-        self._units.remove()
-
-    @property
-    def _grouping(self) -> Grouping:
-        return self._units.grouping
 
 
 def first_times(longest: int) -> Tensor:
