@@ -39,8 +39,30 @@ NETWORKS: dict[str, dict[str, Any]] = {
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"kind": "sgd", "lr": 0.05},
     "momentum": {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3},
+    "rmsprop": {"kind": "rmsprop", "lr": 0.002, "momentum": 0.5},
+    "nesterov, clipped": {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True, "clip_norm": 0.5},
     "adam": {"kind": "adam", "lr": 0.01},
     "adamw": {"kind": "adamw", "lr": 0.01},
+}
+_INSTEAD_OF_RESETS: dict[str, Any] = {"resets": {"layers": "none"}, "optimizer": OPTIMIZERS["adam"]}
+#: What a specification says of them; they act every few steps.
+METHODS: dict[str, dict[str, Any]] = {
+    "L2 Init and perturbation beside resets": {
+        "methods": [
+            {"kind": "l2_init", "strength": 0.01},
+            {"kind": "shrink_and_perturb", "shrink": 0.99, "perturb": 0.01, "interval": 3},
+        ]
+    },
+    "ReDo": {"methods": [{"kind": "redo", "interval": 4, "dormant_threshold": 0.6}], **_INSTEAD_OF_RESETS},
+    "self-normalised resets": {
+        "methods": [{"kind": "self_normalized_resets", "longest_silence": 4}],
+        **_INSTEAD_OF_RESETS,
+    },
+    "UPGD": {"methods": [{"kind": "upgd"}], "resets": {"layers": "none"}, "optimizer": OPTIMIZERS["sgd"]},
+    "SWR": {
+        "methods": [{"kind": "selective_weight_reinitialization", "replacement_rate": 0.05, "interval": 4}],
+        **_INSTEAD_OF_RESETS,
+    },
 }
 
 

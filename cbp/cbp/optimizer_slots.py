@@ -1,7 +1,7 @@
 """What the optimizers of `torch.optim` remember of single weights, and how a fresh weight starts afresh in them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.utils.hooks import RemovableHandle
 
-from cbp.errors import FieldViolation, SpecError
+from cbp.errors import FieldViolation, SnapshotError, SpecError
 from cbp.networks import to_device
 from cbp.optimizers import adam_direction
+from cbp.serialization import take_tensor
 
 _SLOTS: Mapping[type[Optimizer], tuple[str, ...]] = MappingProxyType(
     {
@@ -33,15 +34,16 @@ class OptimizerSlots:
     scaler, is not supported.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-        """Raises `SpecError` if the optimizer is none of SGD, Adam, AdamW and RMSprop."""
+    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+        """The parameters by name. Raises `SpecError` if the optimizer is none of SGD, Adam, AdamW and RMSprop."""
         kinds = [kind for kind in _SLOTS if isinstance(optimizer, kind)]
         if not kinds:
             text = f"{type(optimizer).__name__} is not supported; use SGD, Adam, AdamW or RMSprop"
             raise SpecError([FieldViolation("optimizer", text)])
         self._optimizer = optimizer
         self._names = _SLOTS[kinds[0]]
-        self._parameters = frozenset(parameters)
+        self._parameters = dict(parameters)
+        self._known = frozenset(self._parameters.values())
         self._has_fresh_weights = False
         self.adam_steps: dict[Tensor, Tensor] = {}
         """Per parameter, float32 of its shape: updates of each weight since it was last drawn. Empty but for Adam."""
@@ -68,6 +70,26 @@ class OptimizerSlots:
         if parameter in self.adam_steps:
             zero(self.adam_steps[parameter])
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What this object keeps itself: copies of Adam's step counts, by parameter."""
+        return {
+            name: self.adam_steps[parameter].clone()
+            for name, parameter in self._parameters.items()
+            if parameter in self.adam_steps
+        }
+
+    def read_state(self, saved: Mapping[str, Any]) -> dict[Tensor, Tensor]:
+        """The counts that `state_dict` returned, for `resume`. Raises `SnapshotError` if they do not fit."""
+        strangers = sorted(set(saved) - set(self._parameters))
+        if strangers:
+            raise SnapshotError(f"The state is of another network: this one resets no parameter {strangers[0]!r}")
+        steps: dict[Tensor, Tensor] = {}
+        for name in saved:
+            parameter = self._parameters[name]
+            taken = take_tensor(saved, name, parameter.shape, parameter.dtype)
+            steps[parameter] = taken.to(parameter.device, copy=True)
+        return steps
+
     def resume(self, adam_steps: dict[Tensor, Tensor]) -> None:
         """Goes on from counts that were saved."""
         self.adam_steps = adam_steps
@@ -82,7 +104,7 @@ class OptimizerSlots:
         """
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter in self._parameters and parameter.grad is not None:
+                if parameter in self._known and parameter.grad is not None:
                     self._correct(parameter, optimizer.state[parameter], group)
 
     def _correct(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,12 @@ def take_tensor(tensors: Mapping[str, Tensor], name: str, shape: Iterable[int | 
             f"The snapshot's tensor {name!r} should be {dtype} {wanted}, but is {tensor.dtype} {list(tensor.shape)}"
         )
     return tensor
+
+
+@contextmanager
+def refusing_misfits() -> Iterator[None]:
+    """Turns what reading a state of the wrong form raises into `SnapshotError`."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SnapshotError(f"The state cannot be loaded: {type(error).__name__}: {error}") from error

@@ -224,6 +224,11 @@ class ResetSpec(Record):
         rates = self.layer_replacement_rates
         return tuple(rates.get(name, self.replacement_rate) if name in selected else 0.0 for name in hidden_layers)
 
+    @property
+    def resets_units(self) -> bool:
+        """Whether any unit is ever reset."""
+        return self.layers != "none" and any((self.replacement_rate, *self.layer_replacement_rates.values()))
+
     def misnamed_layer(self, hidden_layers: Sequence[str]) -> FieldViolation | None:
         """The first layer named here that the network does not have, or that has a rate but is not reset."""
         known, selected = frozenset(hidden_layers), frozenset(self._selected(hidden_layers))
@@ -254,6 +259,122 @@ def _enumerated(names: Sequence[str]) -> str:
     if not names:
         return "none; use 'all' or 'none'"
     return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:3])}, …, {names[-1]}"
+
+
+class L2InitSpec(Record):
+    """L2 Init, also called regenerative regularisation: pulls every parameter towards its first value."""
+
+    kind: Literal["l2_init"] = "l2_init"
+    strength: Positive
+    """Coefficient, above 0, of (parameter − first value) in the gradient: as weight_decay, which pulls towards 0. Twice
+    the λ of Kumar et al., who add λ‖θ − θ₀‖² to the loss. No default: it depends on the data."""
+
+
+class ShrinkAndPerturbSpec(Record):
+    """Shrink and perturb: θ ← shrink · θ + perturb · ε, with ε a fresh draw of first values."""
+
+    kind: Literal["shrink_and_perturb"] = "shrink_and_perturb"
+    shrink: Rate
+    """λ, from 0 to 1: what is left of every parameter. No default: it depends on the data and on the interval."""
+    perturb: Rate
+    """σ, from 0 to 1: share of a fresh draw that is added."""
+    interval: Annotated[Whole, Field(ge=1)] = 1
+    """Steps between two times; 1 by default, as Dohare et al. run it. Ash and Adams do it once for each new task."""
+
+
+class ReDoSpec(Record):
+    """ReDo: every so many steps, resets all units that are dormant."""
+
+    kind: Literal["redo"] = "redo"
+    interval: Annotated[Whole, Field(ge=1)] = 1000
+    """Steps between two looks, over which activity is averaged; the paper's value."""
+    dormant_threshold: Annotated[Real, Field(ge=0)] = 0.025
+    """τ: a unit is dormant if its share of its group's mean activity is at most this; the paper's value."""
+
+
+class SelfNormalizedResetsSpec(Record):
+    """Self-normalised resets: resets a unit that is silent for longer than it used to be."""
+
+    kind: Literal["self_normalized_resets"] = "self_normalized_resets"
+    rejection_level: Annotated[Positive, Field(lt=1)] = 1e-4
+    """η, between 0 and 1: a unit is reset once silences as long as its present one were at most this share of its own
+    so far. About that share of a healthy unit's silences ends in a reset, too, so batches of one example need less than
+    the 0.01 to 0.1 for large batches."""
+    longest_silence: Annotated[Whole, Field(ge=2)] = 10_000
+    """Steps of silence after which any unit is reset, however little is known of it."""
+
+
+class UpgdSpec(Record):
+    """Utility-based perturbed gradient descent, first order, global: w ← w − lr · (g + ξ)(1 − scaled utility)."""
+
+    kind: Literal["upgd"] = "upgd"
+    noise: Annotated[Real, Field(ge=0)] = 1e-3
+    """σ, the standard deviation of ξ, in units of the gradient; the default of the published code."""
+    decay_rate: Decay = 0.999
+    """Decay per step of the running utility; the default of the published code."""
+
+
+class SelectiveWeightReinitializationSpec(Record):
+    """SWR: every so many steps, redraws the single weights of least utility."""
+
+    kind: Literal["selective_weight_reinitialization"] = "selective_weight_reinitialization"
+    replacement_rate: Rate
+    """Share of each layer's weights that is redrawn each time, 0 to 1; what is less than a weight is carried over. No
+    default: it depends on the interval."""
+    interval: Annotated[Whole, Field(ge=1)] = 100
+    """Steps between two times."""
+    decay_rate: Decay = 0.99
+    """Decay per step of the running utility abs(g · w); it starts over each time, as in the published code. 0 looks at
+    the last batch only, where with one example most weights into ReLUs have utility 0."""
+
+
+MethodSpec = Annotated[
+    L2InitSpec
+    | ShrinkAndPerturbSpec
+    | ReDoSpec
+    | SelfNormalizedResetsSpec
+    | UpgdSpec
+    | SelectiveWeightReinitializationSpec,
+    Field(discriminator="kind"),
+]
+_RESETS_UNITS = ("redo", "self_normalized_resets")
+_INSTEAD_OF_RESETS = (*_RESETS_UNITS, "upgd", "selective_weight_reinitialization")
+
+
+def goes_with_resets(methods: Sequence[MethodSpec]) -> bool:
+    """Whether none of the methods takes the place of Continual Backprop's resets."""
+    return {method.kind for method in methods}.isdisjoint(_INSTEAD_OF_RESETS)
+
+
+def method_contradiction(
+    methods: Sequence[MethodSpec], resets: ResetSpec | None, optimizer: OptimizerSpec | None = None
+) -> FieldViolation | None:
+    """The first of the methods that does not go with the others, with the resets or with the optimizer."""
+    kinds = [method.kind for method in methods]
+    resetting = [kind for kind in kinds if kind in _RESETS_UNITS]
+    is_resetting = resets is not None and resets.resets_units
+    for place, kind in enumerate(kinds):
+        field = f"methods[{place}].kind"
+        if kind in kinds[:place]:
+            return FieldViolation(field, f"{kind} is there already; name each method once")
+        if kind == "upgd" and (len(kinds) > 1 or is_resetting):
+            text = "upgd is a whole update rule; it goes with no other method, and needs resets.layers 'none'"
+            return FieldViolation(field, text)
+        if kind in _RESETS_UNITS and is_resetting:
+            text = f"{kind} decides itself which units are reset; set resets.layers to 'none', or remove it"
+            return FieldViolation(field, text)
+        if kind in resetting[1:]:
+            return FieldViolation(field, f"{resetting[0]} resets units already; keep one of them")
+        if kind == "selective_weight_reinitialization" and (resetting or is_resetting):
+            text = (
+                f"{kind} would redraw the zero weights behind a newborn unit, since they are of least utility; reset "
+                "units or weights, not both"
+            )
+            return FieldViolation(field, text)
+        if kind == "upgd" and optimizer is not None and (optimizer.kind != "sgd" or optimizer.momentum):
+            text = "upgd is an update rule for plain gradients; use optimizer.kind 'sgd' without momentum"
+            return FieldViolation(field, text)
+    return None
 
 
 class MonitoringSpec(Record):
@@ -291,6 +412,8 @@ class LearnerSpec(Record):
     """Seed of the first weights and of every redraw."""
     resets: ResetSpec = ResetSpec()
     """Which units are reset, and when."""
+    methods: tuple[MethodSpec, ...] = ()
+    """Other methods against loss of plasticity, to be used beside the resets or in their place. None by default."""
     monitoring: MonitoringSpec = MonitoringSpec()
     """How the learner watches itself."""
 
@@ -306,15 +429,21 @@ class LearnerSpec(Record):
                 "network.normalization",
                 "batch normalisation needs steps of several examples; set batch_size to 2 or more, or use 'group'",
             )
-        if self.monitoring.trainability_interval and not self.network.is_plain:
+        if self.monitoring.trainability_interval and (self.methods or not self.network.is_plain):
             raise contradiction(
                 "monitoring.trainability_interval",
-                "Only copies of plain multilayer perceptrons are tested beside their learners; set it to 0, and call "
-                "cbp.measure_trainability on a snapshot",
+                "Only copies of plain multilayer perceptrons without methods are tested beside their learners; set it "
+                "to 0, and call cbp.measure_trainability on a snapshot",
             )
         misnamed = self.resets.misnamed_layer(self.layer_names[:-1])
         if misnamed is not None:
             raise contradiction(f"resets.{misnamed.field}", misnamed.description)
+        for place, method in enumerate(self.methods):
+            if method.kind in _RESETS_UNITS and not self.network.hidden_units:
+                raise contradiction(f"methods[{place}].kind", f"The network has no units for {method.kind}; remove it")
+        clash = method_contradiction(self.methods, self.resets, self.optimizer)
+        if clash is not None:
+            raise contradiction(clash.field, clash.description)
         return self
 
     @property
@@ -354,7 +483,7 @@ class LearnerSpec(Record):
 
     def check_update(self, new: "LearnerSpec") -> None:
         """Raises `SpecError` if a learner of this specification cannot be turned into one of the new one."""
-        fixed = ("network", "loss", "batch_size", "seed")
+        fixed = ("network", "loss", "batch_size", "seed", "methods")
         violations = [
             FieldViolation(name, "Cannot change on a live learner; create another learner for it")
             for name in fixed

@@ -1,6 +1,7 @@
 """What the records of a specification are made of: numbers that are checked, and errors that name the field."""
 
 import math
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -59,14 +60,14 @@ def _violations(error: ValidationError) -> list[FieldViolation]:
 
 
 def _dotted_path(details: ErrorDetails) -> str:
-    path = ""
-    for depth, part in enumerate(details["loc"]):
+    path, below_union = "", False
+    for part in details["loc"]:
         if isinstance(part, int):
             path += f"[{part}]"
         elif part == "[key]":
             continue
-        elif depth == 1 and part in _UNION_TAGS.get(path, ()):
-            continue  # pydantic puts the tag of a union into the path; the user never wrote it there
+        elif not below_union and part in _UNION_TAGS.get(re.sub(r"\[\d+\]", "", path), ()):
+            below_union = True  # pydantic puts the tag of a union into the path; the user never wrote it there
         else:
             path += f".{part}" if path else part
     if details["type"] in _TAG_ERRORS:
@@ -87,7 +88,16 @@ def _description(details: ErrorDetails) -> str:
 
 _FIELD_VIOLATION = "field_violation"
 _TAG_ERRORS = frozenset({"union_tag_invalid", "union_tag_not_found"})
+#: By the union's field, without places in lists.
 _UNION_TAGS = {
+    "methods": (
+        "l2_init",
+        "shrink_and_perturb",
+        "redo",
+        "self_normalized_resets",
+        "upgd",
+        "selective_weight_reinitialization",
+    ),
     "network": ("mlp", "linear", "convnet", "resnet", "transformer", "registered"),
     "optimizer": ("sgd", "rmsprop", "adam", "adamw"),
 }

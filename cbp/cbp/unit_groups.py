@@ -267,14 +267,32 @@ def evaluate_groups(
     Where a unit is seen in several values, its utility is the sum over its readers of activity times weights; the
     activity in `feature_by_input`, which no weight follows, is the mean over the values.
     """
-    looks = [
-        [[_look(activations, part) for activations in taps[part.tap]] for part in group.readings]
-        for group in grouping.groups
-    ]
+    looks = _looks(grouping, taps)
     units.age.add_(1)
     means = torch.cat([_mean(passes, lambda look: look.values) for of_group in looks for passes in of_group])
     units.mean_activation.lerp_(means.unsqueeze(0), settings.one_minus_decay)
     units.utility.lerp_(_instantaneous_utility(units, settings, grouping, looks, draws), settings.one_minus_decay)
+
+
+def mean_over_units(grouping: Grouping, taps: Sequence[Sequence[Tensor]], of: Callable[[Tensor], Tensor]) -> Tensor:
+    """[U of all groups] mean of a function of activations over the examples and positions of a step.
+
+    taps: as for `evaluate_groups`. Where a unit is seen in several values, the mean over them.
+    """
+    return torch.cat(
+        [
+            _sum([_mean(passes, lambda look: of(look.values)) for passes in of_group]) / len(of_group)
+            for of_group in _looks(grouping, taps)
+        ]
+    )
+
+
+def _looks(grouping: Grouping, taps: Sequence[Sequence[Tensor]]) -> list[list[list[_Look]]]:
+    """Per group, reading and pass."""
+    return [
+        [[_look(activations, part) for activations in taps[part.tap]] for part in group.readings]
+        for group in grouping.groups
+    ]
 
 
 def _mean(passes: Sequence[_Look], of: Callable[[_Look], Tensor]) -> Tensor:
@@ -392,31 +410,48 @@ def replace_in_groups(
 ) -> None:
     """Puts a newborn in the place of every selected unit, in place; `selected` has one entry per group.
 
-    A newborn has redrawn incoming weights in every producer, bias 0, the affine parameters and statistics of a fresh
-    normalisation layer, outgoing weights 0 in every reader, and no past: utility, mean activations, age and the
-    optimizer's state of exactly these elements are zero. With a strength below 1 the newborn is the goal, and weights,
-    biases and what a normalisation keeps go so far towards it; the past is forgotten all the same.
-
-    Means are handed on first, so that a newborn's bias is 0 whatever goes on below it; outgoing weights are zeroed
-    last, so that no newborn reads another. `published_order` is that of `cbp.replacement.replace_units`.
+    A newborn has no past: its utility, mean activations and age are 0, also of one that goes only part of the way. For
+    the rest see `renew_units`.
     """
-    means = mean_activations(units, settings, grouping)
-    chosen = [(index, chosen.units) for index, chosen in enumerate(selected) if chosen is not None]
+    means = mean_activations(units, settings, grouping) * settings.bias_compensation[0]
+    chosen = [(index, of_group.units) for index, of_group in enumerate(selected) if of_group is not None]
+    renew_units(chosen, means, grouping, slots, draws, settings, published_order=published_order)
     for index, at in chosen:
-        group = grouping.groups[index]
-        for reader in group.outgoing:
-            if reader.heir is not None:
-                mean = means[grouping.reading_slices[index][reader.reading]][at]
-                _hand_on(reader, at, mean * settings.bias_compensation[0])
-    for index, at in chosen:
-        group = grouping.groups[index]
-        drawn = to_device(draws.incoming_weights(0, index, len(at)), grouping.device)
-        _renew(group, at, drawn, settings, slots)
         columns = grouping.layout.slices[index]
         units.utility[0, columns][at] = 0.0
         units.age[0, columns][at] = 0
         for of_reading in grouping.reading_slices[index]:
             units.mean_activation[0, of_reading][at] = 0.0
+
+
+def renew_units(
+    chosen: Sequence[tuple[int, Tensor]],
+    handed_on: Tensor | None,
+    grouping: Grouping,
+    slots: OptimizerSlots,
+    draws: DrawSource,
+    settings: ResetSettings | None = None,
+    *,
+    published_order: bool = False,
+) -> None:
+    """Puts a newborn in the place of each unit chosen, given as groups' numbers with units [R] of them, in place.
+
+    A newborn has redrawn incoming weights in every producer, bias 0, the affine parameters and statistics of a fresh
+    normalisation layer, and outgoing weights 0 in every reader; the optimizer's state of exactly these elements is 0.
+    With settings of a strength below 1 the newborn is the goal, and weights, biases and what a normalisation keeps go
+    so far towards it; the optimizer forgets all the same.
+
+    handed_on: [M] the mean activation of every reading, of which what goes is handed on; None if nothing is. Means are
+    handed on first, so that a newborn's bias is 0 whatever goes on below it; outgoing weights are zeroed last, so that
+    no newborn reads another. `published_order` is that of `cbp.replacement.replace_units`.
+    """
+    for index, at in chosen:
+        for reader in grouping.groups[index].outgoing:
+            if handed_on is not None and reader.heir is not None:
+                _hand_on(reader, at, handed_on[grouping.reading_slices[index][reader.reading]][at])
+    for index, at in chosen:
+        group = grouping.groups[index]
+        _renew(group, at, to_device(draws.incoming_weights(0, index, len(at)), grouping.device), settings, slots)
         if published_order:
             _silence(group, at, settings, slots)
     if not published_order:
@@ -440,7 +475,7 @@ def _hand_on(reader: Outgoing, at: Tensor, mean: Tensor) -> None:
     getattr(layer, attribute).detach().add_(handed_on, alpha=sign)
 
 
-def _renew(group: UnitGroup, at: Tensor, drawn: Tensor, settings: ResetSettings, slots: OptimizerSlots) -> None:
+def _renew(group: UnitGroup, at: Tensor, drawn: Tensor, settings: ResetSettings | None, slots: OptimizerSlots) -> None:
     """Incoming weights, biases and what is attached; drawn [R, fan_in]."""
     parts = torch.split(drawn, [part.count for part in group.incoming], dim=1)
     for part, values in zip(group.incoming, parts, strict=True):
@@ -460,9 +495,9 @@ def _renew(group: UnitGroup, at: Tensor, drawn: Tensor, settings: ResetSettings,
             slots.forget(tensor, _zero_at(channels))
 
 
-def _approach(tensor: Tensor, rows: Tensor, newborn: Tensor | float, settings: ResetSettings) -> None:
+def _approach(tensor: Tensor, rows: Tensor, newborn: Tensor | float, settings: ResetSettings | None) -> None:
     """The rows go towards those of a newborn, as far as the strength says."""
-    if settings.partial:
+    if settings is not None and settings.partial:
         now = tensor[rows]
         goal = newborn.to(now.dtype) if isinstance(newborn, Tensor) else torch.full_like(now, newborn)
         newborn = torch.lerp(now, goal, settings.strength[0, 0].to(now.dtype))
@@ -476,7 +511,7 @@ def _zero_at(rows: Tensor) -> _Write:
     return zero
 
 
-def _silence(group: UnitGroup, at: Tensor, settings: ResetSettings, slots: OptimizerSlots) -> None:
+def _silence(group: UnitGroup, at: Tensor, settings: ResetSettings | None, slots: OptimizerSlots) -> None:
     """Zeroes the outgoing weights in every reader, or scales them down."""
     for reader in group.outgoing:
         weight = getattr(reader.layer, reader.weight)
@@ -485,7 +520,7 @@ def _silence(group: UnitGroup, at: Tensor, settings: ResetSettings, slots: Optim
         slots.forget(weight, _zero_inputs(reader, inputs // width, inputs % width))
         read = _by_group(reader, weight.detach())
         at_inputs = (inputs // width, slice(None), inputs % width)
-        read[at_inputs] = read[at_inputs] * settings.kept[0, 0] if settings.partial else 0.0
+        read[at_inputs] = read[at_inputs] * settings.kept[0, 0] if settings is not None and settings.partial else 0.0
 
 
 def _zero_inputs(reader: Outgoing, group: Tensor, column: Tensor) -> _Write:

@@ -96,6 +96,9 @@ def _set(message: Message, field: FieldDescriptor, value: Any, path: str) -> Non
     try:
         if _is_map(field):
             getattr(message, field.name).update({str(key): item for key, item in dict(value).items()})
+        elif field.is_repeated and field.message_type is not None:
+            for place, item in enumerate([value] if isinstance(value, str | Mapping) else value):
+                _fill(getattr(message, field.name).add(), item, f"{path}[{place}]")
         elif field.is_repeated:
             items = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
             if field.message_type is not None:

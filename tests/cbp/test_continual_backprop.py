@@ -182,11 +182,11 @@ def test_passes_that_are_not_learned_from_take_no_memory() -> None:
     example = next(inputs())
     for _ in range(50):
         module(example)
-    assert [len(passes) for passes in resets._gathered] == [0, 0]
+    assert resets._module_units.activations.passes == [0, 0]
     for _ in range(50):
         module(example).sum().backward()
         optimizer.step()
-    assert [len(passes) for passes in resets._gathered] == [1, 1]
+    assert resets._module_units.activations.passes == [1, 1]
 
 
 def test_a_step_looks_at_what_the_last_optimizer_step_learned_from() -> None:
@@ -212,7 +212,7 @@ def test_a_graph_walked_twice_counts_once() -> None:
     loss = module(next(inputs())).sum()
     loss.backward(retain_graph=True)
     loss.backward()
-    assert [len(passes) for passes in resets._gathered] == [1, 1]
+    assert resets._module_units.activations.passes == [1, 1]
 
 
 def test_passes_before_a_step_count_as_one_batch() -> None:

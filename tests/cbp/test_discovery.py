@@ -18,12 +18,12 @@ def watched(module: nn.Module, **settings: Any) -> ContinualBackprop:
 
 def groups(module: nn.Module, **settings: Any) -> list[tuple[str, int, str]]:
     """(computed by, units, read by) of every group that is reset."""
-    rows = watched(module, **settings)._found.rows
+    rows = watched(module, **settings)._module_units.found.rows
     return [(" ".join(row.layers), row.units, " ".join(row.readers)) for row in rows]
 
 
 def left_alone(module: nn.Module, **settings: Any) -> dict[str, str]:
-    return {" ".join(row.layers): row.verdict for row in watched(module, **settings)._found.left_alone}
+    return {" ".join(row.layers): row.verdict for row in watched(module, **settings)._module_units.found.left_alone}
 
 
 EXPECTED: dict[str, list[tuple[str, int, str]]] = {
@@ -153,7 +153,7 @@ def test_a_layer_normalisation_between_is_said() -> None:
 def test_inner_layers_of_a_recurrent_layer_are_left_alone() -> None:
     module = Sequences()
     module.cell = nn.LSTM(7, 6, num_layers=2, batch_first=True)
-    found = watched(module)._found
+    found = watched(module)._module_units.found
     assert [row.units for row in found.rows] == [7, 6]
     assert "seen only inside a LSTM of several layers" in found.left_alone[0].verdict
     module.cell = nn.LSTM(7, 9, proj_size=6, batch_first=True)
@@ -188,7 +188,7 @@ def test_a_reader_that_two_normalisations_follow_has_no_single_heir() -> None:
             h = self.first(x)
             return self.left(self.second(torch.relu(h))) * self.right(self.second(torch.tanh(h)))
 
-    assert watched(TwoNorms())._found.rows[0].means == ("second has nothing that takes over a mean",)
+    assert watched(TwoNorms())._module_units.found.rows[0].means == ("second has nothing that takes over a mean",)
 
 
 class Code(nn.Module):
@@ -327,7 +327,7 @@ def test_named_and_found_units_are_the_same() -> None:
         HiddenUnits(producers="features.0", norms="features.1", activation="relu", consumers="features.4"),
         HiddenUnits(producers="features.4", norms=["features.5"], activation="relu", consumers=["classifier.0"]),
     ]
-    by_hand, found = watched(make(), units=named)._found, watched(make())._found
+    by_hand, found = watched(make(), units=named)._module_units.found, watched(make())._module_units.found
     for one, other in zip(by_hand.groups, found.groups, strict=False):
         for kind in ("incoming", "attached", "outgoing"):
             [first], [second] = getattr(one, kind), getattr(other, kind)

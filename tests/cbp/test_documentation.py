@@ -4,11 +4,21 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
-from cbp import AdamSpec, AdamWSpec, LayerPlasticity, Learner, LearnerSpec, ResetSpec, RmspropSpec, SgdSpec
+from cbp import (
+    AdamSpec,
+    AdamWSpec,
+    LayerPlasticity,
+    Learner,
+    LearnerSpec,
+    MethodSpec,
+    ResetSpec,
+    RmspropSpec,
+    SgdSpec,
+)
 from cbp.network_spec import AnyNetwork, RegisteredSpec
 from cbp.spec import Initializer, Utility
 
@@ -16,6 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 ALGORITHM = (REPOSITORY / "docs" / "algorithm.md").read_text(encoding="utf-8")
 EXPORT = (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
 FORGETTING = (REPOSITORY / "docs" / "forgetting.md").read_text(encoding="utf-8")
+METHODS = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8")
 NETWORKS = (REPOSITORY / "docs" / "networks.md").read_text(encoding="utf-8")
 MODULES = (REPOSITORY / "docs" / "modules.md").read_text(encoding="utf-8")
 README = (REPOSITORY / "cbp" / "README.md").read_text(encoding="utf-8")
@@ -25,6 +36,7 @@ EXAMPLES = [
         ("algorithm", ALGORITHM),
         ("export", EXPORT),
         ("forgetting", FORGETTING),
+        ("methods", METHODS),
         ("modules", MODULES),
         ("networks", NETWORKS),
         ("readme", README),
@@ -43,7 +55,7 @@ def test_examples_run(
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 12
+    assert len(EXAMPLES) == 14
 
 
 @pytest.mark.parametrize("name", [*get_args(Utility), *get_args(Initializer)])
@@ -71,6 +83,17 @@ def test_limits_on_forgetting_are_documented() -> None:
     for name in ("layers", "replacement_rate", "strength", "max_replacements", "replacement_window"):
         assert name in ResetSpec.model_fields
         assert f"`{name}`" in FORGETTING
+
+
+@pytest.mark.parametrize("method", get_args(get_args(MethodSpec)[0]), ids=lambda spec: spec.__name__)
+def test_settings_of_methods_say_what_they_mean(method: Any) -> None:
+    rules = METHODS.partition("## What there is")[2].partition("Where we depart")[0]
+    name = method.__name__.removesuffix("Spec")
+    [row] = [line for line in rules.splitlines() if line.startswith(f"| `{name}` |")]
+    for field, info in method.model_fields.items():
+        if field != "kind":
+            assert info.description
+            assert f"`{field}`" in row
 
 
 def test_the_table_of_a_module_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

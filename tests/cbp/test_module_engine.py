@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from network_kinds import NETWORKS, OPTIMIZERS, batch_for, examples, plain_spec
+from network_kinds import METHODS, NETWORKS, OPTIMIZERS, batch_for, examples, plain_spec
 
 from cbp import (
     BatchError,
@@ -16,6 +16,7 @@ from cbp import (
     SpecError,
     train_together,
 )
+from cbp.spec import goes_with_resets
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -50,6 +51,44 @@ def test_resumed_is_uninterrupted(name: str, optimizer: str, device: str) -> Non
     replaced = learner.progress.replacements
     assert all(count > 0 for count in replaced.values())
     assert bool(replaced) == (spec.network.kind != "linear")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("network", ["plain mlp", "convnet", "transformer of sequences"])
+def test_methods_are_resumed_and_outlast_an_update(network: str, method: str, device: str) -> None:
+    changes = METHODS[method]
+    if network == "plain mlp":
+        network = "mlp with layer normalization"
+        changes = {**changes, "network": {**NETWORKS[network], "normalization": "none", "out_features": 3}}
+    learner = make(network, device, **changes)
+    assert learner.engine == "module"
+    spec = learner.spec
+    without = make(network, device, **{**changes, "methods": []})
+    for run in (learner, without):
+        run.train(batch_for(spec, 32, seed=1))
+    acts = (network, method) != ("transformer of sequences", "self-normalised resets")  # no unit of GELU is ever silent
+    assert np.allclose(learner.predict(examples(spec, 5)[0]), without.predict(examples(spec, 5)[0])) != acts
+    resumed = Learner.restore(LearnerSnapshot.from_bytes(learner.snapshot().to_bytes()), device=device, engine="auto")
+    slower = {**spec.to_plain(), "optimizer": {**spec.to_plain()["optimizer"], "lr": 0.004}}
+    resumed.update(spec)  # attaches everything again, and changes nothing
+    for run in (learner, resumed):
+        run.train(batch_for(spec, 22, seed=2))
+        run.update(LearnerSpec.parse(slower))
+        run.train(batch_for(spec, 22, seed=3))
+    assert_same(learner, resumed)
+    if method in ("ReDo", "self-normalised resets") and acts:
+        assert sum(learner.progress.replacements.values()) > 0
+    if not goes_with_resets(spec.methods):
+        before = learner.progress.replacements
+        assert set(learner.reset_units([0], 1.0).values()) == {0}  # nobody knows which of its units are mature
+        assert learner.progress.replacements == before
+
+
+def test_a_linear_learner_has_no_units_for_methods_that_reset_them() -> None:
+    for kind in ("redo", "self_normalized_resets"):
+        with pytest.raises(SpecError, match=r"methods\[0\]\.kind: .*no units"):
+            LearnerSpec.parse(plain_spec("linear", methods=[{"kind": kind}], resets={"layers": "none"}))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -2,10 +2,12 @@ import cbp
 
 EXPECTED = """
 AdamSpec AdamWSpec Batch BatchError CategoricalColumn CbpError ContinualBackprop ConvnetSpec DivergenceError
-EngineName FieldViolation HiddenUnits InputSpec LayerPlasticity Learner LearnerProgress LearnerSnapshot LearnerSpec
-LinearSpec LossSpec MlpSpec MonitoringSpec PlasticitySample RegisteredSpec ResetSpec ResnetSpec RmspropSpec SgdSpec
-SnapshotError SpecError TaskRecord TrainResult Trainability TransformerSpec choose_engine compile_ahead compiled_before
-measure_trainability train_together
+EngineName FieldViolation HiddenUnits InputSpec L2Init L2InitSpec LayerPlasticity Learner LearnerProgress
+LearnerSnapshot LearnerSpec LinearSpec LossSpec MethodSpec MlpSpec MonitoringSpec PlasticityMethod PlasticitySample ReDo
+ReDoSpec RegisteredSpec ResetSpec ResnetSpec RmspropSpec SelectiveWeightReinitialization
+SelectiveWeightReinitializationSpec SelfNormalizedResets SelfNormalizedResetsSpec SgdSpec ShrinkAndPerturb
+ShrinkAndPerturbSpec SnapshotError SpecError TaskRecord TrainResult Trainability TransformerSpec UnitResettingMethod
+Upgd UpgdSpec choose_engine compile_ahead compiled_before make_methods measure_trainability train_together
 """
 
 

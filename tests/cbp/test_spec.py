@@ -12,6 +12,10 @@ PLAIN: dict[str, Any] = {
     "loss": "cross_entropy",
     "optimizer": {"kind": "sgd", "lr": 0.1},
 }
+L2_INIT: dict[str, Any] = {"kind": "l2_init", "strength": 0.1}
+REDO, SNR, UPGD = ({"kind": kind} for kind in ("redo", "self_normalized_resets", "upgd"))
+SWR: dict[str, Any] = {"kind": "selective_weight_reinitialization", "replacement_rate": 0.1}
+QUIET: dict[str, Any] = {"resets": {"layers": "none"}}
 
 
 def test_defaults_are_the_papers() -> None:
@@ -33,6 +37,14 @@ def test_defaults_are_the_papers() -> None:
         {"optimizer": {"kind": "adamw", "lr": 1e-3}},
         {"optimizer": {"kind": "rmsprop", "lr": 1e-3, "alpha": 0.9, "momentum": 0.5}},
         {"optimizer": {"kind": "sgd", "lr": 1e-3, "momentum": 0.5, "nesterov": True, "clip_norm": 0.5}},
+        {"methods": [{"kind": "l2_init", "strength": 0.1}, {"kind": "shrink_and_perturb", "shrink": 1, "perturb": 0}]},
+        {"methods": [{"kind": "redo", "interval": 7}], "resets": {"layers": "none"}},
+        {"methods": [{"kind": "self_normalized_resets"}], "resets": {"replacement_rate": 0}},
+        {"methods": [{"kind": "upgd", "noise": 0.0}], "resets": {"layers": "none"}},
+        {
+            "methods": [{"kind": "selective_weight_reinitialization", "replacement_rate": 1e-3}],
+            "resets": {"layers": "none"},
+        },
         {"resets": {"layers": [0, "2"], "layer_replacement_rates": {"hidden_2": 0.5}}},
         {"resets": {"strength": 0.5, "max_replacements": 3, "replacement_window": 50}},
         {"resets": {"layers": "none"}, "monitoring": {"interval": 0}, "batch_size": 0, "seed": 2**63 - 1},
@@ -89,6 +101,25 @@ def test_layers_may_be_named_or_numbered(resets: dict[str, Any], rates: tuple[fl
         ({"optimizer": {"kind": "sgd", "lr": 1, "clip_norm": 1e-60}}, "optimizer.clip_norm", "float32"),
         ({"optimizer": {"kind": "rmsprop", "lr": 1, "alpha": 1}}, "optimizer.alpha", "less than 1; got 1"),
         ({"optimizer": {"kind": "rmsprop", "lr": 1, "centered": True}}, "optimizer.centered", "Unknown field"),
+        ({"methods": [L2_INIT, {"kind": "sleep"}]}, "methods[1].kind", "l2_init, shrink_and_perturb"),
+        ({"methods": [{"interval": 3}]}, "methods[0].kind", "l2_init, shrink_and_perturb"),
+        ({"methods": [{"kind": "l2_init"}]}, "methods[0].strength", "required"),
+        ({"methods": [REDO | {"interval": 0}]}, "methods[0].interval", "greater than or equal to 1"),
+        ({"methods": [REDO | {"redo": 0}]}, "methods[0].redo", "Unknown field"),
+        ({"methods": {"kind": "redo"}}, "methods", "tuple"),
+        ({"methods": [L2_INIT, L2_INIT]}, "methods[1].kind", "each method once"),
+        ({"methods": [L2_INIT, REDO]}, "methods[1].kind", "set resets.layers to 'none'"),
+        ({"methods": [SNR, REDO], **QUIET}, "methods[1].kind", "self_normalized_resets resets units already"),
+        ({"methods": [SWR]}, "methods[0].kind", "reset units or weights, not both"),
+        ({"methods": [SWR, REDO], **QUIET}, "methods[0].kind", "reset units or weights, not both"),
+        ({"methods": [UPGD]}, "methods[0].kind", "needs resets.layers 'none'"),
+        ({"methods": [UPGD, L2_INIT], **QUIET}, "methods[0].kind", "goes with no other method"),
+        ({"methods": [UPGD], "optimizer": {"kind": "adam", "lr": 1}, **QUIET}, "methods[0].kind", "'sgd' without"),
+        (
+            {"methods": [UPGD], "optimizer": {"kind": "sgd", "lr": 1, "momentum": 0.9}, **QUIET},
+            "methods[0].kind",
+            "'sgd' without momentum",
+        ),
         ({"optimizer": {"kind": "sgd", "lr": 0}}, "optimizer.lr", "greater than 0; got 0"),
         ({"optimizer": {"kind": "sgd", "lr": float("nan")}}, "optimizer.lr", "finite"),
         ({"optimizer": {"kind": "sgd", "lr": 1, "beta1": 0.9}}, "optimizer.beta1", "Unknown field"),
@@ -216,6 +247,7 @@ def test_a_live_learner_may_change_resets_monitoring_and_optimizer_settings(
         ({"seed": 7}, "seed"),
         ({"optimizer__kind": "adam"}, "optimizer.kind"),
         ({"loss": "mse"}, "loss"),
+        ({"methods": [L2_INIT]}, "methods"),
     ],
 )
 def test_a_live_learner_keeps_the_rest(

@@ -32,13 +32,19 @@ BUSY: dict[str, Any] = {"replacement_rate": 0.1, "maturity_threshold": 3, "decay
 def selected(resets: ContinualBackprop, group: int, units: list[int]) -> list[SelectedUnits | None]:
     zeros = torch.zeros(len(units), dtype=torch.int64)
     chosen = SelectedUnits(zeros, torch.tensor(units), ((0, len(units)),), zeros[:1])
-    return [chosen if index == group else None for index in range(len(resets._names))]
+    return [chosen if index == group else None for index in range(len(resets._module_units.names))]
 
 
 @torch.no_grad()
 def replace(resets: ContinualBackprop, group: int, units: list[int]) -> None:
+    of_module = resets._module_units
     replace_in_groups(
-        selected(resets, group, units), resets._units, resets._settings, resets._grouping, resets._slots, resets._draws
+        selected(resets, group, units),
+        resets._units,
+        resets._settings,
+        of_module.grouping,
+        of_module.slots,
+        of_module.draws,
     )
 
 
@@ -69,9 +75,9 @@ def test_units_that_nothing_reads_go_without_a_trace(name: str) -> None:
         learn(module, optimizer, resets, inputs())
     module.eval()
     probe = inputs()
-    for index, group in enumerate(resets._found.groups):
+    for index, group in enumerate(resets._module_units.found.groups):
         with torch.no_grad():
-            _silence(group, torch.tensor([1, 3]), resets._settings, resets._slots)
+            _silence(group, torch.tensor([1, 3]), resets._settings, resets._module_units.slots)
         before = module(probe)
         replace(resets, index, [1, 3])
         if group.notes:
@@ -104,7 +110,7 @@ def test_constant_units_go_without_a_trace_under_bias_compensation(name: str, co
         resets = ContinualBackprop(
             module, still := SGD(module.parameters(), lr=0.0), replacement_rate=0.0, bias_compensation=compensated
         )
-        group = resets._found.groups[index]
+        group = resets._module_units.found.groups[index]
         assert all(part.heir is not None and part.inexact is None for part in group.outgoing)
         with torch.no_grad():
             for parameter in module.parameters():
@@ -192,8 +198,8 @@ def everything(module: nn.Module, optimizer: Optimizer, resets: ContinualBackpro
     found = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     for name, parameter in module.named_parameters():
         slots = {slot: kept for slot, kept in optimizer.state[parameter].items() if isinstance(kept, Tensor)}
-        if parameter in resets._slots.adam_steps:
-            slots["own steps"] = resets._slots.adam_steps[parameter]
+        if parameter in resets._module_units.slots.adam_steps:
+            slots["own steps"] = resets._module_units.slots.adam_steps[parameter]
         found |= {f"{name} {slot}": kept.clone() for slot, kept in slots.items()}
     return found
 
@@ -216,9 +222,9 @@ def test_exactly_a_units_own_elements_change(
     resets = ContinualBackprop(module, optimizer, replacement_rate=0.0, bias_compensation=False)
     for _ in range(2):
         learn(module, optimizer, resets, torch.randn(4, 2, 3, 3))
-    assert len(resets._names) == len(module.names)
+    assert len(resets._module_units.names) == len(module.names)
     group = chance % len(module.names)
-    unit = chance % resets._found.groups[group].units
+    unit = chance % resets._module_units.found.groups[group].units
     before = everything(module, optimizer, resets)
     replace(resets, group, [unit])
     after = everything(module, optimizer, resets)
@@ -290,7 +296,7 @@ def test_a_multilayer_perceptron_is_reset_like_a_learner(
         initializer=spec.network.initializer,
         **spec.resets.model_dump(exclude={"layers"}),
     )
-    resets._generator.set_state(learner._state.generators[0].get_state())
+    resets._module_units._generator.set_state(learner._state.generators[0].get_state())
     replaced = 0
     for step in range(120):
         batch = make_batch(spec, 3, seed=step)
@@ -419,8 +425,8 @@ def test_the_utility_of_a_unit_that_is_read_twice_is_the_sum() -> None:
     by_reader = seen["layers.2.conv1"][:, units].abs().mean((0, 2, 3)) * reader.weight[:, units].abs().sum((0, 2, 3))
     by_head = seen["classifier"][:, units].abs().mean(0) * head.weight[:, units].abs().sum(0)
     expected = (by_reader + by_head) / (reader.out_channels + head.out_features)
-    [group] = [place for place, row in enumerate(resets._found.rows) if row.layers == ("layers.1.conv2",)]
-    columns = resets._grouping.layout.slices[group]
+    [group] = [place for place, row in enumerate(resets._module_units.found.rows) if row.layers == ("layers.1.conv2",)]
+    columns = resets._module_units.grouping.layout.slices[group]
     torch.testing.assert_close(resets._units.utility[0, columns], expected.detach())
 
 

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from network_kinds import NETWORKS, OPTIMIZERS, examples, install_architectures, plain_spec
+from network_kinds import METHODS, NETWORKS, OPTIMIZERS, examples, install_architectures, plain_spec
 from one_thread import one_thread
 
 from cbp import Batch, Learner, LearnerSnapshot, LearnerSpec
@@ -16,7 +16,7 @@ __all__ = ["one_thread"]
 
 
 def identifier(name):
-    return name.replace(" ", "-")
+    return name.lower().replace(" ", "-")
 
 
 def outputs_of(wire, spec, name):
@@ -24,10 +24,12 @@ def outputs_of(wire, spec, name):
 
 
 @pytest.mark.timeout(300)
-def test_learners_of_every_kind_survive_a_kill(start_server, connect):
+def test_learners_of_every_kind_and_method_survive_a_kill(start_server, connect):
     server = start_server("--checkpoint-interval", "1000000")
     wire = connect(server.grpc_target)
-    specs = {name: LearnerSpec.parse(plain_spec(name, optimizer=OPTIMIZERS["adam"])) for name in NETWORKS}
+    plain = {name: plain_spec(name, optimizer=OPTIMIZERS["adam"]) for name in NETWORKS}
+    plain |= {name: plain_spec("convnet", **changes) for name, changes in METHODS.items()}
+    specs = {name: LearnerSpec.parse(spec) for name, spec in plain.items()}
     locals_ = {name: Learner(spec, engine="auto") for name, spec in specs.items()}
     for name, spec in specs.items():
         message = learner_pb2.Learner(spec=from_plain(spec.to_plain(), spec_pb2.LearnerSpec))

@@ -52,6 +52,15 @@ specs = messages(
         utility=enum_values(spec_pb2.Utility),
         bias_compensation=st.booleans(),
     ),
+    methods=st.lists(
+        st.one_of(
+            messages(spec_pb2.L2Init, strength=numbers).map(lambda one: spec_pb2.Method(l2_init=one)),
+            messages(spec_pb2.ReDo, interval=int64, dormant_threshold=numbers).map(
+                lambda one: spec_pb2.Method(redo=one)
+            ),
+        ),
+        max_size=2,
+    ),
     monitoring=messages(
         spec_pb2.Monitoring,
         interval=int64,
@@ -110,6 +119,7 @@ def test_plain_form_is_what_people_write() -> None:
         ({"resets": {"layers": 1}}, {"resets": {"layers": ["1"]}}),
         ({"resets": {"layer_replacement_rates": {0: 0.5}}}, {"resets": {"layer_replacement_rates": {"0": 0.5}}}),
         ({"seed": None, "batch_size": 4}, {"batch_size": 4}),
+        ({"methods": {"kind": "redo", "interval": 9}}, {"methods": [{"kind": "redo", "interval": 9}]}),
         ({"batch_size": 0}, {"batch_size": 0}),
     ],
 )
@@ -133,6 +143,10 @@ def test_short_forms(short: dict[str, Any], long: dict[str, Any]) -> None:
         ({"resets": "first"}, "resets", "must be a mapping, not str"),
         ({"resets": {"layer_replacement_rates": 0.1}}, "resets.layer_replacement_rates", "does not fit"),
         ({"optimizer": {"lr": "fast"}}, "optimizer.lr", "does not fit"),
+        ({"methods": [{"kind": "redo"}, {"kind": "dream"}]}, "methods[1].kind", "must be one of l2_init, shrink_and"),
+        ({"methods": [{"kind": "redo", "rate": 1}]}, "methods[0].rate", "is not a field here; there are interval"),
+        ({"methods": 3}, "methods", "does not fit"),
+        ({"methods": "redo"}, "methods[0]", "must be a mapping, not str"),
     ],
 )
 def test_errors_name_the_field_and_what_is_right(plain: dict[Any, Any], field: str, description: str) -> None:

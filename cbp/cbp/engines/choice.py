@@ -20,7 +20,7 @@ EngineChoice = EngineName | Literal["auto"]
 
 def choose_engine(spec: LearnerSpec, device: torch.device) -> EngineName:
     """The fastest engine for the learner: "compiled" on the CPU, "stacked" on a GPU, else "torch"; "module" for what is
-    no plain multilayer perceptron."""
+    no plain multilayer perceptron, and for methods beside resets."""
     if needs_module(spec):
         return "module"
     match device.type:
@@ -34,7 +34,7 @@ def choose_engine(spec: LearnerSpec, device: torch.device) -> EngineName:
 
 def needs_module(spec: LearnerSpec) -> bool:
     """Whether only the engine "module" runs the learner; it runs no other."""
-    return not spec.network.is_plain
+    return not spec.network.is_plain or bool(spec.methods)
 
 
 def check_engine(choice: EngineChoice, device: torch.device) -> None:
@@ -53,7 +53,7 @@ def resolve_engine(choice: EngineChoice, spec: LearnerSpec, device: torch.device
     if choice == "auto":
         return choose_engine(spec, device)
     if needs_module(spec) and choice != "module":
-        text = f"{choice!r} runs plain multilayer perceptrons only, without normalization, crelu or inputs"
+        text = f"{choice!r} runs plain multilayer perceptrons only, without normalization, crelu, inputs or methods"
         raise CbpError(f"engine: {text}; use 'module' or 'auto'")
     if choice == "module" and not needs_module(spec):
         raise CbpError(

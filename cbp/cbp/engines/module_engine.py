@@ -9,7 +9,7 @@ Shapes: B examples in a step, C outputs.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,30 +22,15 @@ from cbp.continual_backprop import ContinualBackprop
 from cbp.discovery import Discovery
 from cbp.engines.eager_engine import EagerWork, EngineName, Work
 from cbp.errors import Diverged, SnapshotError
+from cbp.methods import PlasticityMethod, ReDo, SelfNormalizedResets, make_methods
 from cbp.pending import Examples, Probe
 from cbp.plasticity import GroupHistory, LayerPlasticity, Seen, measure_groups
 from cbp.serialization import take_tensor
-from cbp.spec import AdamSpec, AdamWSpec, LearnerSpec, RmspropSpec, SgdSpec
+from cbp.spec import AdamSpec, AdamWSpec, Initializer, LearnerSpec, RmspropSpec, SgdSpec, goes_with_resets
 from cbp.unit_groups import activity_rows
 
 _PLAIN = "plain"
 _TENSOR = "tensor"
-
-
-class Method(Protocol):
-    """What changes a network between the optimizer's steps, and is saved with it."""
-
-    def step(self) -> None:
-        """Called after every step of the optimizer."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Dictionaries with names as keys, lists, tensors, and values that JSON holds."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises `SnapshotError` if it does not fit."""
-
-    def remove(self) -> None:
-        """Takes its hooks off; another one takes its place."""
 
 
 class ModuleState:
@@ -61,29 +46,29 @@ class ModuleState:
         self.optimizer = _optimizer(spec, self.network)
         _fill(self.optimizer)
         self._found: Discovery = found_units(spec.network, self.network)
-        self.resets = self._made_resets()
+        self._attach()
 
-    @property
-    def methods(self) -> list[Method]:
+    def _attach(self) -> None:
+        """Makes the resets, None without units or where a method takes their place, and the methods, the resets the
+        first of them."""
+        initializer: Initializer = getattr(self.spec.network, "initializer", "default")
+        body, optimizer, seed = self.network.body, self.optimizer, self._later_seed
+        self.resets: ContinualBackprop | None = None
+        # Units that are not reset now have ages and utilities all the same, for an update may change that.
+        if self._found.groups and goes_with_resets(self.spec.methods):
+            self.resets = ContinualBackprop(
+                body, optimizer, initializer=initializer, seed=seed, **dict(self.spec.resets)
+            )
+        others = make_methods(self.spec.methods, body, optimizer, initializer=initializer, seed=seed)
+        self.methods: list[PlasticityMethod] = others if self.resets is None else [self.resets, *others]
         """In the order in which they take their steps."""
-        return [] if self.resets is None else [self.resets]
-
-    def _made_resets(self) -> ContinualBackprop | None:
-        """None without units; those that are not reset now have ages and utilities all the same, for an update may
-        change that."""
-        if not self._found.groups:
-            return None
-        return ContinualBackprop(
-            self.network.body,
-            self.optimizer,
-            initializer=getattr(self.spec.network, "initializer", "default"),
-            seed=self._later_seed,
-            **dict(self.spec.resets),
-        )
 
     @property
     def replacements(self) -> list[list[int]]:
-        return [[] if self.resets is None else list(self.resets.replacements.values())]
+        for method in self.methods:
+            if isinstance(method, ContinualBackprop | ReDo | SelfNormalizedResets):
+                return [list(method.replacements.values())]
+        return [[0] * len(self._found.groups)]
 
     @property
     def _parameters(self) -> dict[str, Tensor]:
@@ -150,7 +135,7 @@ class ModuleState:
         states = [method.state_dict() for method in self.methods]
         for method in self.methods:
             method.remove()
-        self.resets = self._made_resets()
+        self._attach()
         for method, state in zip(self.methods, states, strict=True):
             method.load_state_dict(state)
 
@@ -271,7 +256,7 @@ class ModuleEngine:
 
     def reset_units(self, wanted: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         resets = self.state.resets
-        return [() if resets is None else resets.reset_units(wanted[0])]
+        return [(0,) * len(wanted[0]) if resets is None else resets.reset_units(wanted[0])]
 
 
 @contextmanager

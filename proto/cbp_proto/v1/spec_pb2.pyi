@@ -214,6 +214,7 @@ class LearnerSpec(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     RESETS_FIELD_NUMBER: _builtins.int
     MONITORING_FIELD_NUMBER: _builtins.int
+    METHODS_FIELD_NUMBER: _builtins.int
     batch_size: _builtins.int
     """Examples in one optimizer step; 0 makes every message one step. Immutable. Default 1."""
     seed: _builtins.int
@@ -238,6 +239,10 @@ class LearnerSpec(_message.Message):
     def monitoring(self) -> Global___Monitoring:
         """Updatable."""
 
+    @_builtins.property
+    def methods(self) -> _containers.RepeatedCompositeFieldContainer[Global___Method]:
+        """Other methods against loss of plasticity, beside the resets or in their place; each at most once. Immutable."""
+
     def __init__(
         self,
         *,
@@ -248,10 +253,11 @@ class LearnerSpec(_message.Message):
         seed: _builtins.int | None = ...,
         resets: Global___Resets | None = ...,
         monitoring: Global___Monitoring | None = ...,
+        methods: _abc.Iterable[Global___Method] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_seed", b"_seed", "batch_size", b"batch_size", "loss", b"loss", "monitoring", b"monitoring", "network", b"network", "optimizer", b"optimizer", "resets", b"resets", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_seed", b"_seed", "batch_size", b"batch_size", "loss", b"loss", "monitoring", b"monitoring", "network", b"network", "optimizer", b"optimizer", "resets", b"resets", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_seed", b"_seed", "batch_size", b"batch_size", "loss", b"loss", "methods", b"methods", "monitoring", b"monitoring", "network", b"network", "optimizer", b"optimizer", "resets", b"resets", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -944,6 +950,255 @@ class Resets(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
 
 Global___Resets: _TypeAlias = Resets  # noqa: Y015
+
+@_typing.final
+class Method(_message.Message):
+    """One method against loss of plasticity."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    L2_INIT_FIELD_NUMBER: _builtins.int
+    SHRINK_AND_PERTURB_FIELD_NUMBER: _builtins.int
+    REDO_FIELD_NUMBER: _builtins.int
+    SELF_NORMALIZED_RESETS_FIELD_NUMBER: _builtins.int
+    UPGD_FIELD_NUMBER: _builtins.int
+    SELECTIVE_WEIGHT_REINITIALIZATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def l2_init(self) -> Global___L2Init: ...
+    @_builtins.property
+    def shrink_and_perturb(self) -> Global___ShrinkAndPerturb: ...
+    @_builtins.property
+    def redo(self) -> Global___ReDo: ...
+    @_builtins.property
+    def self_normalized_resets(self) -> Global___SelfNormalizedResets: ...
+    @_builtins.property
+    def upgd(self) -> Global___Upgd: ...
+    @_builtins.property
+    def selective_weight_reinitialization(self) -> Global___SelectiveWeightReinitialization: ...
+    def __init__(
+        self,
+        *,
+        l2_init: Global___L2Init | None = ...,
+        shrink_and_perturb: Global___ShrinkAndPerturb | None = ...,
+        redo: Global___ReDo | None = ...,
+        self_normalized_resets: Global___SelfNormalizedResets | None = ...,
+        upgd: Global___Upgd | None = ...,
+        selective_weight_reinitialization: Global___SelectiveWeightReinitialization | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "l2_init", b"l2_init", "redo", b"redo", "selective_weight_reinitialization", b"selective_weight_reinitialization", "self_normalized_resets", b"self_normalized_resets", "shrink_and_perturb", b"shrink_and_perturb", "upgd", b"upgd"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "l2_init", b"l2_init", "redo", b"redo", "selective_weight_reinitialization", b"selective_weight_reinitialization", "self_normalized_resets", b"self_normalized_resets", "shrink_and_perturb", b"shrink_and_perturb", "upgd", b"upgd"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["l2_init", "shrink_and_perturb", "redo", "self_normalized_resets", "upgd", "selective_weight_reinitialization"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Method: _TypeAlias = Method  # noqa: Y015
+
+@_typing.final
+class L2Init(_message.Message):
+    """Adds strength times (parameter - first value) to the gradient."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    strength: _builtins.float
+    """Required, above 0."""
+    def __init__(
+        self,
+        *,
+        strength: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "strength", b"strength"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "strength", b"strength"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+
+Global___L2Init: _TypeAlias = L2Init  # noqa: Y015
+
+@_typing.final
+class ShrinkAndPerturb(_message.Message):
+    """parameter = shrink * parameter + perturb * fresh draw."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHRINK_FIELD_NUMBER: _builtins.int
+    PERTURB_FIELD_NUMBER: _builtins.int
+    INTERVAL_FIELD_NUMBER: _builtins.int
+    shrink: _builtins.float
+    """Required, from 0 to 1."""
+    perturb: _builtins.float
+    """Required, from 0 to 1."""
+    interval: _builtins.int
+    """Steps between two times. Default 1."""
+    def __init__(
+        self,
+        *,
+        shrink: _builtins.float | None = ...,
+        perturb: _builtins.float | None = ...,
+        interval: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_interval", b"_interval", "_perturb", b"_perturb", "_shrink", b"_shrink", "interval", b"interval", "perturb", b"perturb", "shrink", b"shrink"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_interval", b"_interval", "_perturb", b"_perturb", "_shrink", b"_shrink", "interval", b"interval", "perturb", b"perturb", "shrink", b"shrink"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__interval: _TypeAlias = _typing.Literal["interval"]  # noqa: Y015
+    _WhichOneofArgType__interval: _TypeAlias = _typing.Literal["_interval", b"_interval"]  # noqa: Y015
+    _WhichOneofReturnType__perturb: _TypeAlias = _typing.Literal["perturb"]  # noqa: Y015
+    _WhichOneofArgType__perturb: _TypeAlias = _typing.Literal["_perturb", b"_perturb"]  # noqa: Y015
+    _WhichOneofReturnType__shrink: _TypeAlias = _typing.Literal["shrink"]  # noqa: Y015
+    _WhichOneofArgType__shrink: _TypeAlias = _typing.Literal["_shrink", b"_shrink"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval) -> _WhichOneofReturnType__interval | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__perturb) -> _WhichOneofReturnType__perturb | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shrink) -> _WhichOneofReturnType__shrink | None: ...
+
+Global___ShrinkAndPerturb: _TypeAlias = ShrinkAndPerturb  # noqa: Y015
+
+@_typing.final
+class ReDo(_message.Message):
+    """Resets dormant units."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_FIELD_NUMBER: _builtins.int
+    DORMANT_THRESHOLD_FIELD_NUMBER: _builtins.int
+    interval: _builtins.int
+    """Steps between two looks. Default 1000."""
+    dormant_threshold: _builtins.float
+    """Share of its layer's mean activity at which a unit is dormant. Default 0.025."""
+    def __init__(
+        self,
+        *,
+        interval: _builtins.int | None = ...,
+        dormant_threshold: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dormant_threshold", b"_dormant_threshold", "_interval", b"_interval", "dormant_threshold", b"dormant_threshold", "interval", b"interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dormant_threshold", b"_dormant_threshold", "_interval", b"_interval", "dormant_threshold", b"dormant_threshold", "interval", b"interval"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dormant_threshold: _TypeAlias = _typing.Literal["dormant_threshold"]  # noqa: Y015
+    _WhichOneofArgType__dormant_threshold: _TypeAlias = _typing.Literal["_dormant_threshold", b"_dormant_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__interval: _TypeAlias = _typing.Literal["interval"]  # noqa: Y015
+    _WhichOneofArgType__interval: _TypeAlias = _typing.Literal["_interval", b"_interval"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dormant_threshold) -> _WhichOneofReturnType__dormant_threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval) -> _WhichOneofReturnType__interval | None: ...
+
+Global___ReDo: _TypeAlias = ReDo  # noqa: Y015
+
+@_typing.final
+class SelfNormalizedResets(_message.Message):
+    """Resets units that are silent for longer than they used to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REJECTION_LEVEL_FIELD_NUMBER: _builtins.int
+    LONGEST_SILENCE_FIELD_NUMBER: _builtins.int
+    rejection_level: _builtins.float
+    """Share of its own silences that are as long as the present one, at which a unit is reset. Default 1e-4."""
+    longest_silence: _builtins.int
+    """Steps of silence after which any unit is reset. Default 10000."""
+    def __init__(
+        self,
+        *,
+        rejection_level: _builtins.float | None = ...,
+        longest_silence: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_longest_silence", b"_longest_silence", "_rejection_level", b"_rejection_level", "longest_silence", b"longest_silence", "rejection_level", b"rejection_level"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_longest_silence", b"_longest_silence", "_rejection_level", b"_rejection_level", "longest_silence", b"longest_silence", "rejection_level", b"rejection_level"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__longest_silence: _TypeAlias = _typing.Literal["longest_silence"]  # noqa: Y015
+    _WhichOneofArgType__longest_silence: _TypeAlias = _typing.Literal["_longest_silence", b"_longest_silence"]  # noqa: Y015
+    _WhichOneofReturnType__rejection_level: _TypeAlias = _typing.Literal["rejection_level"]  # noqa: Y015
+    _WhichOneofArgType__rejection_level: _TypeAlias = _typing.Literal["_rejection_level", b"_rejection_level"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__longest_silence) -> _WhichOneofReturnType__longest_silence | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rejection_level) -> _WhichOneofReturnType__rejection_level | None: ...
+
+Global___SelfNormalizedResets: _TypeAlias = SelfNormalizedResets  # noqa: Y015
+
+@_typing.final
+class Upgd(_message.Message):
+    """Utility-based perturbed gradient descent; needs sgd without momentum."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NOISE_FIELD_NUMBER: _builtins.int
+    DECAY_RATE_FIELD_NUMBER: _builtins.int
+    noise: _builtins.float
+    """Standard deviation of what is added to the gradient. Default 0.001."""
+    decay_rate: _builtins.float
+    """Decay of the running utility. Default 0.999."""
+    def __init__(
+        self,
+        *,
+        noise: _builtins.float | None = ...,
+        decay_rate: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decay_rate", b"_decay_rate", "_noise", b"_noise", "decay_rate", b"decay_rate", "noise", b"noise"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decay_rate", b"_decay_rate", "_noise", b"_noise", "decay_rate", b"decay_rate", "noise", b"noise"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__decay_rate: _TypeAlias = _typing.Literal["decay_rate"]  # noqa: Y015
+    _WhichOneofArgType__decay_rate: _TypeAlias = _typing.Literal["_decay_rate", b"_decay_rate"]  # noqa: Y015
+    _WhichOneofReturnType__noise: _TypeAlias = _typing.Literal["noise"]  # noqa: Y015
+    _WhichOneofArgType__noise: _TypeAlias = _typing.Literal["_noise", b"_noise"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decay_rate) -> _WhichOneofReturnType__decay_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise) -> _WhichOneofReturnType__noise | None: ...
+
+Global___Upgd: _TypeAlias = Upgd  # noqa: Y015
+
+@_typing.final
+class SelectiveWeightReinitialization(_message.Message):
+    """Redraws the weights of least utility."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLACEMENT_RATE_FIELD_NUMBER: _builtins.int
+    INTERVAL_FIELD_NUMBER: _builtins.int
+    DECAY_RATE_FIELD_NUMBER: _builtins.int
+    replacement_rate: _builtins.float
+    """Share of each layer's weights redrawn each time, from 0 to 1. Required."""
+    interval: _builtins.int
+    """Steps between two times. Default 100."""
+    decay_rate: _builtins.float
+    """Decay of the running utility. Default 0.99."""
+    def __init__(
+        self,
+        *,
+        replacement_rate: _builtins.float | None = ...,
+        interval: _builtins.int | None = ...,
+        decay_rate: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decay_rate", b"_decay_rate", "_interval", b"_interval", "_replacement_rate", b"_replacement_rate", "decay_rate", b"decay_rate", "interval", b"interval", "replacement_rate", b"replacement_rate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decay_rate", b"_decay_rate", "_interval", b"_interval", "_replacement_rate", b"_replacement_rate", "decay_rate", b"decay_rate", "interval", b"interval", "replacement_rate", b"replacement_rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__decay_rate: _TypeAlias = _typing.Literal["decay_rate"]  # noqa: Y015
+    _WhichOneofArgType__decay_rate: _TypeAlias = _typing.Literal["_decay_rate", b"_decay_rate"]  # noqa: Y015
+    _WhichOneofReturnType__interval: _TypeAlias = _typing.Literal["interval"]  # noqa: Y015
+    _WhichOneofArgType__interval: _TypeAlias = _typing.Literal["_interval", b"_interval"]  # noqa: Y015
+    _WhichOneofReturnType__replacement_rate: _TypeAlias = _typing.Literal["replacement_rate"]  # noqa: Y015
+    _WhichOneofArgType__replacement_rate: _TypeAlias = _typing.Literal["_replacement_rate", b"_replacement_rate"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decay_rate) -> _WhichOneofReturnType__decay_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval) -> _WhichOneofReturnType__interval | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replacement_rate) -> _WhichOneofReturnType__replacement_rate | None: ...
+
+Global___SelectiveWeightReinitialization: _TypeAlias = SelectiveWeightReinitialization  # noqa: Y015
 
 @_typing.final
 class Monitoring(_message.Message):

@@ -334,6 +334,8 @@ BAD_SPECS = {
     "momentum for adam": ({"optimizer": {"kind": "adam", "lr": 0.1, "momentum": 0.9}}, "optimizer.momentum"),
     "no such layer": ({"resets": {"layers": [7]}}, "resets.layers"),
     "rate above one": ({"resets": {"replacement_rate": 1.5}}, "resets.replacement_rate"),
+    "methods that clash": ({"methods": [{"kind": "redo"}]}, "methods[0].kind"),
+    "a method of a wrong setting": ({"methods": [{"kind": "l2_init", "strength": 0}]}, "methods[0].strength"),
     "negative batch": ({"batch_size": -1}, "batch_size"),
 }
 
