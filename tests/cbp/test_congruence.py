@@ -43,12 +43,14 @@ RESETS: Sequence[dict[str, Any]] = (
     {"layers": "all", "strength": 0.4},
     {"layers": "all", "strength": 0.75, "max_replacements": 1, "replacement_window": 20, "maturity_threshold": 2},
 )
+WHOLE_RESETS = [resets for resets in RESETS if "strength" not in resets]
 BATCH_SIZES = (1, 3, 16)
 
 
 def spec_of(make_spec: MakeSpec, case: int, **changes: Any) -> LearnerSpec:
     """A network of three hidden layers, of odd widths unless given; the resets go round with the cases."""
-    resets = {"replacement_rate": 0.03, "maturity_threshold": 8, "decay_rate": 0.9} | RESETS[case % len(RESETS)]
+    chosen = changes.pop("resets", RESETS[case % len(RESETS)])
+    resets = {"replacement_rate": 0.03, "maturity_threshold": 8, "decay_rate": 0.9} | chosen
     utility = changes.pop("utility", "adaptable_contribution")
     return make_spec(
         network__hidden=changes.pop("hidden", [9, 8, 7]),
@@ -101,7 +103,8 @@ def test_every_activation_and_utility(
 ) -> None:
     case = get_args(Activation).index(activation) + get_args(Utility).index(utility) + batch_size
     network = {"network__activation": activation, "utility": utility, "batch_size": batch_size}
-    assert_congruent(spec_of(make_spec, case, optimizer__lr=0.02, **network), make_batch)
+    resets = WHOLE_RESETS[case % len(WHOLE_RESETS)]
+    assert_congruent(spec_of(make_spec, case, optimizer__lr=0.02, resets=resets, **network), make_batch)
 
 
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
