@@ -1,12 +1,15 @@
 """Small networks of every kind, and examples for them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from cbp import Batch, LearnerSpec
+from cbp.engines.eager_engine import EngineName
 
+PERCEPTRON_ENGINES = tuple(engine for engine in get_args(EngineName) if engine != "module")
+"""Those that run plain multilayer perceptrons."""
 COLUMNS = {
     "normalize": True,
     "columns": [{"column": 1, "cardinality": 4}, {"column": 3, "hash_buckets": 16, "dimension": 3}],

@@ -2,11 +2,12 @@
 
 import pickle
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from network_kinds import PERCEPTRON_ENGINES
 
 from cbp import Batch, CbpError, DivergenceError, Learner, LearnerSpec
 from cbp.engines.eager_engine import EngineName
@@ -63,7 +64,7 @@ def test_parameters_are_checked_after_the_last_step(kind: str, make_spec: MakeSp
     assert (raised.value.step, raised.value.what) == (1, "parameters")
 
 
-@pytest.mark.parametrize("engine", get_args(EngineName))
+@pytest.mark.parametrize("engine", PERCEPTRON_ENGINES)
 def test_clipping_hides_no_infinite_gradient(engine: EngineName, make_spec: MakeSpec) -> None:
     """Of the weights, where those in the outputs are still finite."""
     optimizer = {"kind": "sgd", "lr": 0.1, "clip_norm": 1.0}

@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from network_kinds import PERCEPTRON_ENGINES
 from torch import nn
 
 from cbp import Batch, Learner, LearnerSpec
@@ -136,7 +137,7 @@ def test_gradients_are_autograds(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("engine", get_args(EngineName))
+@pytest.mark.parametrize("engine", PERCEPTRON_ENGINES)
 def test_optimizers_are_those_of_torch(
     engine: EngineName,
     optimizer: str,

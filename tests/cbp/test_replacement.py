@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from network_kinds import PERCEPTRON_ENGINES
 from read_back import NoReadBack
 
 from cbp import Batch, Learner, LearnerSpec, losses
@@ -374,7 +375,7 @@ def test_momentum_moments_and_step_counts_of_exactly_the_replaced_weights_are_ze
             assert torch.equal(slots[moment].weights[layer][0] == 0, counted == 0)
 
 
-@pytest.mark.parametrize("engine", get_args(EngineName))
+@pytest.mark.parametrize("engine", PERCEPTRON_ENGINES)
 def test_a_reset_weight_starts_like_a_new_one_under_rmsprop(
     engine: EngineName, make_spec: Callable[..., LearnerSpec], make_batch: Callable[..., Batch]
 ) -> None:
