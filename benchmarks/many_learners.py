@@ -34,7 +34,7 @@ from workloads import (
 )
 
 from cbp import Learner, compile_ahead
-from cbp.engines.eager_engine import EngineName, PerceptronEngineName
+from cbp.engines.names import EngineName, PerceptronEngineName
 from cbp_client import AsyncClient
 
 TARGET = 4 * 2**30

@@ -28,7 +28,7 @@ from workloads import (
 
 import cbp
 from cbp import Batch, Learner, compile_ahead
-from cbp.engines.eager_engine import EngineName
+from cbp.engines.names import EngineName
 
 PLAIN = "plain"
 

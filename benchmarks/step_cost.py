@@ -40,8 +40,8 @@ from workloads import (
 
 from cbp import Batch, Learner, compile_ahead
 from cbp.engines.compiled_engine import CompiledEngine
-from cbp.engines.eager_engine import EngineName
 from cbp.engines.kernels import Table
+from cbp.engines.names import EngineName
 
 PLAIN, LITERAL, TORCH = "plain", "literal", "torch engine"
 COMPILED_SINGLY, COMPILED, COMPILED_BACKPROP = "compiled, 1 a call", "compiled, many a call", "its backprop"

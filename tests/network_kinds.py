@@ -6,7 +6,7 @@ from typing import Any, get_args
 import numpy as np
 
 from cbp import Batch, LearnerSpec
-from cbp.engines.eager_engine import EngineName
+from cbp.engines.names import EngineName
 
 PERCEPTRON_ENGINES = tuple(engine for engine in get_args(EngineName) if engine != "module")
 """Those that run plain multilayer perceptrons."""

@@ -19,8 +19,8 @@ import cbp_server
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
-#: What Python writes of itself about exceptions that nobody took.
 _FIRST_EPHEMERAL_PORT = 32_768
+#: What Python writes of itself about exceptions that nobody took.
 _COMPLAINTS = (
     "Traceback (most recent call last)",
     "Exception ignored in",

@@ -1,9 +1,9 @@
 from .batches import Batch
 from .continual_backprop import ContinualBackprop
-from .engines.choice import choose_engine, compile_ahead, compiled_before
-from .engines.eager_engine import EngineName
+from .engines.choice import compile_ahead, compiled_before
+from .engines.names import EngineName, choose_engine
 from .errors import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
-from .learner import Learner, TrainResult
+from .learner import Learner
 from .methods import (
     L2Init,
     PlasticityMethod,
@@ -26,8 +26,9 @@ from .network_spec import (
     ResnetSpec,
     TransformerSpec,
 )
-from .plasticity import LayerPlasticity, PlasticitySample, Trainability
 from .progress import LearnerProgress, TaskRecord
+from .results import TrainResult
+from .samples import LayerPlasticity, PlasticitySample, Trainability
 from .serialization import LearnerSnapshot
 from .spec import (
     AdamSpec,

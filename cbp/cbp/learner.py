@@ -13,14 +13,16 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cbp.batches import Batch, validate_features
-from cbp.engines.choice import EngineChoice, check_engine, initial_state, make_engine, resolve_engine
-from cbp.engines.eager_engine import EngineName, Work
+from cbp.engines.choice import check_engine, initial_state, make_engine, resolve_engine
+from cbp.engines.eager_engine import Work
 from cbp.engines.learner_state import LearnerState
+from cbp.engines.names import EngineChoice, EngineName
 from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError, SpecError, shown
 from cbp.pending import Examples, Probe, TaskRun
-from cbp.plasticity import PlasticitySample
 from cbp.progress import LearnerProgress, ProgressTracker
 from cbp.replacement import DrawSource
+from cbp.results import TrainResult
+from cbp.samples import PlasticitySample
 from cbp.serialization import FORMAT_VERSION, LearnerSnapshot, take_tensor
 from cbp.spec import LearnerSpec
 
@@ -31,29 +33,6 @@ SAMPLE_LIMIT = 1024
 PREDICTION_VALUES = 2**23
 """Hidden activations that one forward pass of `Learner.predict` makes at most, so that its memory stays bounded: many
 examples are predicted in several passes."""
-
-
-@dataclass(kw_only=True, eq=False, slots=True)
-class TrainResult:
-    """What one call of `train` did. Every number is of the predictions made before the examples were learned from.
-
-    Not frozen, which would quadruple the time that one takes to make, a good part of a small network's step.
-    """
-
-    steps: int
-    """Steps taken; 0 if all examples still wait for theirs to fill up."""
-    first_step: int
-    """The first of these steps, counted from 1; of no steps, the one that comes next."""
-    examples: int
-    """Examples applied; they may include some that an earlier call had left waiting."""
-    pending: int
-    """Examples that wait now."""
-    loss: float | None
-    """Mean loss of the applied examples, each counted once whatever its weight; None if there were none."""
-    accuracy: float | None
-    """Mean accuracy of the applied examples; None if there were none, and for regression."""
-    outputs: NDArray[np.float32] | None
-    """[examples, C] network outputs, if asked for."""
 
 
 @dataclass(eq=False, slots=True)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from cbp.batches import Batch
 from cbp.engines.choice import run_together
 from cbp.errors import CbpError, DivergenceError
-from cbp.learner import Learner, Training, TrainResult
+from cbp.learner import Learner, Training
+from cbp.results import TrainResult
 
 
 def train_together(

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from cbp import losses
 from cbp.batches import Batch
-from cbp.engines.choice import EngineChoice
+from cbp.engines.names import EngineChoice
 from cbp.errors import DivergenceError
 from cbp.learner import Learner
-from cbp.plasticity import Trainability
+from cbp.samples import Trainability
 from cbp.serialization import LearnerSnapshot, take_tensor
 from cbp.spec import LearnerSpec
 

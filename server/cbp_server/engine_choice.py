@@ -1,7 +1,5 @@
 """Which engine takes a learner's steps: chosen by spec and device, the same for as long as the journal says so."""
 
-import torch
-
 from cbp import EngineName, LearnerSpec, choose_engine
 from cbp_server.settings import EngineSetting
 
@@ -20,7 +18,7 @@ class EngineChoice:
         """Whether the engine process has compiled code at hand."""
 
     def of(self, spec: LearnerSpec) -> EngineName:
-        wanted = choose_engine(spec, torch.device(self.device))
+        wanted = choose_engine(spec, self.device)
         if self._setting != "auto" and wanted != "module":  # which alone runs what it runs
             wanted = self._setting
         return "torch" if wanted == "compiled" and not self.compiled else wanted

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 from cbp import LayerPlasticity
-from cbp.plasticity import QUANTILES
+from cbp.samples import QUANTILES
 from cbp_server.exposition import label_set, lines
 from cbp_server.learner_families import (
     LAYER_GAUGES,

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import structlog
 
-from cbp import CbpError, FieldViolation, LearnerSnapshot, LearnerSpec, SnapshotError, SpecError
+from cbp import CbpError, FieldViolation, LearnerSpec, SnapshotError, SpecError
 from cbp.errors import shown
 from cbp_server.checkpointing import Checkpointer
 from cbp_server.engine import messages
@@ -124,13 +125,13 @@ class Lifecycle:
     ) -> LearnerRecord:
         """A learner from a snapshot's bytes. `check_spec` raises if the server does not host such learners."""
         try:
-            snapshot = await asyncio.to_thread(LearnerSnapshot.from_bytes, data)
-            spec = LearnerSpec.parse(snapshot.metadata["spec"])
+            metadata = await asyncio.to_thread(_metadata_in, data)
+            spec = LearnerSpec.parse(metadata["spec"])
         except (SnapshotError, SpecError, KeyError, TypeError) as error:
             raise InvalidRequest(FieldViolation("data", f"is no learner that was exported: {error}")) from error
         check_spec(spec)
         content = {"learner_id": learner_id, "import": len(data), "durability": durability.value}
-        request_digest = digest(content | {"metadata": snapshot.metadata})
+        request_digest = digest(content | {"metadata": metadata})
         async with self._creating():
             stored = self._new(learner_id, spec, durability, request_id, request_digest, born=False)
             if (earlier := self._made_by(stored)) is not None:
@@ -340,3 +341,10 @@ def _check_request_id(request_id: str) -> None:
             uuid.UUID(request_id)
         except ValueError:
             raise InvalidRequest(FieldViolation("request_id", f"must be a UUID, not {shown(request_id)}")) from None
+
+
+def _metadata_in(data: bytes) -> dict[str, Any]:
+    """Of a snapshot. Raises `SnapshotError`."""
+    from cbp import LearnerSnapshot  # which loads torch, and the server is up sooner and smaller without
+
+    return LearnerSnapshot.from_bytes(data).metadata

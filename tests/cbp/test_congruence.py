@@ -13,8 +13,7 @@ import torch
 
 from cbp import Batch, CbpError, Learner, LearnerSnapshot, LearnerSpec, compile_ahead
 from cbp.engines import kernels
-from cbp.engines.choice import choose_engine
-from cbp.engines.eager_engine import EngineName, PerceptronEngineName
+from cbp.engines.names import EngineName, PerceptronEngineName, choose_engine
 from cbp.spec import Activation, LossKind, Utility
 
 MakeSpec = Callable[..., LearnerSpec]

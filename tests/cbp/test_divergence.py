@@ -10,7 +10,7 @@ import torch
 from network_kinds import PERCEPTRON_ENGINES
 
 from cbp import Batch, CbpError, DivergenceError, Learner, LearnerSpec
-from cbp.engines.eager_engine import EngineName
+from cbp.engines.names import EngineName
 
 MakeSpec = Callable[..., LearnerSpec]
 MakeBatch = Callable[..., Batch]

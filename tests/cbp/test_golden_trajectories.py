@@ -15,7 +15,7 @@ from torch import nn
 
 import cbp.continual_backprop
 from cbp import Batch, ContinualBackprop, Learner, LearnerSpec, losses
-from cbp.engines.eager_engine import EngineName, PerceptronEngineName
+from cbp.engines.names import EngineName, PerceptronEngineName
 from cbp.engines.torch_engine import TorchEngine, initial_stack
 from cbp.unit_groups import replace_in_groups
 

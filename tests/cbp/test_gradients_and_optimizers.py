@@ -9,7 +9,7 @@ from network_kinds import PERCEPTRON_ENGINES
 from torch import nn
 
 from cbp import Batch, Learner, LearnerSpec
-from cbp.engines.eager_engine import EngineName
+from cbp.engines.names import EngineName
 from cbp.spec import Activation, LossKind
 
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {

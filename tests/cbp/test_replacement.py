@@ -13,7 +13,7 @@ from network_kinds import PERCEPTRON_ENGINES
 from read_back import NoReadBack
 
 from cbp import Batch, Learner, LearnerSpec, losses
-from cbp.engines.eager_engine import EngineName
+from cbp.engines.names import EngineName
 from cbp.engines.torch_engine import TorchEngine, initial_stack
 from cbp.networks import LinearLayers, initial_bounds
 from cbp.replacement import (

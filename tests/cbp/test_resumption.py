@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cbp import Batch, ContinualBackprop, Learner, LearnerSnapshot, LearnerSpec
-from cbp.engines.eager_engine import EngineName
+from cbp.engines.names import EngineName
 from cbp.spec import Utility
 
 MakeSpec = Callable[..., LearnerSpec]

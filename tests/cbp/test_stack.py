@@ -22,7 +22,7 @@ from cbp import (
     train_together,
 )
 from cbp.engines import compiled_engine, stacked_engine
-from cbp.engines.eager_engine import EngineName
+from cbp.engines.names import EngineName
 from cbp.engines.stacked_engine import stack_width
 from cbp.spec import Activation, LossKind, Utility
 

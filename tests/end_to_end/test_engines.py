@@ -2,11 +2,12 @@
 
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from server_process import wait_until
+from server_process import engine_pid, wait_until
 
 from cbp import Batch, Learner, LearnerSpec
 from cbp_proto import decode_tensor
@@ -43,6 +44,20 @@ def test_compiled_code_takes_the_steps_unless_told_otherwise(start_server, conne
     assert connect(other.grpc_target).create("clicks").engine == "torch"
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process has loaded is not to be seen in /proc")
+def test_the_process_that_answers_does_without_torch(start_server, connect, small_spec, examples):
+    """It would be up a second later, and hundreds of megabytes larger."""
+    server = start_server()
+    wire = connect(server.grpc_target)
+    wire.create("clicks")
+    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
+    teach(wire, local, [examples(20)])
+    check(wire, local)
+    assert httpx.get(f"{server.http_url}/metrics").status_code == 200
+    assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
+    assert "libtorch" in Path(f"/proc/{engine_pid(server)}/maps").read_text()
+
+
 def test_another_engine_takes_over_at_an_entry_of_the_journal(start_server, connect, small_spec, examples):
     server = start_server("--checkpoint-interval", "1000000")
     wire = connect(server.grpc_target)
@@ -64,7 +79,6 @@ def test_another_engine_takes_over_at_an_entry_of_the_journal(start_server, conn
     assert wire.get("clicks").engine == "compiled"
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.timeout(400)
 def test_a_stream_does_not_wait_for_the_compiler(start_server, connect, small_spec, examples, tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "code"))

@@ -1,40 +1,19 @@
 """What executes learners' steps."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
-from cbp.engines.eager_engine import EagerEngine, EngineName, LearnerEngine, Work
+from cbp.engines.eager_engine import EagerEngine, LearnerEngine, Work
 from cbp.engines.learner_state import LearnerState
 from cbp.engines.module_engine import ModuleEngine, ModuleState
+from cbp.engines.names import EngineChoice, EngineName, choose_engine, needs_module
 from cbp.engines.perceptron_state import PerceptronState
 from cbp.engines.stacked_engine import StackedEngine
 from cbp.errors import CbpError, shown
 from cbp.replacement import DrawSource
 from cbp.spec import LearnerSpec
-
-EngineChoice = EngineName | Literal["auto"]
-"""An engine, or whichever suits the specification and the device."""
-
-
-def choose_engine(spec: LearnerSpec, device: torch.device) -> EngineName:
-    """The fastest engine for the learner: "compiled" on the CPU, "stacked" on a GPU, else "torch"; "module" for what is
-    no plain multilayer perceptron, and for methods beside resets."""
-    if needs_module(spec):
-        return "module"
-    match device.type:
-        case "cpu":
-            return "compiled"
-        case "cuda":
-            return "stacked"
-        case _:
-            return "torch"
-
-
-def needs_module(spec: LearnerSpec) -> bool:
-    """Whether only the engine "module" runs the learner; it runs no other."""
-    return not spec.network.is_plain or bool(spec.methods)
 
 
 def check_engine(choice: EngineChoice, device: torch.device) -> None:

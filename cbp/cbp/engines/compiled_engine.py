@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from cbp import losses
 from cbp.engines import kernels
-from cbp.engines.eager_engine import EagerEngine, EngineName, Work
+from cbp.engines.eager_engine import EagerEngine, Work
 from cbp.engines.kernels import Real, Sum, Table
+from cbp.engines.names import EngineName
 from cbp.engines.torch_engine import StackState, initial_stack
 from cbp.networks import FlatLayers, initial_bounds, laid_out
 from cbp.optimizers import NORM_MARGIN, AdamState, RmspropState, SgdState

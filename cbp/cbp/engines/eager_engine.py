@@ -7,7 +7,7 @@ Shapes: N examples of a message, I inputs, C outputs.
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,15 +16,12 @@ from torch import Tensor
 
 from cbp import losses
 from cbp.engines.learner_state import CheckedState
+from cbp.engines.names import EngineName
 from cbp.engines.torch_engine import StackState, TorchEngine
 from cbp.pending import Examples, Probe
 from cbp.progress import Tally
 from cbp.replacement import DrawSource
 from cbp.spec import LearnerSpec
-
-PerceptronEngineName = Literal["torch", "compiled", "stacked"]
-"""What executes the steps of plain multilayer perceptrons."""
-EngineName = Literal[PerceptronEngineName, "module"]
 
 
 class Work(Protocol):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cbp.errors import Diverged
 from cbp.pending import Probe
-from cbp.plasticity import LayerPlasticity
+from cbp.samples import LayerPlasticity
 from cbp.spec import LearnerSpec
 
 

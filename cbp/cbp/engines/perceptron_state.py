@@ -12,7 +12,8 @@ from cbp.engines.torch_engine import StackState, initial_stack, schedules, unit_
 from cbp.errors import SnapshotError
 from cbp.networks import FlatLayers, Mlp, flat_layers
 from cbp.pending import Probe
-from cbp.plasticity import LayerPlasticity, Probed, measure_layers
+from cbp.plasticity import Probed, measure_layers
+from cbp.samples import LayerPlasticity
 from cbp.serialization import take_tensor
 from cbp.spec import LearnerSpec
 

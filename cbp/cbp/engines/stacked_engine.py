@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cbp import losses, optimizers
-from cbp.engines.eager_engine import EagerEngine, EngineName, Work
+from cbp.engines.eager_engine import EagerEngine, Work
+from cbp.engines.names import EngineName
 from cbp.engines.torch_engine import StackState, TorchEngine
 from cbp.networks import flat_layers
 from cbp.pending import Examples, Probe

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cbp import Batch, BatchError, FieldViolation, LayerPlasticity, LearnerSpec, SpecError, Trainability
 from cbp.errors import shown
-from cbp.plasticity import QUANTILES
+from cbp.samples import QUANTILES
 from cbp_proto import TensorError, decode_tensor, encode_tensor, from_plain, to_plain
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2, tensor_pb2, training_service_pb2
 from cbp_server.engine.messages import TrainReport

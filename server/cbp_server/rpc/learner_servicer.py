@@ -36,7 +36,8 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     async def CreateLearner(
         self, request: learner_service_pb2.CreateLearnerRequest, context: "Context"
     ) -> learner_pb2.Learner:
-        spec = convert.spec_from_message(request.learner.spec, self._limits)
+        # In another thread: what is no plain network has to be built to be counted, and torch loaded before the first.
+        spec = await asyncio.to_thread(convert.spec_from_message, request.learner.spec, self._limits)
         durability = convert.durability_of(request.learner.durability, "learner.durability")
         record = await self._host.create(
             request.learner_id, spec, durability=durability or Durability.FSYNC, request_id=request.request_id

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from cbp import LayerPlasticity, LearnerProgress
 from cbp import Trainability as TrainabilityRecord
-from cbp.plasticity import QUANTILES
+from cbp.samples import QUANTILES
 from cbp_server.records import CheckpointRecord, LearnerRecord, ProducerRecord, SampleRecord
 from cbp_server.records import Quarantine as QuarantineRecord
 

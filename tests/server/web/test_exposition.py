@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.registry import Collector
 
 from cbp import LayerPlasticity, PlasticitySample
-from cbp.plasticity import QUANTILES
+from cbp.samples import QUANTILES
 from cbp_server.exposition import Exposition, Family, TextFormat, Turns
 from cbp_server.learner_families import (
     LAYER_GAUGES,
