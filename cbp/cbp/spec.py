@@ -15,7 +15,7 @@ from cbp.errors import FieldViolation, SpecError, shown
 from cbp.network_spec import Activation as Activation  # part of this module's names, too
 from cbp.network_spec import Initializer as Initializer
 from cbp.network_spec import MlpSpec as MlpSpec
-from cbp.network_spec import NetworkSpec
+from cbp.network_spec import NetworkSpec, RegisteredSpec
 from cbp.spec_record import Decay, Positive, Rate, Real, Record, Share, Whole, contradiction
 
 LossKind = Literal["cross_entropy", "mse", "huber", "binary_cross_entropy"]
@@ -476,6 +476,16 @@ class LearnerSpec(Record):
         if strangers:
             raise SpecError([FieldViolation("spec", f"Field names are strings; got {shown(strangers[0])}")])
         return cls(**plain)
+
+    @classmethod
+    def recall(cls, plain: Mapping[str, Any]) -> "LearnerSpec":
+        """The specification that `to_plain` wrote, also where its architecture is not installed. Raises `SpecError`."""
+        network = plain["network"]
+        if network["kind"] != "registered":
+            return cls.parse(plain)
+        stand_in = {"kind": "mlp", "in_features": 1, "hidden": [1], "out_features": network["out_features"]}
+        spec = cls.parse({**plain, "network": stand_in, "resets": {}})
+        return spec.model_copy(update={"network": RegisteredSpec(**network), "resets": ResetSpec(**plain["resets"])})
 
     def to_plain(self) -> dict[str, Any]:
         """A JSON object that `parse` turns back into this specification."""

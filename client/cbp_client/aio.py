@@ -5,7 +5,7 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from cbp_proto.v1 import learner_pb2, learner_service_pb2
 DEFAULT_TARGET = "localhost:50051"
 DEFAULT_TIMEOUT = 30.0
 _PAGE_SIZE = 200
-_IMMUTABLE = ("network", "loss", "batch_size", "seed")
+_IMMUTABLE = ("network", "loss", "batch_size", "seed", "methods")
 
 
 class AsyncClient:
@@ -87,6 +87,7 @@ class AsyncClient:
         batch_size: int | None = None,
         seed: int | None = None,
         resets: Plain | None = None,
+        methods: Sequence[Plain] | None = None,
         monitoring: Plain | None = None,
         durability: Durability | None = None,
         exist_ok: bool = False,
@@ -103,11 +104,13 @@ class AsyncClient:
             batch_size: examples in one step; 0 makes every message one step.
             seed: of the initial weights and every later draw.
             resets: continual backprop, such as `{"layers": "first", "replacement_rate": 1e-4}`.
+            methods: other methods against loss of plasticity, see docs/methods.md; such as
+                `[{"kind": "l2_init", "strength": 1e-3}]`.
             monitoring: how plasticity is measured.
             durability: what an acknowledged batch survives: "fsync" power loss, "os" a crash of the server, "none"
                 nothing before the next checkpoint.
             exist_ok: return a learner that exists already, unless what it is can't be changed and differs from what
-                is given here: network, loss, batch_size or seed. Other settings stay as they are.
+                is given here: network, loss, batch_size, seed or methods. Other settings stay as they are.
 
         Raises:
             AlreadyExists: the id is taken.
@@ -120,6 +123,7 @@ class AsyncClient:
             "batch_size": batch_size,
             "seed": seed,
             "resets": resets,
+            "methods": methods,
             "monitoring": monitoring,
         }
         spec = spec_message(plain)
@@ -261,6 +265,8 @@ def _check_same(wanted: Plain, info: LearnerInfo) -> None:
 def _agrees(wanted: Any, existing: Any) -> bool:
     if isinstance(wanted, Mapping) and isinstance(existing, Mapping):
         return all(_agrees(value, existing.get(key)) for key, value in wanted.items())
+    if isinstance(wanted, list) and isinstance(existing, list):
+        return len(wanted) == len(existing) and all(map(_agrees, wanted, existing))
     return bool(wanted == existing)
 
 

@@ -137,14 +137,14 @@ class LearnerInfo:
     Attributes:
         id: the name that users type; `learners/{id}` on the wire.
         uid: differs from that of any other learner, also of one created under the same id later.
-        spec: network, loss, optimizer, batch_size, seed, resets and monitoring, every field filled in.
+        spec: network, loss, optimizer, batch_size, seed, resets, methods and monitoring, every field filled in.
         etag: changes whenever the spec does.
         state: "active"; "unavailable" while its engine process starts; "evicted" while it is idle and out of memory,
             which the first use ends; "quarantined", see below; "deleted", until it is undeleted or purged.
         durability: what an acknowledged batch survives: "fsync" power loss, "os" a crash of the server, "none" nothing
             before the next checkpoint.
         journal_position: of the last entry in the learner's journal.
-        engine: what takes the learner's steps: "compiled", "torch" or "stacked".
+        engine: what takes the learner's steps: "compiled", "torch", "stacked" or "module".
         quarantine: why it does not train; None unless the state is "quarantined".
         delete_time: None unless it is deleted.
         purge_time: when a deleted learner is removed for good.

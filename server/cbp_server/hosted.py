@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from cbp import EngineName, LearnerProgress, LearnerSpec
+from cbp import EngineName, LearnerProgress, LearnerSpec, SpecError
 from cbp_server.change_log import LearnerLog
 from cbp_server.engine import messages
 from cbp_server.producers import Producer
@@ -113,7 +113,7 @@ def hosted_from_catalog(
     stored: StoredLearner, checkpoint: StoredCheckpoint | None, state: LearnerState, history_samples: int
 ) -> Hosted:
     """A learner as its newest checkpoint leaves it, not in the engine."""
-    spec = LearnerSpec.parse(stored.spec)
+    spec = LearnerSpec.recall(stored.spec)
     engine, update_time, progress, producers = stored.engine, stored.create_time, newborn_progress(spec), {}
     if checkpoint is not None:
         summary = Summary.from_plain(checkpoint.summary)
@@ -179,7 +179,7 @@ class Summary:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Summary":
         return cls(
-            LearnerSpec.parse(plain["spec"]),
+            LearnerSpec.recall(plain["spec"]),
             plain["engine"],
             plain["update_time"],
             LearnerProgress.from_plain(plain["progress"]),
@@ -189,13 +189,17 @@ class Summary:
 
 def newborn_progress(spec: LearnerSpec) -> LearnerProgress:
     """Of a learner that has learnt nothing yet."""
+    try:
+        hidden_layers = spec.layer_names[:-1]
+    except SpecError:  # its architecture is not installed any more; that is said where the engine cannot make it
+        hidden_layers = ()
     return LearnerProgress(
         step=0,
         examples=0,
         pending=0,
         loss=None,
         accuracy=None,
-        replacements=dict.fromkeys(spec.layer_names[:-1], 0),
+        replacements=dict.fromkeys(hidden_layers, 0),
         tasks=(),
         task_count=0,
     )

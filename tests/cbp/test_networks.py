@@ -286,6 +286,17 @@ def test_an_operators_mistakes_are_named(name: str, field: str, says: str) -> No
     assert says in caught.value.violations[0].description
 
 
+@pytest.mark.usefixtures("architectures")
+def test_a_specification_is_recalled_without_its_architecture() -> None:
+    settings: dict[str, Any] = {"resets": {"layers": [0]}, "methods": [{"kind": "l2_init", "strength": 0.5}]}
+    plain = spec_of(registered("small", units=10), **settings).to_plain()
+    gone = plain | {"network": plain["network"] | {"name": "gone"}}
+    with pytest.raises(SpecError, match="No architecture 'gone' is installed"):
+        LearnerSpec.parse(gone)
+    assert LearnerSpec.recall(gone).to_plain() == gone
+    assert LearnerSpec.recall(plain) == LearnerSpec.parse(plain)
+
+
 # -- elsewhere --
 
 

@@ -87,7 +87,8 @@ def test_the_snippet_of_the_documentation(own_server: Server, capsys: pytest.Cap
 def test_the_life_of_a_learner(client: Client, learner: Learner, learner_id: str) -> None:
     assert learner.id == learner_id
     assert learner.info.state == "active"
-    assert learner.info.spec["network"] == SPEC["network"] | {"initializer": "kaiming"}
+    defaults = {"initializer": "kaiming", "normalization": "none", "inputs": {"window": 100_000}}
+    assert learner.info.spec["network"] == SPEC["network"] | defaults
     assert learner_id in [other.id for other in client.list_learners()]
     with pytest.raises(AlreadyExists):
         client.create_learner(learner_id, **SPEC)

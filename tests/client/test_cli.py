@@ -91,6 +91,24 @@ def test_a_shown_spec_creates_the_same_learner(cbp: Run, learner: str, tmp_path:
     assert cbp("learners", "create", twin, "--spec", str(file), "--exist-ok").status == 0
 
 
+def test_a_learner_with_methods(cbp: Run, learner: str, tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    spec = json.loads(cbp("learners", "show", learner, "--json").out)["learner"]["spec"]
+    spec["methods"] = [{"kind": "l2_init", "strength": 0.25}]
+    file.write_text(json.dumps(spec))
+    other = f"other-{learner}"[:60].rstrip("-")
+    created = json.loads(cbp("learners", "create", other, "--spec", str(file), "--json").out)
+    assert created["spec"]["methods"] == spec["methods"]
+    assert "method      l2_init strength=0.25" in cbp("learners", "show", other).out
+
+    assert cbp("learners", "create", other, "--spec", str(file), "--exist-ok").status == 0
+    for methods in ([{"kind": "l2_init", "strength": 0.5}], [*spec["methods"], {"kind": "shrink_and_perturb"}]):
+        file.write_text(json.dumps(spec | {"methods": methods}))
+        refused = cbp("learners", "create", other, "--spec", str(file), "--exist-ok")
+        assert refused.status == 1
+        assert f"learner {other} exists with methods" in refused.err
+
+
 def test_train_and_predict(cbp: Run, server: Server, learner: str, npz: Path, tmp_path: Path) -> None:
     trained = cbp("train", str(npz), "--learner", learner, "--producer", "file", "--message-size", "64")
     assert trained.status == 0

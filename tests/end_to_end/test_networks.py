@@ -2,13 +2,14 @@
 
 import os
 
+import httpx
 import numpy as np
 import pytest
 from network_kinds import METHODS, NETWORKS, OPTIMIZERS, examples, install_architectures, plain_spec
 from one_thread import one_thread
 
 from cbp import Batch, Learner, LearnerSnapshot, LearnerSpec
-from cbp_client import Client, InvalidArgument
+from cbp_client import CbpClientError, Client, InvalidArgument
 from cbp_proto import decode_tensor, from_plain, to_plain
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2
 
@@ -120,3 +121,36 @@ def test_an_operators_architecture_is_served(start_server, tmp_path, monkeypatch
     server.start()
     with Client(server.grpc_target) as client:
         np.testing.assert_array_equal(client.get_learner("pictures").predict(features).outputs, before)
+
+
+def test_a_learner_whose_architecture_is_gone_waits_for_it(start_server, tmp_path, monkeypatch, small_spec):
+    """The server starts, the other learners learn, and with the architecture back nothing is missing."""
+    install_architectures(tmp_path)
+    bare = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), bare]))
+    server = start_server()
+    network = {"kind": "registered", "name": "small", "shape": [3, 4], "out_features": 2, "settings": {"units": 10}}
+    random = np.random.default_rng(0)
+    features, targets = random.normal(size=(10, 3, 4)), random.normal(size=(10, 2))
+    with Client(server.grpc_target) as client:
+        learner = client.create_learner(
+            "pictures", network=network, loss="mse", optimizer={"kind": "sgd", "lr": 0.01}, batch_size=2
+        )
+        with learner.stream(producer="tests") as stream:
+            stream.send(features, targets)
+        before = learner.predict(features).outputs
+    for stop in (server.kill, server.stop):  # from its journal, then from a checkpoint
+        stop()
+        with monkeypatch.context() as changed:
+            changed.setenv("PYTHONPATH", bare)
+            server.start()
+        with Client(server.grpc_target) as client:
+            with pytest.raises(CbpClientError, match="No architecture 'small' is installed here"):
+                client.get_learner("pictures").predict(features)
+            assert client.create_learner("clicks", exist_ok=True, **small_spec).predict(np.zeros((1, 4))).step == 0
+        reason = httpx.get(f"{server.http_url}/v1/server").json()["unreadable"]["pictures"]
+        assert "No architecture 'small' is installed here" in reason
+        assert server.stop() == 0
+        server.start()
+        with Client(server.grpc_target) as client:
+            np.testing.assert_array_equal(client.get_learner("pictures").predict(features).outputs, before)

@@ -265,7 +265,7 @@ def _read_spec(path: Path) -> dict[str, Any]:
             content = content[key]
     if not isinstance(content, dict):
         raise CommandError(f"{path} must hold an object with network, loss, optimizer and so on")
-    unknown = set(content) - {"network", "loss", "optimizer", "batch_size", "seed", "resets", "monitoring"}
+    unknown = set(content) - {"network", "loss", "optimizer", "batch_size", "seed", "resets", "methods", "monitoring"}
     if unknown:
         raise CommandError(f"{path}: {', '.join(sorted(unknown))} is not part of a spec")
     return content
@@ -312,6 +312,8 @@ def _facts(info: LearnerInfo) -> Table:
     table.add_row("optimizer", f"{optimizer.pop('kind')} {_settings(optimizer)}")
     table.add_row("batch size", str(info.spec["batch_size"]))
     table.add_row("resets", f"{','.join(resets.pop('layers'))} {_settings(resets)}")
+    for method in map(dict, info.spec.get("methods", ())):
+        table.add_row("method", f"{method.pop('kind')} {_settings(method)}")
     table.add_row("durability", info.durability)
     table.add_row("created", moment(info.create_time))
     table.add_row("step", f"{progress.step}, after {progress.examples} examples, {progress.pending_examples} pending")

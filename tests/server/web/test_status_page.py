@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from system_tools import system_tool
 
-from cbp import TaskRecord
+from cbp import LearnerSpec, TaskRecord
 from cbp_server.records import Durability, JournalStatus, LearnerRecord, LearnerState
 
 MakeLearner = Callable[..., LearnerRecord]
@@ -102,6 +102,19 @@ def test_each_state_looks_like_what_it_is(
     expect(page.get_by_role("heading", level=1)).to_contain_text("prices")
 
 
+def test_methods_beside_resets_are_shown(host: Any, page: Page, make_learner: MakeLearner) -> None:
+    methods = [{"kind": "l2_init", "strength": 0.01}, {"kind": "shrink_and_perturb", "shrink": 0.9, "perturb": 0.1}]
+    record = make_learner("clicks")
+    plain = record.spec.to_plain()
+    spec = LearnerSpec.parse(plain | {"methods": methods, "resets": plain["resets"] | {"layers": "none"}})
+    host.add(replace(record, spec=spec, engine="module"))
+    page.goto("/#/learners/clicks")
+    facts = page.locator(".facts")
+    expect(facts).to_contain_text("l2 init, strength 0.01; shrink and perturb, shrink 0.9, perturb 0.1, interval 1")
+    expect(facts).to_contain_text("none")
+    expect(facts).not_to_contain_text("plain backprop")
+
+
 def test_all_active_needs_no_words(host: Any, page: Page, make_learner: MakeLearner) -> None:
     host.add(make_learner("clicks"))
     page.goto("/")
@@ -181,6 +194,7 @@ def test_a_learner_in_full(host: Any, page: Page, make_learner: MakeLearner) -> 
     expect(page).to_have_title("clicks · cbp server")
     facts = page.locator(".facts")
     expect(facts).to_contain_text("first layer, rate 0.0001, mature after 100 steps, by adaptable contribution")
+    expect(facts).not_to_contain_text("Methods")
     expect(facts).to_contain_text("step 1,600")
     expect(facts).to_contain_text("fsync: what is acknowledged survives a power cut")
     expect(facts).to_contain_text("76, 15 behind the checkpoint")

@@ -65,10 +65,18 @@ export function resets(spec) {
 }
 
 export function resetsInFull(spec) {
-  if (resets(spec) === "none") return "none (plain backprop)";
+  if (resets(spec) === "none") return spec.methods?.length ? "none" : "none (plain backprop)";
   const { replacement_rate: share, maturity_threshold: maturity, utility } = spec.resets;
   const where = { all: "all layers", first: "first layer" }[resets(spec)] ?? resets(spec);
   return `${where}, rate ${share}, mature after ${count(maturity)} steps, by ${utility.replaceAll("_", " ")}`;
+}
+
+export function methods(spec) {
+  const shown = (spec.methods ?? []).map(({ kind, ...settings }) => {
+    const entries = Object.entries(settings).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
+    return [kind.replaceAll("_", " "), ...entries].join(", ");
+  });
+  return shown.join("; ");
 }
 
 export function optimizer(spec) {

@@ -453,6 +453,7 @@ class LearnerView {
       Optimizer: format.optimizer(spec),
       "Batch size": spec.batch_size === 0 ? "each message" : format.count(spec.batch_size),
       Resets: format.resetsInFull(spec),
+      ...(spec.methods?.length && { Methods: format.methods(spec) }),
       Steps: format.count(progress.step),
       Examples: format.count(progress.examples),
       "Examples/s": format.rate(this.rate.add(progress.examples)),
