@@ -102,7 +102,10 @@ def test_a_learner_with_methods(cbp: Run, learner: str, tmp_path: Path) -> None:
     assert "method      l2_init strength=0.25" in cbp("learners", "show", other).out
 
     assert cbp("learners", "create", other, "--spec", str(file), "--exist-ok").status == 0
-    for methods in ([{"kind": "l2_init", "strength": 0.5}], [*spec["methods"], {"kind": "shrink_and_perturb"}]):
+    for methods in (
+        [{"kind": "l2_init", "strength": 0.5}],
+        [*spec["methods"], {"kind": "shrink_and_perturb", "shrink": 0.9, "perturb": 0.1}],
+    ):
         file.write_text(json.dumps(spec | {"methods": methods}))
         refused = cbp("learners", "create", other, "--spec", str(file), "--exist-ok")
         assert refused.status == 1
