@@ -7,7 +7,6 @@ import torch
 
 from cbp.engines.eager_engine import EagerEngine, LearnerEngine, Work
 from cbp.engines.learner_state import LearnerState
-from cbp.engines.module_engine import ModuleEngine, ModuleState
 from cbp.engines.names import EngineChoice, EngineName, choose_engine, needs_module
 from cbp.engines.perceptron_state import PerceptronState
 from cbp.engines.stacked_engine import StackedEngine
@@ -43,7 +42,12 @@ def resolve_engine(choice: EngineChoice, spec: LearnerSpec, device: torch.device
 
 def initial_state(spec: LearnerSpec, device: torch.device) -> LearnerState:
     """A newborn's, of the kind that the engines for its network work on."""
-    return ModuleState(spec, device) if needs_module(spec) else PerceptronState.newborn(spec, device)
+    if needs_module(spec):
+        # Imported when it is needed, as below: what finds the units of modules takes a third of a second.
+        from cbp.engines.module_engine import ModuleState
+
+        return ModuleState(spec, device)
+    return PerceptronState.newborn(spec, device)
 
 
 def make_engine(
@@ -57,6 +61,8 @@ def make_engine(
 ) -> LearnerEngine:
     """The engine of one learner; for `draws` and `published_order` see `TorchEngine`."""
     if name == "module":
+        from cbp.engines.module_engine import ModuleEngine, ModuleState
+
         assert isinstance(state, ModuleState)
         return ModuleEngine(spec, state)
     assert isinstance(state, PerceptronState)
