@@ -160,8 +160,10 @@ def furthest_weight(one: Run, other: Run) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first if name.startswith("parameters."))
 
 
-@pytest.mark.parametrize("utility", get_args(Utility))
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "utility"),
+    [*((optimizer, "contribution") for optimizer in OPTIMIZERS), *(("adam", utility) for utility in get_args(Utility))],
+)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [LearnerRun, CompiledLearnerRun, StackedLearnerRun, ModuleRun])
 def test_resumed_is_uninterrupted_and_weights_alone_are_not(
