@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
+from network_kinds import NETWORKS, plain_spec
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from system_tools import system_tool
 
@@ -113,6 +114,22 @@ def test_methods_beside_resets_are_shown(host: Any, page: Page, make_learner: Ma
     expect(facts).to_contain_text("l2 init, strength 0.01; shrink and perturb, shrink 0.9, perturb 0.1, interval 1")
     expect(facts).to_contain_text("none")
     expect(facts).not_to_contain_text("plain backprop")
+
+
+def test_networks_of_every_kind_are_shown(host: Any, page: Page, make_learner: MakeLearner) -> None:
+    for name in NETWORKS:
+        spec = LearnerSpec.parse(plain_spec(name))
+        host.add(replace(make_learner(name.replace(" ", "-")), spec=spec, engine="module"))
+    page.goto("/")
+    for name, text in {
+        "linear": "linear 5 to 3",
+        "mlp with layer normalization": "5–8–7–3 relu",
+        "convnet": "convnet 3×6×8 to 3 relu",
+        "transformer of tokens": "transformer 6 to 3 gelu",
+        "transformer of sequences": "transformer 6×4 to 3 gelu",
+    }.items():
+        expect(cell(page, f"^{name.replace(' ', '-')} ", "Network")).to_have_text(text)
+    assert "undefined" not in page.locator("table").inner_text()
 
 
 def test_all_active_needs_no_words(host: Any, page: Page, make_learner: MakeLearner) -> None:

@@ -52,10 +52,17 @@ export const clock = (date) => date.toLocaleTimeString("en-GB");
 export const moment = (date) => date.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "medium" });
 
 export function network(spec) {
-  const { in_features: inputs, hidden, out_features: outputs, activation } = spec.network;
+  if (spec.network.kind !== "mlp") return otherNetwork(spec.network);
+  const { in_features: inputs, hidden = [], out_features: outputs, activation } = spec.network;
   const equal = hidden.length > 1 && hidden.every((width) => width === hidden[0]);
-  const widths = equal ? `${hidden.length}×${hidden[0]}` : hidden.join("–");
-  return `${inputs}–${widths}–${outputs} ${activation}`;
+  const widths = equal ? [`${hidden.length}×${hidden[0]}`] : hidden;
+  return `${[inputs, ...widths, outputs].join("–")} ${activation}`;
+}
+
+function otherNetwork({ kind, name = kind, shape, activation, out_features: outputs, ...sizes }) {
+  const fields = "in_channels" in sizes ? ["in_channels", "height", "width"] : ["length", "in_features"];
+  const inputs = shape ?? fields.map((field) => sizes[field]).filter(Boolean);
+  return [name, `${inputs.join("×")} to ${outputs}`, activation].filter(Boolean).join(" ");
 }
 
 export function resets(spec) {

@@ -317,7 +317,7 @@ class PlainTable {
 }
 
 // Facts whose texts need the room of two.
-const WIDE = new Set(["Optimizer", "Resets", "Task", "Checkpoint", "Durability"]);
+const WIDE = new Set(["Methods", "Optimizer", "Resets", "Task", "Checkpoint", "Durability"]);
 
 const DURABILITY = {
   fsync: "fsync: what is acknowledged survives a power cut",
