@@ -8,7 +8,7 @@ KILLS ?= 200
 EXPERIMENTS_DIR ?= experiments-output
 DEVICE ?= cpu
 
-.PHONY: help install demo test torture check format serve proto bench bench-durability forgetting reproduce-quick reproduce clean
+.PHONY: help install demo test torture check format serve proto bench bench-durability compare-methods forgetting reproduce-quick reproduce clean
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -24,8 +24,8 @@ install: .venv/installed ## create .venv with everything the project needs
 demo: .venv/installed ## stream digits to three learners and plot who keeps learning (about a minute)
 	$(BIN)/cbp demo --output $(DEMO_DIR)
 
-test: .venv/installed ## run the tests, two at a time
-	$(BIN)/pytest -n 2 --dist worksteal
+test: .venv/installed ## run the tests, four at a time (most of them wait for servers; less than ten minutes on two cores)
+	$(BIN)/pytest -n 4 --dist worksteal
 
 torture: .venv/installed ## the longer tests: kills at every point, power losses, then KILLS kills at random (an hour; SEED=n repeats, POWER=1 cuts the power)
 	$(BIN)/pytest -m torture
@@ -61,6 +61,9 @@ bench: .venv/installed ## measure the claims of docs/benchmarks.md and print the
 
 bench-durability: .venv/installed ## what the journal and checkpoints cost, and how fast a journal is learnt again (eight minutes)
 	$(BIN)/python benchmarks/durability.py
+
+compare-methods: .venv/installed ## all methods of docs/methods.md on one stream: table and picture (seven minutes on two cores)
+	$(BIN)/python -m experiments.methods compare --output $(EXPERIMENTS_DIR)/methods
 
 forgetting: .venv/installed ## the table of docs/forgetting.md (a minute and a half on two idle cores)
 	$(BIN)/python -m experiments forgetting --document docs/forgetting.md
