@@ -67,6 +67,11 @@ METHODS: dict[str, dict[str, Any]] = {
         **_INSTEAD_OF_RESETS,
     },
 }
+#: A method that reads activations, and resets beside one that does not.
+MIXED_PRECISION: dict[str, dict[str, Any]] = {
+    f"{name} in bfloat16": {"precision": "bfloat16", **METHODS[name]}
+    for name in ("ReDo", "L2 Init and perturbation beside resets")
+}
 
 
 def plain_spec(name: str, **changes: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
@@ -34,13 +35,14 @@ class ActivationTaps:
         return [len(passes) for passes in self._gathered]
 
     def take(self) -> list[list[Tensor]]:
-        """Per tap the activations of each pass; they are forgotten here.
+        """Per tap the activations of each pass, at least in float32 whatever they were computed in; they are forgotten
+        here.
 
         Raises `CbpError` if no forward and backward pass in training mode has happened since the last time.
         """
         if not all(self._gathered):
             raise CbpError("step() needs a forward pass in training mode, and its backward pass, since the last step")
-        taken = [list(passes) for passes in self._gathered]
+        taken = [[_widened(activations) for activations in passes] for passes in self._gathered]
         self._forget()
         return taken
 
@@ -85,6 +87,11 @@ class ActivationTaps:
         self._learned = False
         for passes in self._gathered:
             passes.clear()
+
+
+def _widened(activations: Tensor) -> Tensor:
+    """Means of many values need more digits than those of half a float's width."""
+    return activations.float() if activations.dtype in (torch.bfloat16, torch.float16) else activations
 
 
 def _tensors(value: Any) -> list[Tensor]:

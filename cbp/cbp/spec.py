@@ -29,6 +29,8 @@ Utility = Literal[
     "random",
 ]
 
+Precision = Literal["float32", "bfloat16"]
+
 OUTPUT_LAYER = "output"
 _HIDDEN_PREFIX = "hidden_"
 _LARGEST_SEED = 2**63 - 1
@@ -410,6 +412,9 @@ class LearnerSpec(Record):
     """Examples in one step; 0 makes each message one step. 1 by default: online learning."""
     seed: Annotated[Whole, Field(ge=0, le=_LARGEST_SEED)] = 0
     """Seed of the first weights and of every redraw."""
+    precision: Precision = "float32"
+    """Of products and convolutions. With bfloat16 they run under `torch.autocast`, forwards and back; parameters and
+    all that is kept beside them, losses and outputs stay float32."""
     resets: ResetSpec = ResetSpec()
     """Which units are reset, and when."""
     methods: tuple[MethodSpec, ...] = ()
@@ -429,11 +434,12 @@ class LearnerSpec(Record):
                 "network.normalization",
                 "batch normalisation needs steps of several examples; set batch_size to 2 or more, or use 'group'",
             )
-        if self.monitoring.trainability_interval and (self.methods or not self.network.is_plain):
+        plain = self.network.is_plain and not self.methods and self.precision == "float32"
+        if self.monitoring.trainability_interval and not plain:
             raise contradiction(
                 "monitoring.trainability_interval",
-                "Only copies of plain multilayer perceptrons without methods are tested beside their learners; set it "
-                "to 0, and call cbp.measure_trainability on a snapshot",
+                "Only copies of plain multilayer perceptrons in float32 without methods are tested beside their "
+                "learners; set it to 0, and call cbp.measure_trainability on a snapshot",
             )
         misnamed = self.resets.misnamed_layer(self.layer_names[:-1])
         if misnamed is not None:
@@ -493,7 +499,7 @@ class LearnerSpec(Record):
 
     def check_update(self, new: "LearnerSpec") -> None:
         """Raises `SpecError` if a learner of this specification cannot be turned into one of the new one."""
-        fixed = ("network", "loss", "batch_size", "seed", "methods")
+        fixed = ("network", "loss", "batch_size", "seed", "precision", "methods")
         violations = [
             FieldViolation(name, "Cannot change on a live learner; create another learner for it")
             for name in fixed

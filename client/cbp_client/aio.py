@@ -24,7 +24,7 @@ from cbp_proto.v1 import learner_pb2, learner_service_pb2
 DEFAULT_TARGET = "localhost:50051"
 DEFAULT_TIMEOUT = 30.0
 _PAGE_SIZE = 200
-_IMMUTABLE = ("network", "loss", "batch_size", "seed", "methods")
+_IMMUTABLE = ("network", "loss", "batch_size", "seed", "precision", "methods")
 
 
 class AsyncClient:
@@ -86,6 +86,7 @@ class AsyncClient:
         optimizer: str | Plain | None = None,
         batch_size: int | None = None,
         seed: int | None = None,
+        precision: str | None = None,
         resets: Plain | None = None,
         methods: Sequence[Plain] | None = None,
         monitoring: Plain | None = None,
@@ -103,6 +104,7 @@ class AsyncClient:
             optimizer: "sgd", "rmsprop", "adam" or "adamw", or such as `{"kind": "sgd", "lr": 0.01}`.
             batch_size: examples in one step; 0 makes every message one step.
             seed: of the initial weights and every later draw.
+            precision: "float32", or "bfloat16" for mixed precision; see docs/networks.md.
             resets: continual backprop, such as `{"layers": "first", "replacement_rate": 1e-4}`.
             methods: other methods against loss of plasticity, see docs/methods.md; such as
                 `[{"kind": "l2_init", "strength": 1e-3}]`.
@@ -110,7 +112,7 @@ class AsyncClient:
             durability: what an acknowledged batch survives: "fsync" power loss, "os" a crash of the server, "none"
                 nothing before the next checkpoint.
             exist_ok: return a learner that exists already, unless what it is can't be changed and differs from what
-                is given here: network, loss, batch_size, seed or methods. Other settings stay as they are.
+                is given here: network, loss, batch_size, seed, precision or methods. Other settings stay as they are.
 
         Raises:
             AlreadyExists: the id is taken.
@@ -122,6 +124,7 @@ class AsyncClient:
             "optimizer": optimizer,
             "batch_size": batch_size,
             "seed": seed,
+            "precision": precision,
             "resets": resets,
             "methods": methods,
             "monitoring": monitoring,

@@ -137,7 +137,8 @@ class LearnerInfo:
     Attributes:
         id: the name that users type; `learners/{id}` on the wire.
         uid: differs from that of any other learner, also of one created under the same id later.
-        spec: network, loss, optimizer, batch_size, seed, resets, methods and monitoring, every field filled in.
+        spec: network, loss, optimizer, batch_size, seed, precision, resets, methods and monitoring, every field
+            filled in.
         etag: changes whenever the spec does.
         state: "active"; "unavailable" while its engine process starts; "evicted" while it is idle and out of memory,
             which the first use ends; "quarantined", see below; "deleted", until it is undeleted or purged.

@@ -26,6 +26,8 @@ from cbp import (
     UpgdSpec,
     make_methods,
 )
+from cbp.activation_taps import ActivationTaps
+from cbp.discovery import discover_units
 
 CBP = ResetSpec(replacement_rate=0.1, maturity_threshold=3, decay_rate=0.9)
 L2_INIT = L2InitSpec(strength=0.1)
@@ -110,6 +112,39 @@ def batches(network: str, seed: int = 1) -> Iterator[Tensor]:
     torch.manual_seed(seed)
     while True:
         yield NETWORKS[network][1]()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_in_a_loop_of_mixed_precision_all_that_is_kept_stays_float32(method: str, network: str) -> None:
+    run = Run.of(method, network, adam=method != "upgd")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run.module(next(batches(network))).dtype == torch.bfloat16
+    for _, batch in zip(range(20), batches(network), strict=False):
+        run.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (run.module(batch).float() - 1).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        run.optimizer.step()
+        for one in run.methods:
+            one.step()
+    assert not any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in run.numbers())
+    if method in ("cbp", "redo", "self_normalized_resets"):
+        assert sum(run.methods[0].replacements.values()) > 0  # type: ignore[attr-defined]
+
+
+def test_activations_of_mixed_precision_are_averaged_in_float32() -> None:
+    module = mlp()
+    optimizer = SGD(module.parameters(), lr=0.1)
+    taps = ActivationTaps(discover_units(module, lambda _parameter: True, "kaiming").taps, optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = module(rows())
+    outputs.sum().backward()
+    optimizer.step()
+    gathered = [activations for passes in taps.take() for activations in passes]
+    assert [activations.dtype for activations in gathered] == [torch.float32] * 2
+    for activations in gathered:
+        assert torch.equal(activations, activations.bfloat16().float())  # in which they had been computed
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:

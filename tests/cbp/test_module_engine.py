@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from network_kinds import METHODS, NETWORKS, OPTIMIZERS, batch_for, examples, plain_spec
+from network_kinds import METHODS, NETWORKS, OPTIMIZERS, PERCEPTRON_ENGINES, batch_for, examples, plain_spec
 
 from cbp import (
+    Batch,
     BatchError,
     CbpError,
     DivergenceError,
@@ -83,6 +84,60 @@ def test_methods_are_resumed_and_outlast_an_update(network: str, method: str, de
         before = learner.progress.replacements
         assert set(learner.reset_units([0], 1.0).values()) == {0}  # nobody knows which of its units are mature
         assert learner.progress.replacements == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_mixed_precision_is_near_and_what_is_kept_is_whole(name: str, device: str) -> None:
+    learner, exact = make(name, device, precision="bfloat16"), make(name, device)
+    spec = learner.spec
+    features = examples(spec, 20)[0]
+    first, exactly = learner.predict(features), exact.predict(features)
+    assert first.dtype == np.float32
+    scale = np.abs(exactly).max()
+    assert not np.array_equal(first, exactly)
+    np.testing.assert_allclose(first, exactly, atol=0.05 * scale)
+    learner.train(batch_for(spec, 22, seed=1))
+    resumed = Learner.restore(LearnerSnapshot.from_bytes(learner.snapshot().to_bytes()), device=device, engine="auto")
+    for part in (slice(0, 7), slice(7, 32)):
+        inputs, labels = examples(spec, 32, seed=2)
+        resumed.train(Batch.validate(spec, inputs[part], labels[part]))
+    learner.train(batch_for(spec, 32, seed=2))
+    tensors, others = learner.snapshot().tensors, resumed.snapshot().tensors
+    assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+    assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float32}
+    for layer in learner.take_samples()[-1].layers:
+        assert layer.gradient_norm is not None
+        assert layer.gradient_norm > 0
+        assert (layer.effective_rank is None) == (layer.layer == "output")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_in_mixed_precision(method: str) -> None:
+    learner = make("convnet", **{**METHODS[method], "precision": "bfloat16"})
+    without = make("convnet", **{**METHODS[method], "precision": "bfloat16", "methods": []})
+    for run in (learner, without):
+        run.train(batch_for(run.spec, 40))
+    assert not np.allclose(*(run.predict(examples(learner.spec, 5)[0]) for run in (learner, without)))
+    if method in ("ReDo", "self-normalised resets"):
+        assert sum(learner.progress.replacements.values()) > 0
+
+
+def test_mixed_precision_is_the_module_engines_and_for_good() -> None:
+    network = {"network": {"kind": "mlp", "in_features": 5, "hidden": [8], "out_features": 3}}
+    spec = LearnerSpec.parse(plain_spec("linear", precision="bfloat16", **network))
+    assert Learner(spec, engine="auto").engine == "module"
+    for engine in PERCEPTRON_ENGINES:
+        with pytest.raises(CbpError, match="in float32 only"):
+            Learner(spec, engine=engine)
+    with pytest.raises(SpecError, match="precision: Cannot change on a live learner"):
+        Learner(spec, engine="auto").update(LearnerSpec.parse(plain_spec("linear", **network)))
+    with pytest.raises(SpecError, match=r"precision: Input should be 'float32' or 'bfloat16'; got 'float16'"):
+        LearnerSpec.parse(plain_spec("linear", precision="float16"))
+    with pytest.raises(SpecError, match=r"monitoring.trainability_interval: Only copies of plain"):
+        LearnerSpec.parse(
+            plain_spec("linear", precision="bfloat16", monitoring={"trainability_interval": 1000}, **network)
+        )
 
 
 def test_a_linear_learner_has_no_units_for_methods_that_reset_them() -> None:

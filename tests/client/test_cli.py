@@ -91,6 +91,17 @@ def test_a_shown_spec_creates_the_same_learner(cbp: Run, learner: str, tmp_path:
     assert cbp("learners", "create", twin, "--spec", str(file), "--exist-ok").status == 0
 
 
+def test_a_learner_in_mixed_precision(cbp: Run, learner_id: str) -> None:
+    assert cbp("learners", "create", learner_id, *CREATE, "--precision", "bfloat16").status == 0
+    shown = cbp("learners", "show", learner_id).out
+    assert "precision   bfloat16" in shown
+    assert "engine      module" in shown
+    refused = cbp("learners", "create", learner_id, *CREATE, "--precision", "float32", "--exist-ok")
+    assert f"learner {learner_id} exists with precision bfloat16, not float32" in refused.err
+    wrong = cbp("learners", "create", learner_id, *CREATE, "--precision", "float16")
+    assert wrong.err == "cbp: precision: must be one of float32, bfloat16, not 'float16'\n"
+
+
 def test_a_learner_with_methods(cbp: Run, learner: str, tmp_path: Path) -> None:
     file = tmp_path / "spec.json"
     spec = json.loads(cbp("learners", "show", learner, "--json").out)["learner"]["spec"]
@@ -277,6 +288,7 @@ _FLAGS = {
         "--loss",
         "--network",
         "--optimizer",
+        "--precision",
         "--seed",
         "--spec",
     },

@@ -5,7 +5,7 @@ import os
 import httpx
 import numpy as np
 import pytest
-from network_kinds import METHODS, NETWORKS, OPTIMIZERS, examples, install_architectures, plain_spec
+from network_kinds import METHODS, MIXED_PRECISION, NETWORKS, OPTIMIZERS, examples, install_architectures, plain_spec
 from one_thread import one_thread
 
 from cbp import Batch, Learner, LearnerSnapshot, LearnerSpec
@@ -29,7 +29,7 @@ def test_learners_of_every_kind_and_method_survive_a_kill(start_server, connect)
     server = start_server("--checkpoint-interval", "1000000")
     wire = connect(server.grpc_target)
     plain = {name: plain_spec(name, optimizer=OPTIMIZERS["adam"]) for name in NETWORKS}
-    plain |= {name: plain_spec("convnet", **changes) for name, changes in METHODS.items()}
+    plain |= {name: plain_spec("convnet", **changes) for name, changes in (METHODS | MIXED_PRECISION).items()}
     specs = {name: LearnerSpec.parse(spec) for name, spec in plain.items()}
     locals_ = {name: Learner(spec, engine="auto") for name, spec in specs.items()}
     for name, spec in specs.items():

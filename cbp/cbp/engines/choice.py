@@ -31,7 +31,10 @@ def resolve_engine(choice: EngineChoice, spec: LearnerSpec, device: torch.device
     if choice == "auto":
         return choose_engine(spec, device)
     if needs_module(spec) and choice != "module":
-        text = f"{choice!r} runs plain multilayer perceptrons only, without normalization, crelu, inputs or methods"
+        text = (
+            f"{choice!r} runs plain multilayer perceptrons in float32 only, without normalization, crelu, inputs or "
+            "methods"
+        )
         raise CbpError(f"engine: {text}; use 'module' or 'auto'")
     if choice == "module" and not needs_module(spec):
         raise CbpError(

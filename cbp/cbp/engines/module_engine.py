@@ -2,7 +2,7 @@
 
 Between two steps come the methods of `ModuleState`, such as `ContinualBackprop`. Nothing is read back from the device
 within a step. Steps are deterministic on one machine and number of threads, and leave torch's own random generators as
-they were.
+they were. With bfloat16 there is no scaling of losses: its exponents are those of float32.
 
 Shapes: B examples in a step, C outputs.
 """
@@ -64,6 +64,17 @@ class ModuleState:
         others = make_methods(self.spec.methods, body, optimizer, initializer=initializer, seed=seed)
         self.methods: list[PlasticityMethod] = others if self.resets is None else [self.resets, *others]
         """In the order in which they take their steps."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The network's outputs [B, C] float32, computed in the precision of the specification."""
+        with self._autocast():
+            outputs: Tensor = self.network(inputs)
+        return outputs.float()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.spec.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     @property
     def replacements(self) -> list[list[int]]:
@@ -172,7 +183,7 @@ class ModuleState:
         scale = torch.full((count, 1), losses.gradient_scale(loss, outputs) / count, device=self.device)
         inputs = torch.from_numpy(probe.features).to(self.device)
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(self.network), self._tapped() as tapped:
-            predicted = self.network(inputs)
+            predicted = self.forward(inputs)
             parameters = dict(self.network.named_parameters())
             gradients = torch.autograd.grad(
                 predicted,
@@ -198,7 +209,7 @@ class ModuleState:
 
             def look(_layer: nn.Module, inputs: Any, output: Any, place: int = place, side: str = tap.side) -> None:
                 value = output if side == "output" else inputs[0]
-                found[place] = (value[0] if isinstance(value, tuple) else value).detach()
+                found[place] = (value[0] if isinstance(value, tuple) else value).detach().float()
 
             hooks.append(tap.layer.register_forward_hook(look))
         try:
@@ -225,7 +236,7 @@ class ModuleEngine:
     @torch.inference_mode()
     def predict(self, inputs: Tensor) -> Tensor:
         with _evaluating(self.state.network):
-            outputs: Tensor = self.state.network(inputs[0])
+            outputs = self.state.forward(inputs[0])
         return outputs.unsqueeze(0)
 
     def begin(self, examples: Examples, step_size: int, probe: Probe) -> Work:
@@ -246,9 +257,10 @@ class ModuleEngine:
         with _repeatable(state, self.device):
             optimizer.zero_grad()
             # A copy: where an example lies in memory must not decide how products round.
-            predicted = state.network(inputs[0].clone())
+            predicted = state.forward(inputs[0].clone())
             outputs[0] = predicted.detach()
-            predicted.backward(losses.output_gradient(self.spec.loss, predicted.detach(), targets[0], scale[0]))
+            gradient = losses.output_gradient(self.spec.loss, predicted.detach(), targets[0], scale[0])
+            torch.autograd.backward(predicted, gradient)
             if (most := self.spec.optimizer.clip_norm) is not None:
                 clip_grad_norm_(state.network.parameters(), most)
             optimizer.step()

@@ -17,7 +17,7 @@ EngineChoice = EngineName | Literal["auto"]
 
 def choose_engine(spec: LearnerSpec, device: "torch.device | str") -> EngineName:
     """The fastest engine for the learner: "compiled" on the CPU, "stacked" on a GPU, else "torch"; "module" for what is
-    no plain multilayer perceptron, and for methods beside resets."""
+    no plain multilayer perceptron, for methods beside resets, and for bfloat16."""
     if needs_module(spec):
         return "module"
     match str(device).partition(":")[0]:
@@ -31,4 +31,4 @@ def choose_engine(spec: LearnerSpec, device: "torch.device | str") -> EngineName
 
 def needs_module(spec: LearnerSpec) -> bool:
     """Whether only the engine "module" runs the learner; it runs no other."""
-    return not spec.network.is_plain or bool(spec.methods)
+    return not spec.network.is_plain or bool(spec.methods) or spec.precision != "float32"

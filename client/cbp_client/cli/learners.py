@@ -112,6 +112,7 @@ def create(
         int | None, typer.Option(help="Examples in one step; 0 makes every message one step.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the initial weights and every later draw.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, or bfloat16 for mixed precision.")] = None,
     resets: Layers = None,
     replacement_rate: Rate = None,
     maturity_threshold: Maturity = None,
@@ -137,7 +138,7 @@ def create(
         "optimizer": _without_none({"kind": optimizer, "lr": lr, "weight_decay": weight_decay, "momentum": momentum}),
         "resets": _resets(resets, replacement_rate, maturity_threshold, decay_rate, utility, bias_compensation),
         "monitoring": _without_none({"interval": monitoring_interval, "trainability_interval": trainability_interval}),
-        **_without_none({"batch_size": batch_size, "seed": seed}),
+        **_without_none({"batch_size": batch_size, "seed": seed, "precision": precision}),
     }
     whole = _merged(_read_spec(spec) if spec is not None else {}, flags)
     if "network" not in whole:
@@ -253,6 +254,11 @@ def _resets(
     )
 
 
+_SPEC_PARTS = frozenset(
+    ("network", "loss", "optimizer", "batch_size", "seed", "precision", "resets", "methods", "monitoring")
+)
+
+
 def _read_spec(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
@@ -265,7 +271,7 @@ def _read_spec(path: Path) -> dict[str, Any]:
             content = content[key]
     if not isinstance(content, dict):
         raise CommandError(f"{path} must hold an object with network, loss, optimizer and so on")
-    unknown = set(content) - {"network", "loss", "optimizer", "batch_size", "seed", "resets", "methods", "monitoring"}
+    unknown = set(content) - _SPEC_PARTS
     if unknown:
         raise CommandError(f"{path}: {', '.join(sorted(unknown))} is not part of a spec")
     return content
@@ -311,6 +317,8 @@ def _facts(info: LearnerInfo) -> Table:
     table.add_row("loss", info.spec["loss"]["kind"])
     table.add_row("optimizer", f"{optimizer.pop('kind')} {_settings(optimizer)}")
     table.add_row("batch size", str(info.spec["batch_size"]))
+    if info.spec.get("precision", "float32") != "float32":
+        table.add_row("precision", info.spec["precision"])
     table.add_row("resets", f"{','.join(resets.pop('layers'))} {_settings(resets)}")
     for method in map(dict, info.spec.get("methods", ())):
         table.add_row("method", f"{method.pop('kind')} {_settings(method)}")

@@ -19,6 +19,23 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Precision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Precision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRECISION_UNSPECIFIED: _Precision.ValueType  # 0
+    PRECISION_FLOAT32: _Precision.ValueType  # 1
+    PRECISION_BFLOAT16: _Precision.ValueType  # 2
+
+class Precision(_Precision, metaclass=_PrecisionEnumTypeWrapper): ...
+
+PRECISION_UNSPECIFIED: Precision.ValueType  # 0
+PRECISION_FLOAT32: Precision.ValueType  # 1
+PRECISION_BFLOAT16: Precision.ValueType  # 2
+Global___Precision: _TypeAlias = Precision  # noqa: Y015
+
 class _TransformerInput:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -215,10 +232,13 @@ class LearnerSpec(_message.Message):
     RESETS_FIELD_NUMBER: _builtins.int
     MONITORING_FIELD_NUMBER: _builtins.int
     METHODS_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
     batch_size: _builtins.int
     """Examples in one optimizer step; 0 makes every message one step. Immutable. Default 1."""
     seed: _builtins.int
     """Seeds the initial weights and every later draw. Immutable. Default 0."""
+    precision: Global___Precision.ValueType
+    """Of products and convolutions; with bfloat16 they run in mixed precision. Immutable. Default float32."""
     @_builtins.property
     def network(self) -> Global___Network:
         """Immutable."""
@@ -254,10 +274,11 @@ class LearnerSpec(_message.Message):
         resets: Global___Resets | None = ...,
         monitoring: Global___Monitoring | None = ...,
         methods: _abc.Iterable[Global___Method] | None = ...,
+        precision: Global___Precision.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_seed", b"_seed", "batch_size", b"batch_size", "loss", b"loss", "monitoring", b"monitoring", "network", b"network", "optimizer", b"optimizer", "resets", b"resets", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_seed", b"_seed", "batch_size", b"batch_size", "loss", b"loss", "methods", b"methods", "monitoring", b"monitoring", "network", b"network", "optimizer", b"optimizer", "resets", b"resets", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_seed", b"_seed", "batch_size", b"batch_size", "loss", b"loss", "methods", b"methods", "monitoring", b"monitoring", "network", b"network", "optimizer", b"optimizer", "precision", b"precision", "resets", b"resets", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015

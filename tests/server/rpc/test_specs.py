@@ -3,6 +3,7 @@
 import pytest
 
 from cbp import LearnerSpec
+from cbp_proto import to_plain
 from cbp_server.limits import Limits
 from cbp_server.rpc.convert import spec_from_message, spec_to_message
 
@@ -19,6 +20,14 @@ METHODS = [
     [{"kind": "upgd", "noise": 0.0, "decay_rate": 0.5}],
     [{"kind": "selective_weight_reinitialization", "replacement_rate": 0.5, "interval": 2, "decay_rate": 0.0}],
 ]
+
+
+def test_a_precision_comes_back():
+    for precision in ("float32", "bfloat16"):
+        spec = LearnerSpec.parse(PLAIN | {"precision": precision})
+        assert to_plain(spec_to_message(spec))["precision"] == precision
+        assert spec_from_message(spec_to_message(spec), LIMITS) == spec
+    assert spec_from_message(spec_to_message(LearnerSpec.parse(PLAIN)), LIMITS).precision == "float32"
 
 
 @pytest.mark.parametrize("methods", METHODS, ids=lambda methods: methods[0]["kind"])

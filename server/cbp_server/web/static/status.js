@@ -452,6 +452,7 @@ class LearnerView {
       Loss: spec.loss.kind.replaceAll("_", " "),
       Optimizer: format.optimizer(spec),
       "Batch size": spec.batch_size === 0 ? "each message" : format.count(spec.batch_size),
+      ...(spec.precision !== "float32" && { Precision: spec.precision }),
       Resets: format.resetsInFull(spec),
       ...(spec.methods?.length && { Methods: format.methods(spec) }),
       Steps: format.count(progress.step),
