@@ -20,6 +20,7 @@ from torch import nn
 
 from cbp.activations import NONLINEARITIES
 from cbp.architectures.building import build
+from cbp.engines.names import needs_module
 from cbp.errors import CbpError, SnapshotError
 from cbp.networks import layer_shapes
 from cbp.serialization import LearnerSnapshot, take_tensor
@@ -48,13 +49,13 @@ _ONNX_OPERATORS: Mapping[Activation, tuple[str, Mapping[str, Any]]] = MappingPro
 
 def to_module(snapshot: LearnerSnapshot) -> nn.Module:
     """The network in memory of its own. Of a plain multilayer perceptron, an `nn.Sequential` of the layers `hidden_0`,
-    `hidden_0_activation`, …, `output`; of any other network, a module with its `inputs` and its `body`, in evaluation
-    mode.
+    `hidden_0_activation`, …, `output`; of any other learner, a module with its `inputs` and its `body`, in evaluation
+    mode. It computes in float32, whatever the learner's precision.
 
     Raises `SnapshotError` if the snapshot lacks parameters or buffers.
     """
     spec = snapshot.read_spec()
-    return _plain_module(snapshot, spec) if spec.network.is_plain else _built_module(snapshot, spec)
+    return _built_module(snapshot, spec) if needs_module(spec) else _plain_module(snapshot, spec)
 
 
 def _built_module(snapshot: LearnerSnapshot, spec: LearnerSpec) -> nn.Module:
@@ -100,7 +101,7 @@ def to_onnx(snapshot: LearnerSnapshot) -> bytes:
     import onnx  # optional, and not needed for the other formats
 
     spec = snapshot.read_spec()
-    if not spec.network.is_plain:
+    if needs_module(spec):
         raise SnapshotError(
             f"ONNX is written for plain multilayer perceptrons only, not for this {spec.network.kind}; use torch-export"
         )
