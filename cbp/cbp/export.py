@@ -49,13 +49,13 @@ _ONNX_OPERATORS: Mapping[Activation, tuple[str, Mapping[str, Any]]] = MappingPro
 
 def to_module(snapshot: LearnerSnapshot) -> nn.Module:
     """The network in memory of its own. Of a plain multilayer perceptron, an `nn.Sequential` of the layers `hidden_0`,
-    `hidden_0_activation`, …, `output`; of any other learner, a module with its `inputs` and its `body`, in evaluation
+    `hidden_0_activation`, …, `output`; of any other network, a module with its `inputs` and its `body`, in evaluation
     mode. It computes in float32, whatever the learner's precision.
 
     Raises `SnapshotError` if the snapshot lacks parameters or buffers.
     """
     spec = snapshot.read_spec()
-    return _built_module(snapshot, spec) if needs_module(spec) else _plain_module(snapshot, spec)
+    return _plain_module(snapshot, spec) if spec.network.is_plain else _built_module(snapshot, spec)
 
 
 def _built_module(snapshot: LearnerSnapshot, spec: LearnerSpec) -> nn.Module:
@@ -70,12 +70,13 @@ def _built_module(snapshot: LearnerSnapshot, spec: LearnerSpec) -> nn.Module:
 
 def _plain_module(snapshot: LearnerSnapshot, spec: LearnerSpec) -> nn.Sequential:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
+    prefix = "parameters.body" if needs_module(spec) else "parameters"
     for name, (out, into) in zip(spec.layer_names, layer_shapes(spec.mlp), strict=True):
         # The usual first values would draw random numbers.
         linear: nn.Linear = nn.utils.skip_init(nn.Linear, into, out)  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            linear.weight.copy_(take_tensor(snapshot.tensors, f"parameters.{name}.weight", (out, into), torch.float32))
-            linear.bias.copy_(take_tensor(snapshot.tensors, f"parameters.{name}.bias", (out,), torch.float32))
+            linear.weight.copy_(take_tensor(snapshot.tensors, f"{prefix}.{name}.weight", (out, into), torch.float32))
+            linear.bias.copy_(take_tensor(snapshot.tensors, f"{prefix}.{name}.bias", (out,), torch.float32))
         layers[name] = linear
         if name != spec.layer_names[-1]:
             layers[f"{name}_activation"] = NONLINEARITIES[spec.mlp.plain_activation].module()
@@ -101,7 +102,7 @@ def to_onnx(snapshot: LearnerSnapshot) -> bytes:
     import onnx  # optional, and not needed for the other formats
 
     spec = snapshot.read_spec()
-    if needs_module(spec):
+    if not spec.network.is_plain:
         raise SnapshotError(
             f"ONNX is written for plain multilayer perceptrons only, not for this {spec.network.kind}; use torch-export"
         )

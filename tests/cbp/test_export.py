@@ -4,7 +4,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -57,6 +57,25 @@ def test_module(learner: Learner) -> None:
         stored = snapshot.tensors[f"parameters.{name}"]
         assert torch.equal(parameter, stored)
         assert parameter.data_ptr() != stored.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [({"methods": [{"kind": "l2_init", "strength": 0.01}]}, 1e-5), ({"precision": "bfloat16"}, 0.1)],
+)
+def test_a_perceptron_that_the_engine_for_modules_trains_is_exported_like_others(
+    changes: dict[str, Any], tolerance: float, make_spec: MakeSpec, make_batch: MakeBatch
+) -> None:
+    learner = Learner(make_spec(**changes), engine="auto")
+    assert learner.engine == "module"
+    learner.train(make_batch(learner.spec, 60))
+    module = to_module(learner.snapshot())
+    inputs = features(9)
+    outputs = module(torch.from_numpy(inputs)).detach().numpy()
+    np.testing.assert_allclose(outputs, learner.predict(inputs), atol=tolerance * np.abs(outputs).max())
+    assert {name.partition(".")[0] for name, _ in module.named_parameters()} == set(learner.spec.layer_names)
+    session = onnxruntime.InferenceSession(to_onnx(learner.snapshot()))
+    np.testing.assert_allclose(session.run(None, {"features": inputs})[0], outputs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_module_can_be_trained_on(learner: Learner, make_batch: MakeBatch) -> None:
