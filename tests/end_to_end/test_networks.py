@@ -123,34 +123,38 @@ def test_an_operators_architecture_is_served(start_server, tmp_path, monkeypatch
         np.testing.assert_array_equal(client.get_learner("pictures").predict(features).outputs, before)
 
 
-def test_a_learner_whose_architecture_is_gone_waits_for_it(start_server, tmp_path, monkeypatch, small_spec):
+def test_learners_whose_architecture_is_gone_wait_for_it(start_server, tmp_path, monkeypatch, small_spec):
     """The server starts, the other learners learn, and with the architecture back nothing is missing."""
     install_architectures(tmp_path)
-    bare = os.environ.get("PYTHONPATH", "")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), bare]))
-    server = start_server()
     network = {"kind": "registered", "name": "small", "shape": [3, 4], "out_features": 2, "settings": {"units": 10}}
     random = np.random.default_rng(0)
     features, targets = random.normal(size=(10, 3, 4)), random.normal(size=(10, 2))
+    names = ("journaled", "saved")
+    with monkeypatch.context() as changed:
+        changed.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+        server = start_server()
+        with Client(server.grpc_target) as client:
+            for name in names:
+                learner = client.create_learner(
+                    name, network=network, loss="mse", optimizer={"kind": "sgd", "lr": 0.01}, batch_size=2
+                )
+                with learner.stream(producer="tests") as stream:
+                    stream.send(features, targets)
+            learner.checkpoint()
+            before = [client.get_learner(name).predict(features).outputs for name in names]
+        server.kill()
+    server.start()
     with Client(server.grpc_target) as client:
-        learner = client.create_learner(
-            "pictures", network=network, loss="mse", optimizer={"kind": "sgd", "lr": 0.01}, batch_size=2
-        )
-        with learner.stream(producer="tests") as stream:
-            stream.send(features, targets)
-        before = learner.predict(features).outputs
-    for stop in (server.kill, server.stop):  # from its journal, then from a checkpoint
-        stop()
-        with monkeypatch.context() as changed:
-            changed.setenv("PYTHONPATH", bare)
-            server.start()
-        with Client(server.grpc_target) as client:
+        for name in names:
             with pytest.raises(CbpClientError, match="No architecture 'small' is installed here"):
-                client.get_learner("pictures").predict(features)
-            assert client.create_learner("clicks", exist_ok=True, **small_spec).predict(np.zeros((1, 4))).step == 0
-        reason = httpx.get(f"{server.http_url}/v1/server").json()["unreadable"]["pictures"]
-        assert "No architecture 'small' is installed here" in reason
-        assert server.stop() == 0
-        server.start()
-        with Client(server.grpc_target) as client:
-            np.testing.assert_array_equal(client.get_learner("pictures").predict(features).outputs, before)
+                client.get_learner(name).predict(features)
+        assert client.create_learner("clicks", **small_spec).predict(np.zeros((1, 4))).step == 0
+    unreadable = httpx.get(f"{server.http_url}/v1/server").json()["unreadable"]
+    assert unreadable.keys() == set(names)
+    assert all("No architecture 'small' is installed here" in reason for reason in unreadable.values())
+    assert server.stop() == 0
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    server.start()
+    with Client(server.grpc_target) as client:
+        for name, outputs in zip(names, before, strict=True):
+            np.testing.assert_array_equal(client.get_learner(name).predict(features).outputs, outputs)
