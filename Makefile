@@ -25,7 +25,6 @@ demo: .venv/installed ## stream digits to three learners and plot who keeps lear
 	$(BIN)/cbp demo --output $(DEMO_DIR)
 
 test: .venv/installed ## run the tests, four at a time (most of them wait for servers; less than ten minutes on two cores)
-	$(BIN)/python -m cbp.engines.ahead  # once, where else every worker and many servers would compile the same
 	$(BIN)/pytest -n 4 --dist worksteal
 
 torture: .venv/installed ## the longer tests: kills at every point, power losses, then KILLS kills at random (an hour; SEED=n repeats, POWER=1 cuts the power)

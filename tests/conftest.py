@@ -29,12 +29,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture
-def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+def start_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
     """Starts servers for one test, which may stop, kill and start them again. Arguments are flags."""
     started: list[ServerProcess] = []
+    marker = request.node.get_closest_marker("server_flags")
+    common = marker.args if marker is not None else ()
 
     def start(*flags: str) -> ServerProcess:
-        process = ServerProcess(tmp_path / f"server-{len(started)}" / "data", *flags)
+        process = ServerProcess(tmp_path / f"server-{len(started)}" / "data", *common, *flags)
         process.data_dir.parent.mkdir()
         started.append(process)
         process.start()

@@ -17,6 +17,9 @@ from cbp import Batch, Learner, LearnerSpec
 from cbp_proto import decode_tensor, from_plain
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2
 
+#: It is up sooner than compiled code, which is what other tests have.
+pytestmark = pytest.mark.server_flags("--engine", "torch")
+
 PROBE = np.random.default_rng(99).normal(size=(5, 4)).astype(np.float32)
 
 
@@ -49,7 +52,7 @@ class Taught:
 
     def __init__(self, small_spec, learner_id="clicks"):
         self.id = learner_id
-        self.local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
+        self.local = Learner(LearnerSpec.parse(small_spec), engine="torch")
         self.sequence = 0
 
     def teach(self, stream, batch, **fields):
@@ -156,7 +159,7 @@ def test_without_a_journal_a_crash_goes_back_to_the_checkpoint_and_says_so(own_s
     checkpoint(wire, "clicks")
     told = stream.receive().acknowledgement  # news without a batch
     assert (told.durable_sequence, list(told.results)) == (1, [])
-    saved = Learner.restore(learner.local.snapshot(), engine="compiled")
+    saved = Learner.restore(learner.local.snapshot(), engine="torch")
     learner.teach(stream, examples(10, seed=2))
     assert stream.receive().acknowledgement.durable_sequence == 1
     with contextlib.closing(sqlite3.connect(own_server.data_dir / "journal.db")) as database:
@@ -235,7 +238,7 @@ def test_checkpoints_in_an_object_store(start_server, connect, small_spec, examp
             learner.teach(stream, examples(30, seed=seed))
             stream.results(1)
         made = checkpoint(wire, "clicks")
-        then = Learner.restore(learner.local.snapshot(), engine="compiled")
+        then = Learner.restore(learner.local.snapshot(), engine="torch")
         learner.teach(stream, examples(30, seed=99))
         stream.results(1)
         server.kill()
@@ -279,7 +282,7 @@ def test_a_restore_whose_own_checkpoint_is_damaged_is_made_again(own_server, con
     learner.teach(stream, examples(20, seed=1))
     stream.results(1)
     made = checkpoint(wire, "clicks")
-    then = Learner.restore(learner.local.snapshot(), engine="compiled")
+    then = Learner.restore(learner.local.snapshot(), engine="torch")
     for seed in (2, 3):
         learner.teach(stream, examples(20, seed=seed))
     stream.results(2)
@@ -677,7 +680,7 @@ def test_an_operation_whose_commit_is_in_doubt_can_be_repeated(
     learner.teach(stream, examples(10, seed=1))
     stream.results(1)
     made = twice(refused, in_doubt, lambda: checkpoint(wire, "clicks"))
-    then = Learner.restore(learner.local.snapshot(), engine="compiled")
+    then = Learner.restore(learner.local.snapshot(), engine="torch")
     learner.teach(stream, examples(10, seed=2))
     stream.results(1)
 
@@ -749,7 +752,7 @@ def test_a_restore_counts_once_the_catalog_has_it_whatever_becomes_of_the_engine
     stream = wire.stream("clicks")
     learner.teach(stream, examples(10, seed=1))
     stream.results(1)
-    then = Learner.restore(learner.local.snapshot(), engine="compiled")
+    then = Learner.restore(learner.local.snapshot(), engine="torch")
     learner.teach(stream, examples(10, seed=2))
     stream.results(1)
     (tmp_path / "flag").touch()

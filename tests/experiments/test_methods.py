@@ -48,7 +48,7 @@ def test_chosen_settings_are_the_best_that_the_search_found() -> None:
             assert best == str(dict(contender.grid[0])), name
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", ["backprop", "CBP + L2 Init", "UPGD", "CReLU at 0.03"])
 def test_a_life_begins_as_it_is_reported(name: str, outcomes: list[Outcome]) -> None:
     """Rounding differs between machines, so not for long, and not to the last digit."""
     again = live(Run(contender=name, settings=CONTENDERS[name].grid[0], seed=SEEDS[0], tasks=1))
