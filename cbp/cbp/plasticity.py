@@ -25,7 +25,7 @@ SAMPLES_PER_UNIT = 2
 """A rank is reported from this many probe examples per unit on. A matrix with fewer rows than columns has at most as
 many singular values as rows, so its rank would tell of the probe and not of the network; at twice as many, independent
 units reach about 0.9 of the full effective rank."""
-GRADIENT_EXAMPLES = 64
+GRADIENT_EXAMPLES = 32
 """Newest probe examples that a gradient rank is of; it is at most as many. Always the same number, for with fewer it
 would be lower."""
 SRANK_DELTA = 0.01

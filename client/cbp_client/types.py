@@ -193,7 +193,7 @@ class LayerPlasticity:
         saturated_fraction: share of the activations near the bounds of a saturating nonlinearity.
         feature_norm: mean Euclidean norm of the activations on one probe example.
         srank: fewest singular values of the activations that hold 99 % of the sum of all.
-        gradient_rank: effective rank of the gradients of the newest 64 probe examples, at most 64.
+        gradient_rank: effective rank of the gradients of the newest 32 probe examples, at most 32.
     """
 
     layer: str

@@ -129,7 +129,7 @@ REPRESENTATION = (
     ),
     Panel(
         "Gradient rank",
-        "Directions in which the newest 64 probe examples pull at a layer's weights, at most 64.",
+        "Directions in which the newest 32 probe examples pull at a layer's weights, at most 32.",
         {_BY_LAYER: f"cbp_layer_gradient_rank{{{_LAYER}}}"},
     ),
     Panel(

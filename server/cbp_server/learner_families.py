@@ -198,7 +198,7 @@ LAYER_GAUGES = (
     ),
     _of_layer(
         "cbp_layer_gradient_rank",
-        "Effective rank of the gradients of the newest 64 probe examples in the layer's parameters.",
+        "Effective rank of the gradients of the newest 32 probe examples in the layer's parameters.",
         "gradient_rank",
     ),
 )

@@ -534,7 +534,7 @@ class LayerPlasticity(_message.Message):
     srank: _builtins.int
     """Fewest singular values of the activations that hold 99 % of the sum of all."""
     gradient_rank: _builtins.float
-    """Effective rank of the gradients of the newest 64 probe examples in the layer's parameters, at most 64."""
+    """Effective rank of the gradients of the newest 32 probe examples in the layer's parameters, at most 32."""
     @_builtins.property
     def age_quantiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quantile]:
         """Age of the units, in steps."""

@@ -47,7 +47,7 @@ class Layer(BaseModel):
     stable_rank: Number = Field(description="Of the activations on the probe examples.")
     srank: int | None = Field(description="Fewest singular values of the activations that hold 99 % of their sum.")
     gradient_rank: Number = Field(
-        description="Effective rank of the gradients of the newest 64 probe examples, at most 64."
+        description="Effective rank of the gradients of the newest 32 probe examples, at most 32."
     )
     replacements: int | None = Field(description="Units replaced so far.")
     age_quantiles: list[Quantile] = Field(description="Age of the units, in steps.")
