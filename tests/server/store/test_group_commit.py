@@ -69,6 +69,7 @@ class Recorder:
     async def hold(self, commit: GroupCommit) -> asyncio.Future[None]:
         """From now on entries wait, until `open` is set. The learner used for it is "hold"."""
         self.open.clear()
+        self.entered = threading.Semaphore(0)  # those who entered before do not count
         first = commit.add(batch(1, "hold"))
         await asyncio.to_thread(self.entered.acquire)
         return first
