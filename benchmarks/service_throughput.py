@@ -41,7 +41,7 @@ from workloads import (
 )
 
 from cbp_client import AsyncClient
-from cbp_client.convert import train_request
+from cbp_client.convert import examples_of
 
 NONE, FSYNC, HERE, ECHO = "service, none", "service, fsync", "in process", "bare echo"
 TARGET = 0.8
@@ -67,9 +67,7 @@ async def measure(net: Net, size: int, effort: Effort, client: AsyncClient, echo
     """By the message; and the engine of the Learner here."""
     bytes_each = 4 * size * net.widths[0]
     messages = net.make_messages(min(20, 1 + POOL_BYTES // bytes_each), size)
-    serialized = [
-        train_request(*message, None, task="", return_outputs=False).SerializeToString() for message in messages
-    ]
+    serialized = [examples_of(*message, None).encode(task="", return_outputs=False).encoded for message in messages]
     unsaved = await client.create_learner(f"{net.name.lower()}-none", durability="none", **net.spec)
     saved = await client.create_learner(f"{net.name.lower()}-fsync", durability="fsync", **net.spec)
     here = as_hosted(net)

@@ -1,6 +1,6 @@
 """The service as any gRPC client sees it: generated stubs on a real channel, no SDK."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -31,6 +31,18 @@ SMALL_SPEC: dict[str, Any] = {
 }
 
 
+def batch_message(sequence: int, features: Any, targets: Any, **fields: Any) -> training_service_pb2.TrainBatch:
+    tensors = {name: encode_tensor(np.asarray(value)) for name, value in fields.items() if name == "weights"}
+    others = {name: value for name, value in fields.items() if name != "weights"}
+    return training_service_pb2.TrainBatch(
+        sequence=sequence,
+        features=encode_tensor(np.asarray(features)),
+        targets=encode_tensor(np.asarray(targets)),
+        **tensors,
+        **others,
+    )
+
+
 class Stream:
     """One open Train stream, its first response read."""
 
@@ -48,16 +60,10 @@ class Stream:
         self._requests.put(request)
 
     def send_batch(self, sequence: int, features: Any, targets: Any, **fields: Any) -> None:
-        tensors = {name: encode_tensor(np.asarray(value)) for name, value in fields.items() if name == "weights"}
-        others = {name: value for name, value in fields.items() if name != "weights"}
-        batch = training_service_pb2.TrainBatch(
-            sequence=sequence,
-            features=encode_tensor(np.asarray(features)),
-            targets=encode_tensor(np.asarray(targets)),
-            **tensors,
-            **others,
-        )
-        self.send(training_service_pb2.TrainRequest(batch=batch))
+        self.send(training_service_pb2.TrainRequest(batch=batch_message(sequence, features, targets, **fields)))
+
+    def send_together(self, batches: Sequence[training_service_pb2.TrainBatch]) -> None:
+        self.send(training_service_pb2.TrainRequest(batches=training_service_pb2.TrainBatches(batches=batches)))
 
     def receive(self) -> training_service_pb2.TrainResponse:
         return next(self._call)

@@ -1,6 +1,7 @@
 """Between wire messages and what users see: pure functions, nothing else knows both."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from cbp_client.types import (
     WatchedLearner,
     WatchUpdate,
 )
-from cbp_proto import TensorError, decode_tensor, encode_tensor, fill_tensor, to_plain
+from cbp_proto import TensorError, decode_tensor, encode_batch, encode_tensor, to_plain
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, tensor_pb2, training_service_pb2
 
 NumberT = TypeVar("NumberT", bound=int)
@@ -200,50 +201,62 @@ def targets_tensor(targets: ArrayLike) -> tensor_pb2.Tensor:
     return encode_tensor(_targets(targets))
 
 
-def train_request(
-    features: ArrayLike, targets: ArrayLike, weights: ArrayLike | None, *, task: str, return_outputs: bool
-) -> training_service_pb2.TrainRequest:
-    """The message of a batch, without its sequence.
+@dataclass(frozen=True)
+class Examples:
+    """Arrays as they go into batches; made by `examples_of`."""
+
+    features: NDArray[np.generic]
+    targets: NDArray[np.generic]
+    weights: NDArray[np.generic] | None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays."""
+        return self.features.nbytes + self.targets.nbytes + (0 if self.weights is None else self.weights.nbytes)
+
+    def parts(self, count: int) -> Iterator["Examples"]:
+        """Parts of so many examples; the last may have fewer."""
+        for start in range(0, len(self), count):
+            rows = slice(start, start + count)
+            yield Examples(
+                self.features[rows], self.targets[rows], None if self.weights is None else self.weights[rows]
+            )
+
+    def encode(self, *, task: str, return_outputs: bool) -> "EncodedBatch":
+        """The message of one batch, which shares nothing with the arrays."""
+        encoded = encode_batch(self.features, self.targets, self.weights, task=task, return_outputs=return_outputs)
+        return EncodedBatch(encoded, len(self), task)
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A `TrainBatch` on its way.
+
+    Attributes:
+        encoded: serialised, without the sequence.
+        examples: in it.
+        task: in it.
+    """
+
+    encoded: bytes
+    examples: int
+    task: str
+
+
+def examples_of(features: ArrayLike, targets: ArrayLike, weights: ArrayLike | None) -> Examples:
+    """What is sent for the arrays that a user gives.
 
     Raises:
         InvalidArgument: something is not an array of numbers, or the lengths differ.
     """
-    arrays = {"features": _features(features), "targets": _targets(targets)}
-    if weights is not None:
-        arrays["weights"] = _weights(weights)
-    examples = len(arrays["features"])
-    for field, array in arrays.items():
-        if len(array) != examples:
-            raise _invalid(field, f"{len(array)} {field} for {examples} examples")
-    request = training_service_pb2.TrainRequest()
-    request.batch.task, request.batch.return_outputs = task, return_outputs
-    for field, array in arrays.items():
-        fill_tensor(getattr(request.batch, field), array)
-    return request
-
-
-def split_request(
-    request: training_service_pb2.TrainRequest, examples: int
-) -> Iterator[training_service_pb2.TrainRequest]:
-    """The same batch as several messages of so many examples each; the last may have fewer."""
-    whole = request.batch
-    given = [field for field in ("features", "targets", "weights") if whole.HasField(field)]
-    tensors = {field: (getattr(whole, field), getattr(whole, field).data) for field in given}
-    for start in range(0, whole.features.shape[0], examples):
-        part = training_service_pb2.TrainRequest()
-        part.batch.task, part.batch.return_outputs = whole.task, whole.return_outputs
-        for field, (tensor, data) in tensors.items():
-            _fill_rows(getattr(part.batch, field), tensor, data, start, start + examples)
-        yield part
-
-
-def _fill_rows(part: tensor_pb2.Tensor, tensor: tensor_pb2.Tensor, data: bytes, start: int, stop: int) -> None:
-    # `data` is tensor.data, each access to which copies all of it.
-    length, *row_shape = tensor.shape
-    row_bytes = len(data) // length
-    part.dtype = tensor.dtype
-    part.shape.extend([min(stop, length) - start, *row_shape])
-    part.data = data[start * row_bytes : stop * row_bytes]
+    examples = Examples(_features(features), _targets(targets), None if weights is None else _weights(weights))
+    for field, array in (("targets", examples.targets), ("weights", examples.weights)):
+        if array is not None and len(array) != len(examples):
+            raise _invalid(field, f"{len(array)} {field} for {len(examples)} examples")
+    return examples
 
 
 def _features(features: ArrayLike) -> NDArray[np.generic]:

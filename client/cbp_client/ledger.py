@@ -12,7 +12,9 @@ that it had not applied when the stream was opened are in flight from the beginn
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
+from cbp_client.convert import EncodedBatch
 from cbp_client.errors import AlreadyExists, BatchesLost, Fenced, LearnerReplaced, SequenceGap, ServerError
 from cbp_proto.v1 import training_service_pb2
 
@@ -22,14 +24,14 @@ class HeldBatch:
     """A batch on its way. `number` counts the batches of one stream and never changes; the sequence may."""
 
     number: int
-    request: training_service_pb2.TrainRequest
-    size: int  # bytes of the request
+    batch: EncodedBatch
+    sequence: int = 0  # that it was last sent with; 0 before that
     finished: bool = False  # its result is known, so that applying it once more is nobody's news
 
     @property
-    def sequence(self) -> int:
-        """The sequence that it was last sent with; 0 before that."""
-        return self.request.batch.sequence
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.batch.encoded)
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,13 @@ class Ledger:
         resend_bytes: bound on the applied but not yet durable batches that are kept; the oldest go first.
         position: where the producer stands; None before the stream is opened.
         credits: batches that may be sent now.
+        max_batches_per_message: that the server takes; 0 if it knows no such messages.
     """
 
     resend_bytes: int
     position: StreamPosition | None = None
     credits: int = 0
+    max_batches_per_message: int = 0
     kept_bytes: int = 0
     waiting_bytes: int = 0
     _kept: deque[HeldBatch] = field(default_factory=deque)
@@ -98,16 +102,29 @@ class Ledger:
         self._waiting.append(batch)
         self.waiting_bytes += batch.size
 
-    def take_next(self) -> HeldBatch | None:
-        """The batch to send now, with its sequence; None if there is none or the server wants none yet."""
+    def take_next(self, most_bytes: int = 0) -> list[HeldBatch]:
+        """The batches to send now in one message, with their sequences; none if there are none or the server wants none
+        yet.
+
+        Args:
+            most_bytes: how large several may be together, if the server takes messages that large.
+        """
         if self.credits == 0 or self._in_flight == len(self._waiting) or self._rejected_sequence is not None:
-            return None
-        batch = self._waiting[self._in_flight]
-        batch.request.batch.sequence = self._next_sequence
-        self._in_flight += 1
-        self.credits -= 1
+            return []
+        most = min(self.credits, self.max_batches_per_message or 1)
+        most_bytes = min(most_bytes, self._opened_position.max_message_bytes)
+        batches: list[HeldBatch] = []
+        size = 0
+        for batch in islice(self._waiting, self._in_flight, self._in_flight + most):
+            size += batch.size
+            if batches and size > most_bytes:
+                break
+            batch.sequence = self._next_sequence + len(batches)
+            batches.append(batch)
+        self._in_flight += len(batches)
+        self.credits -= len(batches)
         self.position = replace(self._opened_position, next_sequence=self._next_sequence)
-        return batch
+        return batches
 
     def opened(self, opened: training_service_pb2.StreamOpened, credits: int) -> list[HeldBatch]:
         """Begin anew from what the server says it has; the batches that it applied without telling are returned.
@@ -127,6 +144,7 @@ class Ledger:
         self._in_flight = accepted - self._settled
         self._rejected_sequence = None
         self.credits = credits
+        self.max_batches_per_message = opened.max_batches_per_message
         self.position = StreamPosition(
             learner_uid=opened.learner_uid,
             epoch=opened.epoch,

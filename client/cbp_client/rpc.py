@@ -13,7 +13,8 @@ from weakref import WeakSet
 import grpc
 
 from cbp_client.errors import CbpClientError, Unavailable, error_from_rpc
-from cbp_proto.v1 import learner_service_pb2_grpc, training_service_pb2_grpc
+from cbp_proto.v1 import learner_service_pb2_grpc, training_service_pb2, training_service_pb2_grpc
+from cbp_proto.v1.training_service_pb2 import TrainResponse
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _ATTEMPTS = 4
@@ -29,6 +30,9 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
+
+_SERVICE = training_service_pb2.DESCRIPTOR.services_by_name["TrainingService"]
+_TRAIN = f"/{_SERVICE.full_name}/{_SERVICE.methods_by_name['Train'].name}"
 
 RequestT = TypeVar("RequestT", contravariant=True)
 ResponseT = TypeVar("ResponseT", covariant=True)
@@ -68,6 +72,10 @@ class Connection:
             self._channel = grpc.aio.secure_channel(target, credentials, options=_OPTIONS)
         self.learners = learner_service_pb2_grpc.LearnerServiceStub(self._channel)
         self.training = training_service_pb2_grpc.TrainingServiceStub(self._channel)
+        #: TrainingService.Train with requests that are serialised already.
+        self.train: grpc.aio.StreamStreamMultiCallable[bytes, TrainResponse] = self._channel.stream_stream(
+            _TRAIN, response_deserializer=TrainResponse.FromString
+        )
 
     async def close(self) -> None:
         """Abort the streams and close the channel; calls under way are cancelled."""

@@ -14,7 +14,7 @@ from typing import Self, TypedDict
 import grpc
 from numpy.typing import ArrayLike
 
-from cbp_client.convert import batch_result, learner_name, split_request, train_request
+from cbp_client.convert import EncodedBatch, batch_result, examples_of, learner_name
 from cbp_client.errors import (
     BatchRejected,
     CbpClientError,
@@ -29,15 +29,17 @@ from cbp_client.errors import (
 from cbp_client.ledger import HeldBatch, Ledger, StreamPosition
 from cbp_client.rpc import MAX_MESSAGE_BYTES, Connection, backoff
 from cbp_client.types import BatchResult, StreamSummary
+from cbp_proto import encode_train_request
 from cbp_proto.v1 import training_service_pb2
 
 _OPEN_TIMEOUT = 30.0
 _CLOSE_TIMEOUT = 2.0
 _SEND_MANY_BYTES = 1024 * 1024
-_SEQUENCE_BYTES = 16  # what the sequence adds to a message that has none yet, at most
+_SEQUENCE_BYTES = 24  # what the sequence and the message around it add to an encoded batch, at most
+_TOGETHER_BYTES = 256 * 1024  # of batches that go in one message
 _OVERHEAD_BYTES = 1024  # all of a message but the tensors' data, at most
 
-_Call = grpc.aio.StreamStreamCall[training_service_pb2.TrainRequest, training_service_pb2.TrainResponse]
+_Call = grpc.aio.StreamStreamCall[bytes, training_service_pb2.TrainResponse]
 
 
 class StreamOptions(TypedDict, total=False):
@@ -215,7 +217,7 @@ class AsyncTrainingStream:
             InvalidArgument: this batch can't be sent, such as MessageTooLarge; it has not been taken.
             Fenced, BatchesLost, LearnerReplaced, LearnerQuarantined, Unavailable: the stream is at its end.
         """
-        return await self.send_request(self.request(features, targets, weights=weights, task=task))
+        return await self.send_encoded(self.encode(features, targets, weights=weights, task=task))
 
     async def send_many(
         self,
@@ -230,31 +232,31 @@ class AsyncTrainingStream:
 
         A learner whose batch_size is 0 makes one step of each message, so for it the cut matters.
         """
-        request = self.request(features, targets, weights=weights, task=task)
+        examples = examples_of(features, targets, weights)
         if examples_per_message is None:
-            examples = request.batch.features.shape[0]
             wanted_bytes = min(_SEND_MANY_BYTES, self.position.max_message_bytes - _OVERHEAD_BYTES)
-            examples_per_message = max(1, examples * wanted_bytes // request.ByteSize())
-        return [await self.send_request(part) for part in split_request(request, examples_per_message)]
+            examples_per_message = max(1, len(examples) * wanted_bytes // max(1, examples.nbytes))
+        return [
+            await self.send_encoded(part.encode(task=task, return_outputs=self._return_outputs))
+            for part in examples.parts(examples_per_message)
+        ]
 
-    def request(
-        self, features: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None, task: str
-    ) -> training_service_pb2.TrainRequest:
-        """The message of a batch; may be called on any thread.
+    def encode(self, features: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None, task: str) -> EncodedBatch:
+        """The message of a batch, which shares nothing with the arrays; may be called on any thread.
 
         Raises:
             InvalidArgument: something is not an array of numbers, or the lengths differ.
         """
-        return train_request(features, targets, weights, task=task, return_outputs=self._return_outputs)
+        return examples_of(features, targets, weights).encode(task=task, return_outputs=self._return_outputs)
 
-    async def send_request(self, request: training_service_pb2.TrainRequest) -> Ticket:
+    async def send_encoded(self, batch: EncodedBatch) -> Ticket:
         """`send` for a message that is made already."""
-        size = request.ByteSize()
+        size = len(batch.encoded)
         limit = min(self.position.max_message_bytes, MAX_MESSAGE_BYTES) - _SEQUENCE_BYTES
         if size > limit:
             raise MessageTooLarge(
-                f"{request.batch.features.shape[0]} examples make a message of {size} bytes, but one may have at most "
-                f"{limit}; send fewer at once, or use send_many, which cuts them up",
+                f"{batch.examples} examples make a message of {size} bytes, but one may have at most {limit}; send "
+                "fewer at once, or use send_many, which cuts them up",
                 reason="MESSAGE_TOO_LARGE",
             )
         await asyncio.sleep(0)  # lets the stream send while its user does nothing but fill it
@@ -267,7 +269,7 @@ class AsyncTrainingStream:
                 await self._changed.wait()
             self._sent += 1
             ticket = self._tickets[self._sent] = Ticket(self._sent, self._unreported)
-            self._ledger.append(HeldBatch(number=self._sent, request=request, size=size))
+            self._ledger.append(HeldBatch(number=self._sent, batch=batch))
         self._notify()
         return ticket
 
@@ -354,7 +356,7 @@ class AsyncTrainingStream:
 
     async def _converse(self) -> None:
         """One call to the server, from its opening until it ends or a rejection makes a new one necessary."""
-        call = self._connection.training.Train()
+        call = self._connection.train()
         writer = None
         try:
             with self._connection.translated_errors():
@@ -377,7 +379,7 @@ class AsyncTrainingStream:
                 self._lost_at = asyncio.get_running_loop().time()
 
     async def _open_call(self, call: _Call) -> None:
-        await _write(call, training_service_pb2.TrainRequest(open=self._open_request))
+        await _write(call, training_service_pb2.TrainRequest(open=self._open_request).SerializeToString())
         try:
             async with asyncio.timeout(_OPEN_TIMEOUT):
                 response = await call.read()
@@ -398,9 +400,11 @@ class AsyncTrainingStream:
     async def _write(self, call: _Call) -> None:
         while True:
             changed = self._changed
-            batch = self._ledger.take_next()
-            if batch is not None:
-                if not await _write(call, batch.request):
+            batches = self._ledger.take_next(_TOGETHER_BYTES)
+            if batches:
+                if not await _write(
+                    call, encode_train_request([(held.sequence, held.batch.encoded) for held in batches])
+                ):
                     return
             elif self._closing and self._ledger.unapplied == 0:
                 with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
@@ -430,14 +434,14 @@ class AsyncTrainingStream:
         if batch.finished:
             return
         batch.finished = True
-        outcome = batch_result(result, number=batch.number, task=batch.request.batch.task)
+        outcome = batch_result(result, number=batch.number, task=batch.batch.task)
         self._totals.add(outcome)
         self._tickets.pop(batch.number)._settle(outcome)
         if self._on_result is not None:
             self._on_result(outcome)
 
     def _reject(self, batch: HeldBatch, rejection: training_service_pb2.Rejection) -> None:
-        rejected = rejected_batch(rejection, number=batch.number, task=batch.request.batch.task)
+        rejected = rejected_batch(rejection, number=batch.number, task=batch.batch.task)
         self._totals.rejected += 1
         if self._on_rejection is None:
             self._unreported[batch.number] = rejected
@@ -476,7 +480,7 @@ class AsyncTrainingStream:
         self._changed = asyncio.Event()
 
 
-async def _write(call: _Call, request: training_service_pb2.TrainRequest) -> bool:
+async def _write(call: _Call, request: bytes) -> bool:
     """Whether the call took the message; if not it has ended, and reading from it says why."""
     try:
         await call.write(request)

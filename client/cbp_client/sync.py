@@ -141,8 +141,8 @@ class TrainingStream:
             InvalidArgument: this batch can't be sent, such as MessageTooLarge; it has not been taken.
             Fenced, BatchesLost, LearnerReplaced, LearnerQuarantined, Unavailable: the stream is at its end.
         """
-        request = self._stream.request(features, targets, weights=weights, task=task)
-        return self._loop.run(self._stream.send_request(request))
+        batch = self._stream.encode(features, targets, weights=weights, task=task)
+        return self._loop.run(self._stream.send_encoded(batch))
 
     def send_many(
         self,

@@ -55,7 +55,7 @@ class IncomingBatch:
 
     sequence: int
     payload_hash: str
-    payload: bytes  # the message as it goes into the journal
+    payload: bytes  # the message as it goes into the journal; may be a view of one received
     return_outputs: bool
     validate: Callable[[LearnerSpec], Batch]  # raises BatchError
 

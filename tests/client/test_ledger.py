@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbp_client import BatchesLost, Fenced, LearnerReplaced
+from cbp_client.convert import EncodedBatch
 from cbp_client.ledger import HeldBatch, Ledger
 from cbp_proto.v1 import training_service_pb2 as pb
 
 _ORDINARY = ["append", "send", "send", "arrive", "arrive", "apply", "apply", "answer", "answer", "save", "tell"]
+_BATCH_BYTES = 10
 _EVENTS = st.sampled_from([*_ORDINARY, "lose", "crash", "fall_back", "start_anew"])
 
 
@@ -21,9 +23,10 @@ class World:
     crash, and the first `applied` have been applied.
     """
 
-    def __init__(self, rejected: frozenset[int], limit: int) -> None:
+    def __init__(self, rejected: frozenset[int], limit: int, together: int) -> None:
         self.rejected = rejected
         self.limit = limit
+        self.together = together
         self.accepted: list[int] = []
         self.applied = self.durable = 0
         self.epoch = 0
@@ -45,18 +48,16 @@ class World:
         self.hold(self.appended)
 
     def hold(self, number: int) -> None:
-        request = pb.TrainRequest(batch=pb.TrainBatch(task=str(number)))
-        self.ledger.append(HeldBatch(number=number, request=request, size=request.ByteSize()))
+        self.ledger.append(held_batch(number))
 
     def send(self) -> None:
-        batch = self.ledger.take_next()
-        if batch is not None:
+        batches = self.ledger.take_next(2 * _BATCH_BYTES)
+        assert len(batches) <= max(1, min(self.together, 2))
+        for batch in batches:
             self.unanswered += 1
             assert self.unanswered <= self.limit
             assert batch.sequence > self.accepted_at_opening, "what the server has is not sent again"
-            sent = pb.TrainBatch()
-            sent.CopyFrom(batch.request.batch)
-            self.to_server.append(sent)
+            self.to_server.append(pb.TrainBatch(task=batch.batch.task, sequence=batch.sequence))
 
     def arrive(self) -> None:
         if not self.to_server:
@@ -117,6 +118,7 @@ class World:
             learner_uid="uid",
             max_message_bytes=1000,
             next_sequence=len(self.accepted) + 1,
+            max_batches_per_message=self.together,
         )
         self.hear(self.ledger.opened(opened, max(0, self.limit - self.unanswered)))
 
@@ -168,9 +170,12 @@ class World:
     st.lists(_EVENTS, max_size=150),
     st.frozensets(st.integers(min_value=1, max_value=20), max_size=6),
     st.integers(min_value=1, max_value=8),
+    st.integers(min_value=0, max_value=3),
 )
-def test_each_batch_is_applied_once_and_in_order(events: list[str], rejected: frozenset[int], limit: int) -> None:
-    world = World(rejected, limit)
+def test_each_batch_is_applied_once_and_in_order(
+    events: list[str], rejected: frozenset[int], limit: int, together: int
+) -> None:
+    world = World(rejected, limit, together)
     for event in events:
         getattr(world, event)()
     world.settle()
@@ -195,9 +200,18 @@ def held(count: int, resend_bytes: int = 10**9) -> Ledger:
     ledger = Ledger(resend_bytes=resend_bytes)
     ledger.opened(opened(applied=7, next_sequence=11), credits=100)
     for number in range(1, count + 1):
-        ledger.append(HeldBatch(number=number, request=pb.TrainRequest(batch=pb.TrainBatch()), size=10))
+        ledger.append(held_batch(number))
         ledger.take_next()
     return ledger
+
+
+def held_batch(number: int) -> HeldBatch:
+    return HeldBatch(number, EncodedBatch(bytes(_BATCH_BYTES), examples=1, task=str(number)))
+
+
+def sent(ledger: Ledger) -> list[HeldBatch]:
+    """All that may be sent now, one by one."""
+    return [batch for batches in iter(ledger.take_next, []) for batch in batches]
 
 
 def opened(*, applied: int, next_sequence: int, uid: str = "uid") -> pb.StreamOpened:
@@ -224,7 +238,7 @@ def test_only_what_the_server_lacks_is_sent_again(
     ledger = held(5)
 
     assert [batch.number for batch in ledger.opened(opened(applied=applied, next_sequence=next_sequence), 9)] == untold
-    assert [batch.sequence for batch in iter(ledger.take_next, None)] == sent_again
+    assert [batch.sequence for batch in sent(ledger)] == sent_again
     assert ledger.credits == 9 - len(sent_again)
     assert [batch.number for batch in ledger.acknowledged(results(15))] == list(range(len(untold) + 1, 6))
 
@@ -235,7 +249,7 @@ def test_a_server_may_apply_again_what_is_no_longer_held_as_long_as_it_has_it() 
 
     assert ledger.opened(opened(applied=8, next_sequence=15), 9) == []
     assert ledger.acknowledged(results(9, 10, 11)) == [], "heard of before"
-    assert [batch.sequence for batch in iter(ledger.take_next, None)] == [15]
+    assert [batch.sequence for batch in sent(ledger)] == [15]
     assert [batch.number for batch in ledger.acknowledged(results(14, 15))] == [4, 5]
 
 
@@ -251,7 +265,7 @@ def test_what_is_neither_held_nor_with_the_server_is_lost(next_sequence: int) ->
 
 def test_more_than_was_ever_sent_is_another_streams() -> None:
     ledger = held(5)
-    ledger.append(HeldBatch(number=6, request=pb.TrainRequest(), size=10))
+    ledger.append(held_batch(6))
 
     with pytest.raises(Fenced):
         ledger.opened(opened(applied=7, next_sequence=17), 9)
@@ -270,3 +284,38 @@ def test_what_was_sent_behind_a_rejected_batch_was_not_taken() -> None:
 def test_another_learner_is_not_written_to() -> None:
     with pytest.raises(LearnerReplaced, match="5 batches"):
         held(5).opened(opened(applied=0, next_sequence=1, uid="another"), 9)
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "most_batches", "credits", "together"),
+    [
+        (0, 64, 9, [1, 1, 1, 1, 1]),
+        (3 * _BATCH_BYTES, 64, 9, [3, 2]),
+        (10**9, 2, 9, [2, 2, 1]),
+        (10**9, 0, 9, [1, 1, 1, 1, 1]),  # a server that knows no messages of several
+        (10**9, 64, 4, [4]),
+    ],
+)
+def test_batches_go_together_as_far_as_both_sides_allow(
+    most_bytes: int, most_batches: int, credits: int, together: list[int]
+) -> None:
+    ledger = Ledger(resend_bytes=10**9)
+    ledger.opened(
+        pb.StreamOpened(max_message_bytes=1000, next_sequence=1, max_batches_per_message=most_batches), credits
+    )
+    for number in range(1, 6):
+        ledger.append(held_batch(number))
+
+    messages = list(iter(lambda: ledger.take_next(most_bytes), []))
+
+    assert [len(batches) for batches in messages] == together
+    assert [batch.sequence for batches in messages for batch in batches] == list(range(1, sum(together) + 1))
+
+
+def test_batches_that_go_together_are_no_larger_than_the_servers_largest_message() -> None:
+    ledger = Ledger(resend_bytes=10**9)
+    ledger.opened(pb.StreamOpened(max_message_bytes=25, next_sequence=1, max_batches_per_message=64), 9)
+    for number in range(1, 4):
+        ledger.append(held_batch(number))
+
+    assert [len(batches) for batches in iter(lambda: ledger.take_next(10**9), [])] == [2, 1]

@@ -73,7 +73,7 @@ def test_the_two_clients_offer_the_same() -> None:
         (cbp_client.Learner, cbp_client.AsyncLearner),
         (cbp_client.TrainingStream, cbp_client.AsyncTrainingStream),
     ]:
-        offered = {name for name in vars(asynchronous) if not name.startswith("_")} - {"request", "send_request"}
+        offered = {name for name in vars(asynchronous) if not name.startswith("_")} - {"encode", "send_encoded"}
         assert {name for name in vars(synchronous) if not name.startswith("_")} == offered
 
 

@@ -82,7 +82,7 @@ def test_any_message_is_decoded_or_refused(dtype: int, shape: list[int], data: b
             tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[0, 2**62, 2**62], data=b""),
             r"shape \[0, 46\d*, 46\d*\]: ",
         ),
-        (tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_INT8, shape=[1] * 70, data=b"1"), "70 dimensions, at most 8"),
+        (tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_INT8, shape=[1] * 70, data=b"1"), "more than 8 dimensions"),
         (tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_BOOL, shape=[2], data=b"\1\2"), "0 or 1"),
     ],
 )
@@ -95,7 +95,7 @@ def test_what_is_wrong_is_named(message: tensor_pb2.Tensor, problem: str) -> Non
 def test_a_shape_of_many_dimensions_is_refused_at_once_and_briefly(extents: list[int]) -> None:
     """The product of that many extents is a number of millions of digits: it takes minutes and cannot be printed."""
     message = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=extents, data=b"")
-    with pytest.raises(TensorError, match=f"shape has {len(extents)} dimensions, at most 8 are known") as caught:
+    with pytest.raises(TensorError, match="shape has more than 8 dimensions") as caught:
         decode_tensor(message)
     assert len(str(caught.value)) < 100
 

@@ -25,35 +25,37 @@ _sym_db = _symbol_database.Default()
 from cbp_proto.v1 import tensor_pb2 as cbp__proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#cbp_proto/v1/training_service.proto\x12\x06\x63\x62p.v1\x1a\x19\x63\x62p_proto/v1/tensor.proto\"b\n\x0cTrainRequest\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.cbp.v1.OpenStreamH\x00\x12#\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x12.cbp.v1.TrainBatchH\x00\x42\t\n\x07message\"n\n\nOpenStream\x12\x0f\n\x07learner\x18\x01 \x01(\t\x12\x10\n\x08producer\x18\x02 \x01(\t\x12\x11\n\tstream_id\x18\x03 \x01(\t\x12\x15\n\rresumed_epoch\x18\x04 \x01(\x03\x12\x13\n\x0blearner_uid\x18\x05 \x01(\t\"\xa8\x01\n\nTrainBatch\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12 \n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x0e.cbp.v1.Tensor\x12\x1f\n\x07targets\x18\x03 \x01(\x0b\x32\x0e.cbp.v1.Tensor\x12\x1f\n\x07weights\x18\x04 \x01(\x0b\x32\x0e.cbp.v1.Tensor\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x16\n\x0ereturn_outputs\x18\x06 \x01(\x08\"\xaf\x01\n\rTrainResponse\x12&\n\x06opened\x18\x01 \x01(\x0b\x32\x14.cbp.v1.StreamOpenedH\x00\x12\x32\n\x0f\x61\x63knowledgement\x18\x02 \x01(\x0b\x32\x17.cbp.v1.AcknowledgementH\x00\x12&\n\trejection\x18\x03 \x01(\x0b\x32\x11.cbp.v1.RejectionH\x00\x12\x0f\n\x07\x63redits\x18\x04 \x01(\rB\t\n\x07message\"\x98\x01\n\x0cStreamOpened\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x18\n\x10\x61pplied_sequence\x18\x02 \x01(\x03\x12\x18\n\x10\x64urable_sequence\x18\x03 \x01(\x03\x12\x13\n\x0blearner_uid\x18\x04 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x03\x12\x15\n\rnext_sequence\x18\x06 \x01(\x03\"z\n\x0f\x41\x63knowledgement\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x18\n\x10\x61pplied_sequence\x18\x02 \x01(\x03\x12\x18\n\x10\x64urable_sequence\x18\x03 \x01(\x03\x12$\n\x07results\x18\x04 \x03(\x0b\x32\x13.cbp.v1.BatchResult\"\xdc\x01\n\x0b\x42\x61tchResult\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05steps\x18\x03 \x01(\x03\x12\x10\n\x08\x65xamples\x18\x04 \x01(\x03\x12\x18\n\x10pending_examples\x18\x05 \x01(\x03\x12\x11\n\x04loss\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1f\n\x07outputs\x18\x08 \x01(\x0b\x32\x0e.cbp.v1.Tensor\x12\x11\n\tduplicate\x18\t \x01(\x08\x42\x07\n\x05_lossB\x0b\n\t_accuracy\"\x99\x01\n\tRejection\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x30\n\x10\x66ield_violations\x18\x05 \x03(\x0b\x32\x16.cbp.v1.FieldViolation\x12\x19\n\x11\x65xpected_sequence\x18\x06 \x01(\x03\"4\n\x0e\x46ieldViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"C\n\x0ePredictRequest\x12\x0f\n\x07learner\x18\x01 \x01(\t\x12 \n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x0e.cbp.v1.Tensor\"@\n\x0fPredictResponse\x12\x1f\n\x07outputs\x18\x01 \x01(\x0b\x32\x0e.cbp.v1.Tensor\x12\x0c\n\x04step\x18\x02 \x01(\x03\x32\x87\x01\n\x0fTrainingService\x12\x38\n\x05Train\x12\x14.cbp.v1.TrainRequest\x1a\x15.cbp.v1.TrainResponse(\x01\x30\x01\x12:\n\x07Predict\x12\x16.cbp.v1.PredictRequest\x1a\x17.cbp.v1.PredictResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#cbp_proto/v1/training_service.proto\x12\x06\x63\x62p.v1\x1a\x19\x63\x62p_proto/v1/tensor.proto\"\x8b\x01\n\x0cTrainRequest\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.cbp.v1.OpenStreamH\x00\x12#\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x12.cbp.v1.TrainBatchH\x00\x12\'\n\x07\x62\x61tches\x18\x03 \x01(\x0b\x32\x14.cbp.v1.TrainBatchesH\x00\x42\t\n\x07message\"3\n\x0cTrainBatches\x12#\n\x07\x62\x61tches\x18\x01 \x03(\x0b\x32\x12.cbp.v1.TrainBatch\"n\n\nOpenStream\x12\x0f\n\x07learner\x18\x01 \x01(\t\x12\x10\n\x08producer\x18\x02 \x01(\t\x12\x11\n\tstream_id\x18\x03 \x01(\t\x12\x15\n\rresumed_epoch\x18\x04 \x01(\x03\x12\x13\n\x0blearner_uid\x18\x05 \x01(\t\"\xa8\x01\n\nTrainBatch\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12 \n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x0e.cbp.v1.Tensor\x12\x1f\n\x07targets\x18\x03 \x01(\x0b\x32\x0e.cbp.v1.Tensor\x12\x1f\n\x07weights\x18\x04 \x01(\x0b\x32\x0e.cbp.v1.Tensor\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x16\n\x0ereturn_outputs\x18\x06 \x01(\x08\"\xaf\x01\n\rTrainResponse\x12&\n\x06opened\x18\x01 \x01(\x0b\x32\x14.cbp.v1.StreamOpenedH\x00\x12\x32\n\x0f\x61\x63knowledgement\x18\x02 \x01(\x0b\x32\x17.cbp.v1.AcknowledgementH\x00\x12&\n\trejection\x18\x03 \x01(\x0b\x32\x11.cbp.v1.RejectionH\x00\x12\x0f\n\x07\x63redits\x18\x04 \x01(\rB\t\n\x07message\"\xb9\x01\n\x0cStreamOpened\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x18\n\x10\x61pplied_sequence\x18\x02 \x01(\x03\x12\x18\n\x10\x64urable_sequence\x18\x03 \x01(\x03\x12\x13\n\x0blearner_uid\x18\x04 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x03\x12\x15\n\rnext_sequence\x18\x06 \x01(\x03\x12\x1f\n\x17max_batches_per_message\x18\x07 \x01(\r\"z\n\x0f\x41\x63knowledgement\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x18\n\x10\x61pplied_sequence\x18\x02 \x01(\x03\x12\x18\n\x10\x64urable_sequence\x18\x03 \x01(\x03\x12$\n\x07results\x18\x04 \x03(\x0b\x32\x13.cbp.v1.BatchResult\"\xdc\x01\n\x0b\x42\x61tchResult\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05steps\x18\x03 \x01(\x03\x12\x10\n\x08\x65xamples\x18\x04 \x01(\x03\x12\x18\n\x10pending_examples\x18\x05 \x01(\x03\x12\x11\n\x04loss\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1f\n\x07outputs\x18\x08 \x01(\x0b\x32\x0e.cbp.v1.Tensor\x12\x11\n\tduplicate\x18\t \x01(\x08\x42\x07\n\x05_lossB\x0b\n\t_accuracy\"\x99\x01\n\tRejection\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x30\n\x10\x66ield_violations\x18\x05 \x03(\x0b\x32\x16.cbp.v1.FieldViolation\x12\x19\n\x11\x65xpected_sequence\x18\x06 \x01(\x03\"4\n\x0e\x46ieldViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"C\n\x0ePredictRequest\x12\x0f\n\x07learner\x18\x01 \x01(\t\x12 \n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x0e.cbp.v1.Tensor\"@\n\x0fPredictResponse\x12\x1f\n\x07outputs\x18\x01 \x01(\x0b\x32\x0e.cbp.v1.Tensor\x12\x0c\n\x04step\x18\x02 \x01(\x03\x32\x87\x01\n\x0fTrainingService\x12\x38\n\x05Train\x12\x14.cbp.v1.TrainRequest\x1a\x15.cbp.v1.TrainResponse(\x01\x30\x01\x12:\n\x07Predict\x12\x16.cbp.v1.PredictRequest\x1a\x17.cbp.v1.PredictResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cbp_proto.v1.training_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRAINREQUEST']._serialized_start=74
-  _globals['_TRAINREQUEST']._serialized_end=172
-  _globals['_OPENSTREAM']._serialized_start=174
-  _globals['_OPENSTREAM']._serialized_end=284
-  _globals['_TRAINBATCH']._serialized_start=287
-  _globals['_TRAINBATCH']._serialized_end=455
-  _globals['_TRAINRESPONSE']._serialized_start=458
-  _globals['_TRAINRESPONSE']._serialized_end=633
-  _globals['_STREAMOPENED']._serialized_start=636
-  _globals['_STREAMOPENED']._serialized_end=788
-  _globals['_ACKNOWLEDGEMENT']._serialized_start=790
-  _globals['_ACKNOWLEDGEMENT']._serialized_end=912
-  _globals['_BATCHRESULT']._serialized_start=915
-  _globals['_BATCHRESULT']._serialized_end=1135
-  _globals['_REJECTION']._serialized_start=1138
-  _globals['_REJECTION']._serialized_end=1291
-  _globals['_FIELDVIOLATION']._serialized_start=1293
-  _globals['_FIELDVIOLATION']._serialized_end=1345
-  _globals['_PREDICTREQUEST']._serialized_start=1347
-  _globals['_PREDICTREQUEST']._serialized_end=1414
-  _globals['_PREDICTRESPONSE']._serialized_start=1416
-  _globals['_PREDICTRESPONSE']._serialized_end=1480
-  _globals['_TRAININGSERVICE']._serialized_start=1483
-  _globals['_TRAININGSERVICE']._serialized_end=1618
+  _globals['_TRAINREQUEST']._serialized_start=75
+  _globals['_TRAINREQUEST']._serialized_end=214
+  _globals['_TRAINBATCHES']._serialized_start=216
+  _globals['_TRAINBATCHES']._serialized_end=267
+  _globals['_OPENSTREAM']._serialized_start=269
+  _globals['_OPENSTREAM']._serialized_end=379
+  _globals['_TRAINBATCH']._serialized_start=382
+  _globals['_TRAINBATCH']._serialized_end=550
+  _globals['_TRAINRESPONSE']._serialized_start=553
+  _globals['_TRAINRESPONSE']._serialized_end=728
+  _globals['_STREAMOPENED']._serialized_start=731
+  _globals['_STREAMOPENED']._serialized_end=916
+  _globals['_ACKNOWLEDGEMENT']._serialized_start=918
+  _globals['_ACKNOWLEDGEMENT']._serialized_end=1040
+  _globals['_BATCHRESULT']._serialized_start=1043
+  _globals['_BATCHRESULT']._serialized_end=1263
+  _globals['_REJECTION']._serialized_start=1266
+  _globals['_REJECTION']._serialized_end=1419
+  _globals['_FIELDVIOLATION']._serialized_start=1421
+  _globals['_FIELDVIOLATION']._serialized_end=1473
+  _globals['_PREDICTREQUEST']._serialized_start=1475
+  _globals['_PREDICTREQUEST']._serialized_end=1542
+  _globals['_PREDICTRESPONSE']._serialized_start=1544
+  _globals['_PREDICTRESPONSE']._serialized_end=1608
+  _globals['_TRAININGSERVICE']._serialized_start=1611
+  _globals['_TRAININGSERVICE']._serialized_end=1746
 # @@protoc_insertion_point(module_scope)

@@ -25,25 +25,55 @@ class TrainRequest(_message.Message):
 
     OPEN_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenStream: ...
     @_builtins.property
     def batch(self) -> Global___TrainBatch: ...
+    @_builtins.property
+    def batches(self) -> Global___TrainBatches:
+        """The same as that many messages of one batch each, and cheaper if they are small. Not more than
+        StreamOpened.max_batches_per_message.
+        """
+
     def __init__(
         self,
         *,
         open: Global___OpenStream | None = ...,
         batch: Global___TrainBatch | None = ...,
+        batches: Global___TrainBatches | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "message", b"message", "open", b"open"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batches", b"batches", "message", b"message", "open", b"open"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "message", b"message", "open", b"open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batches", b"batches", "message", b"message", "open", b"open"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "batch"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "batch", "batches"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___TrainRequest: _TypeAlias = TrainRequest  # noqa: Y015
+
+@_typing.final
+class TrainBatches(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def batches(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainBatch]:
+        """In the order of their sequences."""
+
+    def __init__(
+        self,
+        *,
+        batches: _abc.Iterable[Global___TrainBatch] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainBatches: _TypeAlias = TrainBatches  # noqa: Y015
 
 @_typing.final
 class OpenStream(_message.Message):
@@ -177,6 +207,7 @@ class StreamOpened(_message.Message):
     LEARNER_UID_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     NEXT_SEQUENCE_FIELD_NUMBER: _builtins.int
+    MAX_BATCHES_PER_MESSAGE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Higher than that of every earlier stream of this producer."""
     applied_sequence: _builtins.int
@@ -187,9 +218,11 @@ class StreamOpened(_message.Message):
     learner_uid: _builtins.str
     """uid of the learner; another one than before means that it was deleted and created anew."""
     max_message_bytes: _builtins.int
-    """Largest size of one TrainRequest, in bytes."""
+    """Largest size of one TrainRequest, in bytes. Of several batches each counts by itself."""
     next_sequence: _builtins.int
     """The sequence that the next batch must have."""
+    max_batches_per_message: _builtins.int
+    """Batches that one message may hold; 0 from a server that knows no `batches`."""
     def __init__(
         self,
         *,
@@ -199,10 +232,11 @@ class StreamOpened(_message.Message):
         learner_uid: _builtins.str = ...,
         max_message_bytes: _builtins.int = ...,
         next_sequence: _builtins.int = ...,
+        max_batches_per_message: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_sequence", b"applied_sequence", "durable_sequence", b"durable_sequence", "epoch", b"epoch", "learner_uid", b"learner_uid", "max_message_bytes", b"max_message_bytes", "next_sequence", b"next_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_sequence", b"applied_sequence", "durable_sequence", b"durable_sequence", "epoch", b"epoch", "learner_uid", b"learner_uid", "max_batches_per_message", b"max_batches_per_message", "max_message_bytes", b"max_message_bytes", "next_sequence", b"next_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

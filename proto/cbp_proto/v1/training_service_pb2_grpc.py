@@ -60,7 +60,7 @@ class TrainingServiceServicer:
     """
 
     def Train(self, request_iterator, context):
-        """Streams one producer's batches into one learner. The first message must be `open`, all others `batch`.
+        """Streams one producer's batches into one learner. The first message must be `open`, all others `batch` or `batches`.
 
         A rejected batch changes nothing: its sequence stays free, and the stream goes on. The stream ends with
         UNAVAILABLE (open it again later), ABORTED (a newer stream of the same producer has taken over),

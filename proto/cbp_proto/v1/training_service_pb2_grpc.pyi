@@ -39,7 +39,7 @@ class TrainingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TrainingServiceAsyncStub: ...
     Train: _grpc.StreamStreamMultiCallable[_training_service_pb2.TrainRequest, _training_service_pb2.TrainResponse]
-    """Streams one producer's batches into one learner. The first message must be `open`, all others `batch`.
+    """Streams one producer's batches into one learner. The first message must be `open`, all others `batch` or `batches`.
 
     A rejected batch changes nothing: its sequence stays free, and the stream goes on. The stream ends with
     UNAVAILABLE (open it again later), ABORTED (a newer stream of the same producer has taken over),
@@ -59,7 +59,7 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Train: _aio.StreamStreamMultiCallable[_training_service_pb2.TrainRequest, _training_service_pb2.TrainResponse]  # type: ignore[assignment]
-    """Streams one producer's batches into one learner. The first message must be `open`, all others `batch`.
+    """Streams one producer's batches into one learner. The first message must be `open`, all others `batch` or `batches`.
 
     A rejected batch changes nothing: its sequence stays free, and the stream goes on. The stream ends with
     UNAVAILABLE (open it again later), ABORTED (a newer stream of the same producer has taken over),
@@ -82,7 +82,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_training_service_pb2.TrainRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_training_service_pb2.TrainResponse], _abc.AsyncIterator[_training_service_pb2.TrainResponse]]:
-        """Streams one producer's batches into one learner. The first message must be `open`, all others `batch`.
+        """Streams one producer's batches into one learner. The first message must be `open`, all others `batch` or `batches`.
 
         A rejected batch changes nothing: its sequence stays free, and the stream goes on. The stream ends with
         UNAVAILABLE (open it again later), ABORTED (a newer stream of the same producer has taken over),

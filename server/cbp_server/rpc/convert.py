@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 from cbp import Batch, BatchError, FieldViolation, LayerPlasticity, LearnerSpec, SpecError, Trainability
 from cbp.errors import shown
 from cbp.samples import QUANTILES
-from cbp_proto import TensorError, decode_tensor, encode_tensor, from_plain, to_plain
+from cbp_proto import (
+    TensorError,
+    TensorMessage,
+    WireBatch,
+    WireTensor,
+    decode_tensor,
+    encode_tensor,
+    from_plain,
+    read_batch,
+    to_plain,
+)
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2, tensor_pb2, training_service_pb2
 from cbp_server.engine.messages import TrainReport
 from cbp_server.errors import InvalidRequest
@@ -33,7 +43,6 @@ _NETWORK_KINDS = frozenset(spec_pb2.Network.DESCRIPTOR.fields_by_name)
 _UPDATABLE = {"optimizer", "resets", "monitoring"}
 #: In bytes; one of 64 layers with a rate for each has about 2000.
 _LARGEST_SPEC = 2**16
-_DIMENSIONS_HASHED = 9
 _TENSORS = ("features", "targets", "weights")
 _FLOAT32, _INT64 = np.dtype(np.float32), np.dtype(np.int64)
 _STATES = {
@@ -191,17 +200,15 @@ def _copy_field(target: dict[str, Any], source: Mapping[str, Any], path: list[st
 # -- batches --
 
 
-def incoming_batch(message: training_service_pb2.TrainBatch, limits: Limits) -> IncomingBatch:
-    data = _tensor_data(message)
-
+def incoming_batch(received: WireBatch, limits: Limits) -> IncomingBatch:
     def validate(spec: LearnerSpec) -> Batch:
-        return _batch(message, data, spec, limits)
+        return _batch(received, spec, limits)
 
     return IncomingBatch(
-        sequence=message.sequence,
-        payload_hash=_payload_hash(message, data),
-        payload=message.SerializeToString(),
-        return_outputs=message.return_outputs,
+        sequence=received.sequence,
+        payload_hash=_payload_hash(received),
+        payload=cast(bytes, received.encoded),  # databases and checksums take either
+        return_outputs=received.return_outputs,
         validate=validate,
     )
 
@@ -209,18 +216,17 @@ def incoming_batch(message: training_service_pb2.TrainBatch, limits: Limits) -> 
 def journaled_batch(payload: bytes, spec: LearnerSpec) -> Batch:
     """The batch in an entry of the journal: its values were checked when it was accepted, and are not once more where
     nothing has to be converted. Raises `BatchError` if it does not fit the learner."""
-    message = training_service_pb2.TrainBatch.FromString(payload)
-    data = _tensor_data(message)
-    if not message.HasField("weights"):
-        features, targets = (_array(getattr(message, field), field, [], data[field]) for field in _TENSORS[:2])
+    received = read_batch(payload)
+    if received.weights is None:
+        features, targets = (_array(getattr(received, field), field, []) for field in _TENSORS[:2])
         if _is_as_learnt(features, targets, spec):
             return Batch(
                 features=cast(NDArray[np.float32], features),
                 targets=cast(NDArray[np.int64], targets),
                 weights=None,
-                task=message.task,
+                task=received.task,
             )
-    return _batch(message, data, spec, limits=None)
+    return _batch(received, spec, limits=None)
 
 
 def _is_as_learnt(features: NDArray[np.generic], targets: NDArray[np.generic], spec: LearnerSpec) -> bool:
@@ -233,25 +239,18 @@ def _is_as_learnt(features: NDArray[np.generic], targets: NDArray[np.generic], s
     )
 
 
-def _tensor_data(message: training_service_pb2.TrainBatch) -> dict[str, bytes]:
-    """Read once, since each access to a field of bytes copies it."""
-    return {field: getattr(message, field).data for field in _TENSORS}
-
-
-def _batch(
-    message: training_service_pb2.TrainBatch, data: Mapping[str, bytes], spec: LearnerSpec, limits: Limits | None
-) -> Batch:
+def _batch(received: WireBatch, spec: LearnerSpec, limits: Limits | None) -> Batch:
     violations: list[FieldViolation] = []
-    features = _array(message.features, "features", violations, data["features"])
-    targets = _array(message.targets, "targets", violations, data["targets"])
+    features = _array(received.features, "features", violations)
+    targets = _array(received.targets, "targets", violations)
     weights = None
-    if message.HasField("weights"):
-        weights = _array(message.weights, "weights", violations, data["weights"])
+    if received.weights is not None:
+        weights = _array(received.weights, "weights", violations)
     if violations:
         raise BatchError(violations)
     if limits is not None:
         check_training(spec, len(features) if features.ndim else 0, limits)
-    return Batch.validate(spec, features, targets, weights, message.task)
+    return Batch.validate(spec, features, targets, weights, received.task)
 
 
 def features_of(tensor: tensor_pb2.Tensor, spec: LearnerSpec, limits: Limits) -> NDArray[np.generic]:
@@ -264,24 +263,21 @@ def features_of(tensor: tensor_pb2.Tensor, spec: LearnerSpec, limits: Limits) ->
     return features
 
 
-def _array(
-    tensor: tensor_pb2.Tensor, field: str, violations: list[FieldViolation], data: bytes | None = None
-) -> NDArray[np.generic]:
+def _array(tensor: TensorMessage, field: str, violations: list[FieldViolation]) -> NDArray[np.generic]:
     try:
-        return decode_tensor(tensor, data)
+        return decode_tensor(tensor)
     except TensorError as error:
         violations.append(FieldViolation(field, str(error)))
         return np.empty(0)
 
 
-def _payload_hash(message: training_service_pb2.TrainBatch, data: Mapping[str, bytes]) -> str:
+def _payload_hash(received: WireBatch) -> str:
     """Equal for equal examples, whatever the sequence and the wish for outputs; tells mistakes, not forgeries."""
-    digest = xxhash.xxh3_128(message.task.encode())
-    for field in _TENSORS:
-        tensor = getattr(message, field)
+    digest = xxhash.xxh3_128(received.task.encode())
+    for tensor in (received.features, received.targets, received.weights or WireTensor()):
         # Shapes of more dimensions are refused, however many millions they name.
-        digest.update(repr((tensor.dtype, tuple(tensor.shape[:_DIMENSIONS_HASHED]))).encode())
-        digest.update(data[field])
+        digest.update(repr((tensor.dtype, tensor.shape)).encode())
+        digest.update(tensor.data)
     return digest.hexdigest()
 
 

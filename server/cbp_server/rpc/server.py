@@ -4,21 +4,16 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cbp_proto.v1 import (
-    learner_service_pb2,
-    learner_service_pb2_grpc,
-    training_service_pb2,
-    training_service_pb2_grpc,
-)
+from cbp_proto.v1 import learner_service_pb2, learner_service_pb2_grpc
 from cbp_server.host import Host
 from cbp_server.limits import Limits
 from cbp_server.rpc.interceptor import CallInterceptor, RpcObserver
 from cbp_server.rpc.learner_servicer import LearnerServicer
-from cbp_server.rpc.training_servicer import TrainingServicer
+from cbp_server.rpc.training_servicer import TRAINING_SERVICE, TrainingServicer, add_training_service
 
 _SERVICES = (
     learner_service_pb2.DESCRIPTOR.services_by_name["LearnerService"].full_name,
-    training_service_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name,
+    TRAINING_SERVICE,
 )
 #: gRPC itself refuses what is larger than this many times max_message_bytes; up to there our own error says why.
 _TRANSPORT_HEADROOM = 2
@@ -46,9 +41,7 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(LearnerServicer(host, limits), self._server)
-        training_service_pb2_grpc.add_TrainingServiceServicer_to_server(
-            TrainingServicer(host, max_message_bytes=max_message_bytes, limits=limits), self._server
-        )
+        add_training_service(TrainingServicer(host, max_message_bytes=max_message_bytes, limits=limits), self._server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self, address: str) -> int:

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 
-from cbp_proto import encode_tensor
-from cbp_proto.v1 import training_service_pb2, training_service_pb2_grpc
+from cbp_proto import WireBatch, encode_tensor, read_train_request
+from cbp_proto.v1 import training_service_pb2
 from cbp_server.errors import MessageTooLarge, StreamProtocolError
 from cbp_server.host import Host
 from cbp_server.limits import Limits
 from cbp_server.rpc import convert
 from cbp_server.sessions import Accepted, Durable, Ended, Rejected, TrainSession
+
+TRAINING_SERVICE = training_service_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name
 
 #: Results in one response at most, so that none grows beyond what clients take.
 _LARGEST_ACKNOWLEDGEMENT = 64
@@ -22,11 +24,28 @@ _SHARE_ANSWERED = 4
 #: Seconds that a result may wait for others.
 _LONGEST_DELAY = 0.01
 
+#: Batches in one message at most.
+_MOST_BATCHES = 64
+
+#: A decoded message of a Train stream.
+TrainMessage: TypeAlias = training_service_pb2.OpenStream | list[WireBatch]
+
 if TYPE_CHECKING:  # generic in the type stubs only
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+    Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
 
 
-class TrainingServicer(training_service_pb2_grpc.TrainingServiceServicer):
+class _TrainRequest:
+    """In the place of the generated class, whose decoding copies all examples several times."""
+
+    DESCRIPTOR = training_service_pb2.TrainRequest.DESCRIPTOR
+
+    @classmethod
+    def decode(cls, data: bytes) -> TrainMessage:
+        return read_train_request(data)
+
+
+class TrainingServicer:
     """Translates between messages and the host's sessions."""
 
     def __init__(self, host: Host, *, max_message_bytes: int, limits: Limits) -> None:
@@ -46,7 +65,7 @@ class TrainingServicer(training_service_pb2_grpc.TrainingServiceServicer):
         return training_service_pb2.PredictResponse(outputs=encode_tensor(report.outputs), step=report.step)
 
     async def Train(
-        self, request_iterator: AsyncIterator[training_service_pb2.TrainRequest], context: "Context"
+        self, request_iterator: AsyncIterator[TrainMessage], context: "Context"
     ) -> AsyncIterator[training_service_pb2.TrainResponse]:
         session = await self._open(await anext(request_iterator, None))
         reading = asyncio.create_task(_read(request_iterator, session, self._limits))
@@ -61,10 +80,9 @@ class TrainingServicer(training_service_pb2_grpc.TrainingServiceServicer):
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
-    async def _open(self, request: training_service_pb2.TrainRequest | None) -> TrainSession:
-        if request is None or not request.HasField("open"):
+    async def _open(self, stream: TrainMessage | None) -> TrainSession:
+        if not isinstance(stream, training_service_pb2.OpenStream):
             raise StreamProtocolError("the first message of a Train stream must be `open`")
-        stream = request.open
         return await self._host.open_stream(
             convert.learner_id_of(stream.learner, "open.learner"),
             stream.producer,
@@ -83,21 +101,24 @@ class TrainingServicer(training_service_pb2_grpc.TrainingServiceServicer):
                 learner_uid=session.record.uid,
                 max_message_bytes=self._max_message_bytes,
                 next_sequence=session.next_sequence,
+                max_batches_per_message=_MOST_BATCHES,
             ),
             credits=session.unused_credits,
         )
 
 
-async def _read(
-    requests: AsyncIterator[training_service_pb2.TrainRequest], session: TrainSession, limits: Limits
-) -> None:
+async def _read(messages: AsyncIterator[TrainMessage], session: TrainSession, limits: Limits) -> None:
     """Offers the client's batches to the session until the client has finished."""
     try:
-        async for request in requests:
-            if not request.HasField("batch"):
-                session.end(StreamProtocolError("after `open`, every message of a Train stream must be `batch`"))
-                return
-            session.offer(convert.incoming_batch(request.batch, limits))
+        async for message in messages:
+            if isinstance(message, training_service_pb2.OpenStream) or not message:
+                raise StreamProtocolError("after `open`, every message of a Train stream must be `batch` or `batches`")
+            if len(message) > _MOST_BATCHES:
+                raise StreamProtocolError(
+                    f"the message holds {len(message)} batches, at most {_MOST_BATCHES} are allowed"
+                )
+            for batch in message:
+                session.offer(convert.incoming_batch(batch, limits))
             await session.wait_for_room()
     except Exception as error:
         session.end(error)
@@ -121,3 +142,20 @@ async def _answer(session: TrainSession, event: Accepted | Rejected | Durable) -
         batches.append(behind)
     session.acknowledge(batches)
     return convert.acknowledgement(session.epoch, session.acknowledged_sequence, session.durable_sequence, batches)
+
+
+def add_training_service(servicer: TrainingServicer, server: grpc.aio.Server) -> None:
+    """As the generated function of the service does, but for how Train's requests are decoded."""
+    handlers: dict[str, Handler] = {
+        "Train": grpc.stream_stream_rpc_method_handler(
+            servicer.Train,
+            request_deserializer=_TrainRequest.decode,
+            response_serializer=training_service_pb2.TrainResponse.SerializeToString,
+        ),
+        "Predict": grpc.unary_unary_rpc_method_handler(
+            servicer.Predict,
+            request_deserializer=training_service_pb2.PredictRequest.FromString,
+            response_serializer=training_service_pb2.PredictResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(TRAINING_SERVICE, handlers),))

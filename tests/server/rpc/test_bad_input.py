@@ -8,6 +8,7 @@ from wire import Wire
 
 from cbp_proto import encode_tensor, from_plain
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2, tensor_pb2, training_service_pb2
+from tests.wire import batch_message
 
 FEATURES = np.zeros((2, 4), dtype=np.float32)
 LABELS = np.array([0, 2])
@@ -34,7 +35,7 @@ BAD_BATCHES = {
     "unprintable task": ({"task": "a\0b"}, {"task": "printable"}),
     "very many dimensions": (
         {"features": tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2**62] * 200_000)},
-        {"features": "200000 dimensions"},
+        {"features": "more than 8 dimensions"},
     ),
     "no features": ({"features": None}, {"features": "dtype"}),
     "data too short": (
@@ -273,6 +274,25 @@ def test_a_stream_opens_once(wire, learner_id, explain):
     opening = training_service_pb2.OpenStream(learner=f"learners/{learner_id}", producer="tests")
     stream.send(training_service_pb2.TrainRequest(open=opening))
     assert explain(stream.failure()).reason == "STREAM_PROTOCOL"
+
+
+def test_a_message_holds_a_batch_and_not_too_many(wire, learner_id, explain):
+    wire.create(learner_id)
+    batch = batch_message(1, FEATURES, LABELS)
+
+    empty = wire.stream(learner_id)
+    empty.send_together([])
+    error = explain(empty.failure())
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "STREAM_PROTOCOL")
+    assert "`batch` or `batches`" in error.message
+
+    full = wire.stream(learner_id)
+    most = full.opened.max_batches_per_message
+    full.send_together([batch] * (most + 1))
+    error = explain(full.failure())
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "STREAM_PROTOCOL")
+    assert f"{most + 1} batches, at most {most}" in error.message
+    assert wire.get(learner_id).progress.step == 0
 
 
 @pytest.mark.parametrize("producer", ["", "x" * 129, "a\nb"])

@@ -10,6 +10,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from cbp import Batch, Learner, LearnerSpec
 from cbp_proto import decode_tensor, from_plain, to_plain
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2
+from tests.wire import batch_message
 
 
 def test_learning_over_the_wire_is_learning_in_process(wire, learner_id, small_spec, examples):
@@ -48,6 +49,37 @@ def test_weights_reach_the_learner(wire, learner_id, small_spec, examples):
     local.train(Batch.validate(local.spec, features, targets, weights))
 
     np.testing.assert_array_equal(decode_tensor(wire.predict(learner_id, features).outputs), local.predict(features))
+
+
+def test_batches_in_one_message_are_as_many_messages(wire, learner_id, small_spec, examples):
+    wire.create(learner_id)
+    local = Learner(LearnerSpec.parse(small_spec), engine="compiled")
+    features, targets = examples(20)
+    parts = [slice(0, 7), slice(7, 8), slice(8, 20)]
+
+    stream = wire.stream(learner_id)
+    stream.send_together([batch_message(n, features[rows], targets[rows]) for n, rows in enumerate(parts, start=1)])
+    results = stream.results(3)
+    local.train(Batch.validate(local.spec, features, targets))
+
+    assert [(result.sequence, result.examples) for result in results] == [(1, 7), (2, 1), (3, 12)]
+    assert wire.get(learner_id).producers[0].applied_sequence == 3
+    np.testing.assert_array_equal(decode_tensor(wire.predict(learner_id, features).outputs), local.predict(features))
+
+
+def test_one_of_several_batches_is_rejected_by_itself(wire, learner_id, examples):
+    wire.create(learner_id)
+    features, targets = examples(4)
+    good, bad = batch_message(1, features, targets), batch_message(2, features, targets + 100)
+
+    stream = wire.stream(learner_id)
+    stream.send_together([good, bad, batch_message(3, features, targets)])
+
+    assert [result.sequence for result in stream.results(1)] == [1]
+    rejection = stream.rejection()
+    assert (rejection.sequence, rejection.reason) == (2, "INVALID_BATCH")
+    following = stream.rejection()
+    assert (following.sequence, following.reason, following.expected_sequence) == (3, "SEQUENCE_GAP", 2)
 
 
 def test_a_remainder_waits_for_the_next_message(wire, learner_id, examples):
