@@ -3,6 +3,7 @@
 Shapes: N examples, C outputs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +133,8 @@ def _check_labels(array: NDArray[Any], classes: int, count: int | None) -> NDArr
         raise _UnfitError(f"Expected shape [{'N' if count is None else count}], got {list(array.shape)}")
     if array.dtype.kind == "b":
         return array.astype(np.int64)
-    _refuse_first((array < 0) | (array >= classes), array, f"Expected labels from 0 to {classes - 1}")
+    if len(array) and not (0 <= array.min() and array.max() < classes):
+        _refuse_first((array < 0) | (array >= classes), array, f"Expected labels from 0 to {classes - 1}")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
@@ -177,9 +179,11 @@ def _as_array(value: ArrayLike) -> NDArray[Any]:
 
 
 def _as_float32(array: NDArray[Any]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # what overflows float32 is refused below, with its position
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows float32 is refused below, with its position
         converted = np.ascontiguousarray(array, dtype=np.float32)
-    _refuse_first(~np.isfinite(converted), array, "Expected values that are finite in float32")
+        all_finite = math.isfinite(np.add.reduce(converted, axis=None))
+    if not all_finite:  # or they are, and only their sum is not
+        _refuse_first(~np.isfinite(converted), array, "Expected values that are finite in float32")
     return converted
 
 

@@ -36,7 +36,7 @@ _OPEN_TIMEOUT = 30.0
 _CLOSE_TIMEOUT = 2.0
 _SEND_MANY_BYTES = 1024 * 1024
 _SEQUENCE_BYTES = 24  # what the sequence and the message around it add to an encoded batch, at most
-_TOGETHER_BYTES = 256 * 1024  # of batches that go in one message
+_TOGETHER_BYTES = 1024 * 1024  # of batches that go in one message
 _OVERHEAD_BYTES = 1024  # all of a message but the tensors' data, at most
 
 _Call = grpc.aio.StreamStreamCall[bytes, training_service_pb2.TrainResponse]

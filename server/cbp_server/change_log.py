@@ -22,6 +22,7 @@ class LearnerLog:
     learner_uid: str
     durability: Durability
     position: int = 0  # of the last entry given to the journal
+    on_the_way: int = 0  # entries that the engine has not heard of yet
 
     @property
     def journals_batches(self) -> bool:
@@ -70,17 +71,22 @@ class ChangeLog:
         if durability is not Durability.NONE:
             log.position += 1
         position = log.position
+        if durability is Durability.NONE and not log.on_the_way and self._commit.passes(log.learner_uid):
+            return self._engine.submit(request(position))
+        log.on_the_way += 1
         applied: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
         written = self._commit.add(entry.at(log.learner_uid, position), durability)
-        written.add_done_callback(partial(self._written, partial(request, position), applied))
+        written.add_done_callback(partial(self._written, log, partial(request, position), applied))
         return applied
 
     def _written(
         self,
+        log: LearnerLog,
         request: Callable[[], messages.Change[AnswerT]],
         applied: "asyncio.Future[AnswerT]",
         written: "asyncio.Future[None]",
     ) -> None:
+        log.on_the_way -= 1
         error = written.exception()
         if error is not None:
             applied.set_exception(error)

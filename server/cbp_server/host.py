@@ -462,19 +462,24 @@ class Host:
         hosted.record.queued_batches += 1
         size = batch.features.nbytes + batch.targets.nbytes + len(incoming.payload)
         self._queued.take(size)
-        applied.add_done_callback(lambda _: self._queued.give_back(size))
         # Registered first, so whoever awaits the future finds the record and the positions up to date.
-        applied.add_done_callback(partial(self._applied, hosted, producer, incoming))
-        self._residence.watch(hosted, applied)
+        applied.add_done_callback(partial(self._applied, hosted, producer, incoming, size))
         return applied
 
     def _applied(
-        self, hosted: Hosted, producer: Producer, incoming: IncomingBatch, applied: asyncio.Future[messages.TrainReport]
+        self,
+        hosted: Hosted,
+        producer: Producer,
+        incoming: IncomingBatch,
+        size: int,
+        applied: asyncio.Future[messages.TrainReport],
     ) -> None:
+        self._queued.give_back(size)
         record = hosted.record
         record.queued_batches -= 1
         if applied.cancelled() or applied.exception() is not None:
             producer.retract(incoming.sequence)
+            self._residence.settle(hosted, applied)
             return
         report = applied.result()
         producer.settle(incoming.sequence)

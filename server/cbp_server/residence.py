@@ -162,9 +162,10 @@ class Residence:
 
     def watch(self, hosted: Hosted, change: "asyncio.Future[Any]") -> None:
         """Has the learner recovered if the change fails in a way that leaves a doubt."""
-        change.add_done_callback(lambda done: self._settled(hosted, done))
+        change.add_done_callback(lambda done: self.settle(hosted, done))
 
-    def _settled(self, hosted: Hosted, change: "asyncio.Future[Any]") -> None:
+    def settle(self, hosted: Hosted, change: "asyncio.Future[Any]") -> None:
+        """What `watch` does, for a change that is done."""
         if change.cancelled() or (error := change.exception()) is None:
             return
         quarantine = None

@@ -94,11 +94,15 @@ class GroupCommit:
         written: asyncio.Future[None] = self._loop.create_future()
         if self._closed:
             written.set_exception(JournalUnavailable("the server is shutting down"))
-        elif durability is Durability.NONE and not self._unsettled and entry.learner_uid not in self._failed:
-            written.set_result(None)  # its turn at once: the thread has nothing to do, and wakes for nothing
+        elif durability is Durability.NONE and self.passes(entry.learner_uid):
+            written.set_result(None)
         else:
             self._hand_over(_Waiting(entry, durability, written))
         return written
+
+    def passes(self, learner_uid: str) -> bool:
+        """Whether it is the turn at once of an entry that is not written: the thread has nothing to do."""
+        return not (self._closed or self._unsettled or learner_uid in self._failed)
 
     @property
     def status(self) -> JournalStatus:
