@@ -102,10 +102,54 @@ def label_set(**labels: str) -> str:
 
 def lines(name: str, label_sets: Iterable[str], values: Sequence[float | None]) -> str:
     """The samples of a series for each set of labels whose value is known."""
-    written = orjson.dumps(values)[1:-1].decode().split(",") if values else []
-    if "null" in written:  # JSON knows neither infinity nor NaN
-        written = ["" if value is None else str(floatToGoString(value)) for value in values]  # type: ignore[no-untyped-call]
-    return "".join([f"{name}{of_one} {text}\n" for of_one, text in zip(label_sets, written, strict=True) if text])
+    return "".join(SeriesText([[name + of_one for of_one in label_sets]]).of(values))
+
+
+class SeriesText:
+    """The lines of series whose names and labels stay while their values change.
+
+    Args:
+        families: for each the series in it, names with their labels.
+    """
+
+    def __init__(self, families: Iterable[Iterable[str]]) -> None:
+        self._families = [[f"{series} " for series in family] for family in families]
+        self._known: list[bool] = []
+        self._parts: list[str] = []  # series and values in turns
+        self._places: list[slice] = []  # of each family in them
+
+    def of(self, values: Sequence[float | None]) -> tuple[str, ...]:
+        """The text of each family; where a value is None, there is no line.
+
+        Args:
+            values: of all series, in their order.
+        """
+        known = [value is not None for value in values]
+        if known != self._known:
+            self._lay_out(known)
+        parts = self._parts
+        parts[1::2] = _written([value for value in values if value is not None])
+        return tuple(["".join(parts[place]) for place in self._places])
+
+    def _lay_out(self, known: list[bool]) -> None:
+        self._known, self._parts, self._places = known, [], []
+        is_known = iter(known)
+        for family in self._families:
+            start = len(self._parts)
+            for series, is_shown in zip(family, is_known, strict=False):
+                if is_shown:
+                    self._parts += [series, ""]
+            self._places.append(slice(start, len(self._parts)))
+
+
+def _written(values: Sequence[float]) -> list[str]:
+    """Each number as it ends a line."""
+    if not values:
+        return []
+    written = (orjson.dumps(values)[1:-1].decode().replace(",", "\n,") + "\n").split(",")
+    if "null\n" in written:  # JSON knows neither infinity nor NaN
+        written = [f"{floatToGoString(value)}\n" for value in values]  # type: ignore[no-untyped-call]
+    return written
 
 
 def _escaped(text: str) -> str:

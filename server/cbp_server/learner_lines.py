@@ -1,11 +1,11 @@
 """Series of one learner as lines of text, written anew only when the learner has changed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from cbp import LayerPlasticity
 from cbp.samples import QUANTILES
-from cbp_server.exposition import label_set, lines
+from cbp_server.exposition import SeriesText, label_set
 from cbp_server.learner_families import (
     LAYER_GAUGES,
     LEARNER_COUNTERS,
@@ -20,8 +20,10 @@ from cbp_server.learner_families import (
 )
 from cbp_server.records import LearnerRecord
 
+_OWN_NAMES = tuple(each.family.sample_name for each in (*LEARNER_COUNTERS, *LEARNER_GAUGES))
 _GAUGE_NAMES = tuple(gauge.family.sample_name for gauge in LAYER_GAUGES)
 _NO_SAMPLE: tuple[str, ...] = ("",) * len(SAMPLE_FAMILIES)
+_NO_QUANTILES: tuple[None, ...] = (None,) * len(QUANTILES)
 
 
 class LearnerLines:
@@ -29,52 +31,59 @@ class LearnerLines:
 
     def __init__(self, learner_id: str) -> None:
         self._learner_id = learner_id
-        self._own = (label_set(learner=learner_id),)
-        self._layer_labels: dict[str, str] = {}
-        self._quantile_labels: dict[str, tuple[str, ...]] = {}
         self._state: tuple[object, ...] = ()
+        self._state_layers: tuple[str, ...] | None = None
+        self._state_text = SeriesText(())
         self._state_lines: tuple[str, ...] = ()
         self._layers: tuple[LayerPlasticity, ...] = ()
+        self._sample_layers: tuple[str, ...] | None = None
+        self._sample_text = SeriesText(())
         self._sample_lines = _NO_SAMPLE
 
     def of(self, learner: LearnerRecord) -> tuple[str, ...]:
         """The text of each of `STATE_FAMILIES` and `SAMPLE_FAMILIES`, of any number of lines."""
         state, layers = state_of(learner), newest_layers(learner)
         if state != self._state:
-            self._state, self._state_lines = state, tuple(self._write_state(learner))
+            self._state, self._state_lines = state, self._write_state(learner)
         if layers is not self._layers:
-            self._layers, self._sample_lines = layers, tuple(self._write_sample(layers)) if layers else _NO_SAMPLE
+            self._layers, self._sample_lines = layers, self._write_sample(layers) if layers else _NO_SAMPLE
         return self._state_lines + self._sample_lines
 
-    def _write_state(self, learner: LearnerRecord) -> Iterable[str]:
-        for counter in LEARNER_COUNTERS:
-            yield lines(counter.family.sample_name, self._own, [counter.read(learner.progress)])
-        for gauge in LEARNER_GAUGES:
-            yield lines(gauge.family.sample_name, self._own, [gauge.read(learner)])
-        replacements = learner.progress.replacements
-        yield lines(REPLACEMENTS.sample_name, map(self._labels_of, replacements), list(replacements.values()))
-
-    def _write_sample(self, layers: Sequence[LayerPlasticity]) -> Iterable[str]:
-        labels = [self._labels_of(layer.layer) for layer in layers]
-        by_gauge = zip(*map(gauges_of_layer, layers), strict=True)
-        for name, values in zip(_GAUGE_NAMES, by_gauge, strict=True):
-            yield lines(name, labels, values)
-        yield self._write_quantiles(UNIT_AGE.name, {layer.layer: layer.age_quantiles for layer in layers})
-        yield self._write_quantiles(UNIT_UTILITY.name, {layer.layer: layer.utility_quantiles for layer in layers})
-
-    def _write_quantiles(self, name: str, by_layer: Mapping[str, tuple[float, ...] | None]) -> str:
-        known = {layer: values for layer, values in by_layer.items() if values}
-        labels = chain.from_iterable(map(self._labels_of_quantiles, known))
-        return lines(name, labels, list(chain.from_iterable(known.values())))
-
-    def _labels_of(self, layer: str) -> str:
-        if layer not in self._layer_labels:
-            self._layer_labels[layer] = label_set(learner=self._learner_id, layer=layer)
-        return self._layer_labels[layer]
-
-    def _labels_of_quantiles(self, layer: str) -> tuple[str, ...]:
-        if layer not in self._quantile_labels:
-            self._quantile_labels[layer] = tuple(
-                label_set(learner=self._learner_id, layer=layer, quantile=str(quantile)) for quantile in QUANTILES
+    def _write_state(self, learner: LearnerRecord) -> tuple[str, ...]:
+        progress = learner.progress
+        layers = tuple(progress.replacements)
+        if layers != self._state_layers:
+            own = label_set(learner=self._learner_id)
+            self._state_layers = layers
+            self._state_text = SeriesText(
+                [*([name + own] for name in _OWN_NAMES), self._of_layers(REPLACEMENTS.sample_name, layers)]
             )
-        return self._quantile_labels[layer]
+        values: list[float | None] = [counter.read(progress) for counter in LEARNER_COUNTERS]
+        values += [gauge.read(learner) for gauge in LEARNER_GAUGES]
+        values += progress.replacements.values()
+        return self._state_text.of(values)
+
+    def _write_sample(self, sample: Sequence[LayerPlasticity]) -> tuple[str, ...]:
+        layers = tuple([layer.layer for layer in sample])
+        if layers != self._sample_layers:
+            self._sample_layers = layers
+            self._sample_text = SeriesText(
+                [
+                    *(self._of_layers(name, layers) for name in _GAUGE_NAMES),
+                    *(self._of_quantiles(family.name, layers) for family in (UNIT_AGE, UNIT_UTILITY)),
+                ]
+            )
+        ages = [layer.age_quantiles or _NO_QUANTILES for layer in sample]
+        utilities = [layer.utility_quantiles or _NO_QUANTILES for layer in sample]
+        by_gauge = zip(*map(gauges_of_layer, sample), strict=True)
+        return self._sample_text.of(list(chain(*by_gauge, *ages, *utilities)))
+
+    def _of_layers(self, name: str, layers: Iterable[str]) -> list[str]:
+        return [name + label_set(learner=self._learner_id, layer=layer) for layer in layers]
+
+    def _of_quantiles(self, name: str, layers: Iterable[str]) -> list[str]:
+        return [
+            name + label_set(learner=self._learner_id, layer=layer, quantile=str(quantile))
+            for layer in layers
+            for quantile in QUANTILES
+        ]
