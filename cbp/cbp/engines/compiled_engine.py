@@ -72,6 +72,7 @@ class CompiledEngine(EagerEngine):
         super().configure(specs)
         widths = (self.spec.mlp.in_features, *self.spec.mlp.hidden, self.spec.mlp.out_features)
         self.run_kernel, self.point_kernel = _direct(kernels.run), _direct(kernels.point_to)
+        self._step_nanoseconds: dict[int, float] = {}  # by step size
         self.table = np.zeros(Table.WIDTHS + len(widths), np.int64)
         self.table_address = self.table.ctypes.data
         self.table[Table.WIDTHS :] = widths
@@ -184,12 +185,15 @@ class CompiledEngine(EagerEngine):
 
     def step_nanoseconds(self, step_size: int) -> float:
         """What a step takes, about."""
+        if (known := self._step_nanoseconds.get(step_size)) is not None:
+            return known
         parameters = self.spec.parameter_count
         nanoseconds = 500.0 + (0.25 + 0.05 * step_size) * parameters
         if self.spec.optimizer.clip_norm is not None:
             nanoseconds += (0.1 + 0.05 * step_size) * parameters
         if self.table[Table.OPTIMIZER] >= kernels.RMSPROP:
             nanoseconds += 2.0 * parameters
+        self._step_nanoseconds[step_size] = nanoseconds
         return nanoseconds
 
     def weigh(self, weights: NDArray[np.float32]) -> None:
