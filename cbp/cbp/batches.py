@@ -133,7 +133,7 @@ def _check_labels(array: NDArray[Any], classes: int, count: int | None) -> NDArr
         raise _UnfitError(f"Expected shape [{'N' if count is None else count}], got {list(array.shape)}")
     if array.dtype.kind == "b":
         return array.astype(np.int64)
-    if len(array) and not (0 <= array.min() and array.max() < classes):
+    if len(array) and not (array.min() >= 0 and array.max() < classes):
         _refuse_first((array < 0) | (array >= classes), array, f"Expected labels from 0 to {classes - 1}")
     return np.ascontiguousarray(array, dtype=np.int64)
 

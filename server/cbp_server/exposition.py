@@ -4,9 +4,7 @@ What is small comes from a registry and is written by prometheus_client. Series 
 whoever knows them hands over their lines, ready to be joined.
 """
 
-import asyncio
 import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -18,32 +16,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-_TURN_SECONDS = 0.001
+from cbp_server.turns import Turns
+
 _OPENMETRICS = "application/openmetrics-text"
 _OPENMETRICS_END = b"# EOF\n"
 #: Schemes that double underscores, for readers of names that Prometheus once could not read. Ours need none.
 _OTHER_ESCAPING = re.compile(r";\s*escaping=(?:dots|values)\b")
-
-
-class Turns:
-    """Divides long work on the event loop, so that nobody waits for the whole of it: after each millisecond the others
-    have their turn.
-
-        if turns.over:
-            await turns.give_way()
-    """
-
-    def __init__(self) -> None:
-        self._end = time.perf_counter() + _TURN_SECONDS
-
-    @property
-    def over(self) -> bool:
-        return time.perf_counter() >= self._end
-
-    async def give_way(self) -> None:
-        """Returns when everybody who was ready has had a turn."""
-        await asyncio.sleep(0)
-        self._end = time.perf_counter() + _TURN_SECONDS
 
 
 @dataclass(frozen=True)

@@ -460,7 +460,8 @@ class Host:
         applied = self._changes.record(hosted.log, entry, request)
         hosted.used = time.monotonic()
         hosted.record.queued_batches += 1
-        size = batch.features.nbytes + batch.targets.nbytes + len(incoming.payload)
+        # Arrays that need no conversion are views of the payload.
+        size = max(len(incoming.payload), batch.features.nbytes + batch.targets.nbytes)
         self._queued.take(size)
         # Registered first, so whoever awaits the future finds the record and the positions up to date.
         applied.add_done_callback(partial(self._applied, hosted, producer, incoming, size))

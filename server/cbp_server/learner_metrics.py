@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from heapq import nsmallest
 
 from cbp import LearnerProgress
-from cbp_server.exposition import Family, Turns
+from cbp_server.exposition import Family
 from cbp_server.learner_families import SAMPLE_FAMILIES, STATE_FAMILIES
 from cbp_server.learner_lines import LearnerLines
 from cbp_server.other_learners import OtherLearners
 from cbp_server.read_model import ReadModel
 from cbp_server.records import LearnerRecord, LearnerState
+from cbp_server.turns import Turns
 
 _Rank = tuple[bool, int, bool, str]
 

@@ -13,6 +13,7 @@ from cbp_server.host import Host
 from cbp_server.limits import Limits
 from cbp_server.rpc import convert
 from cbp_server.sessions import Accepted, Durable, Ended, Rejected, TrainSession
+from cbp_server.turns import Turns
 
 TRAINING_SERVICE = training_service_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name
 
@@ -117,8 +118,11 @@ async def _read(messages: AsyncIterator[TrainMessage], session: TrainSession, li
                 raise StreamProtocolError(
                     f"the message holds {len(message)} batches, at most {_MOST_BATCHES} are allowed"
                 )
+            turns = Turns()
             for batch in message:
                 session.offer(convert.incoming_batch(batch, limits))
+                if turns.over:
+                    await turns.give_way()
             await session.wait_for_room()
     except Exception as error:
         session.end(error)

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from cbp import LayerPlasticity, PlasticitySample
 from cbp.samples import QUANTILES
-from cbp_server.exposition import Exposition, Family, TextFormat, Turns
+from cbp_server.exposition import Exposition, Family, TextFormat
 from cbp_server.learner_families import (
     LAYER_GAUGES,
     LEARNER_COUNTERS,
@@ -28,6 +28,7 @@ from cbp_server.learner_families import (
 )
 from cbp_server.learner_metrics import LearnerMetrics
 from cbp_server.records import LearnerRecord, SampleRecord
+from cbp_server.turns import Turns
 
 TEXT = "text/plain;version=0.0.4"
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
