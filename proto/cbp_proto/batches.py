@@ -22,6 +22,8 @@ _Fields: TypeAlias = dict[int, Any]  # a number or a slice of the message, as th
 
 _NUMBER, _BYTES = 0, 2  # how fields are encoded, as their tags say
 _MOST_NUMBER_BYTES = 10
+#: Of one message, known or not; there may be millions, for which Python is too slow.
+_MOST_FIELDS = 32
 _LEAST_TAG, _MOST_TAG = 1 << 3, 2**32 - 1
 
 
@@ -75,14 +77,17 @@ class _UnusualError(Exception):
 # -- reading --
 
 
-def read_train_request(encoded: bytes) -> OpenStream | list[WireBatch]:
+def read_train_request(encoded: bytes, most_batches: int) -> OpenStream | list[WireBatch]:
     """What a serialised TrainRequest holds: the opening of a stream, or batches, none if it is empty.
+
+    Args:
+        most_batches: of more than these only one is read, so that a message of very many costs nothing.
 
     Raises:
         DecodeError: it is no TrainRequest.
     """
     try:
-        return _batches(memoryview(encoded))
+        return _batches(memoryview(encoded), most_batches)
     except (_UnusualError, IndexError, UnicodeDecodeError):
         message = TrainRequest.FromString(encoded)
     match message.WhichOneof("message"):
@@ -91,7 +96,7 @@ def read_train_request(encoded: bytes) -> OpenStream | list[WireBatch]:
         case "open":
             return message.open
     message.DiscardUnknownFields()
-    return _batches(memoryview(message.SerializeToString()))
+    return _batches(memoryview(message.SerializeToString()), most_batches)
 
 
 def read_batch(encoded: bytes | memoryview) -> WireBatch:
@@ -110,7 +115,7 @@ def read_batch(encoded: bytes | memoryview) -> WireBatch:
     return _batch(view, slice(0, len(view)))
 
 
-def _batches(view: memoryview) -> list[WireBatch]:
+def _batches(view: memoryview, most: int) -> list[WireBatch]:
     tag, at = _number(view, 0)
     length, at = _number(view, at)
     if at + length != len(view):
@@ -119,8 +124,8 @@ def _batches(view: memoryview) -> list[WireBatch]:
         return [_batch(view, slice(at, len(view)))]
     if tag != _BATCHES:
         raise _UnusualError
-    batches = []
-    while at < len(view):
+    batches: list[WireBatch] = []
+    while at < len(view) and len(batches) <= most:
         tag, at = _number(view, at)
         length, at = _number(view, at)
         if tag != _PACKED_BATCH or at + length > len(view):
@@ -172,7 +177,7 @@ def _fields(view: memoryview, place: slice) -> _Fields:
     while at < end:
         tag, at = _number(view, at)
         value, at = _number(view, at)
-        if tag in fields or not _LEAST_TAG <= tag <= _MOST_TAG:
+        if tag in fields or not _LEAST_TAG <= tag <= _MOST_TAG or len(fields) == _MOST_FIELDS:
             raise _UnusualError
         kind = tag & 7
         if kind == _BYTES:

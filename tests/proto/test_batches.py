@@ -22,6 +22,7 @@ from cbp_proto import (
 from cbp_proto.v1.tensor_pb2 import Tensor
 from cbp_proto.v1.training_service_pb2 import OpenStream, TrainBatch, TrainBatches, TrainRequest
 
+MOST = 64
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
@@ -88,9 +89,9 @@ def assert_same(encoded: bytes) -> None:
         expected = TrainRequest.FromString(encoded)
     except DecodeError:
         with pytest.raises(DecodeError):
-            read_train_request(encoded)
+            read_train_request(encoded, MOST)
         return
-    read = read_train_request(encoded)
+    read = read_train_request(encoded, MOST)
     if expected.HasField("open"):
         assert read == expected.open
         return
@@ -230,3 +231,22 @@ def test_a_shape_of_many_dimensions_is_read_as_far_as_it_takes_to_refuse_it() ->
 def test_a_dtype_without_counterpart_is_refused() -> None:
     with pytest.raises(TensorError, match="cannot be sent"):
         encode_batch(np.zeros(2, dtype="c8"), np.zeros(2), None, task="", return_outputs=False)
+
+
+@pytest.mark.parametrize("first", [b"", b"\x08\x01\x08\x02"])
+def test_of_too_many_batches_one_too_many_is_read(first: bytes) -> None:
+    encoded = encoded_field(3, encoded_field(1, first) + bytes((1 << 3 | 2, 0)) * 1000)
+
+    batches = read_train_request(encoded, 5)
+
+    assert isinstance(batches, list)
+    assert len(batches) == 6
+
+
+def test_fields_without_number_or_end_do_not_hold_up_a_reader() -> None:
+    unknown = b"".join(encoded_field(number, b"") for number in (7, 8, 9, 10, 11, 12, 13, 14, 15)) + b"".join(
+        bytes((number & 0x7F | 0x80, number >> 7, 1)) for number in range(128, 2000, 8)
+    )
+    batch = TrainBatch(sequence=3, task="t").SerializeToString() + unknown
+
+    assert_same(encoded_field(2, batch))

@@ -43,7 +43,7 @@ class _TrainRequest:
 
     @classmethod
     def decode(cls, data: bytes) -> TrainMessage:
-        return read_train_request(data)
+        return read_train_request(data, _MOST_BATCHES)
 
 
 class TrainingServicer:
@@ -115,9 +115,8 @@ async def _read(messages: AsyncIterator[TrainMessage], session: TrainSession, li
             if isinstance(message, training_service_pb2.OpenStream) or not message:
                 raise StreamProtocolError("after `open`, every message of a Train stream must be `batch` or `batches`")
             if len(message) > _MOST_BATCHES:
-                raise StreamProtocolError(
-                    f"the message holds {len(message)} batches, at most {_MOST_BATCHES} are allowed"
-                )
+                text = f"the message holds more than {_MOST_BATCHES} batches; send the others in another one"
+                raise StreamProtocolError(text)
             turns = Turns()
             for batch in message:
                 session.offer(convert.incoming_batch(batch, limits))
