@@ -92,7 +92,7 @@ class SeriesText:
 
     def __init__(self, families: Iterable[Iterable[str]]) -> None:
         self._families = [[f"{series} " for series in family] for family in families]
-        self._known: list[bool] = []
+        self._known: list[bool] | None = None
         self._parts: list[str] = []  # series and values in turns
         self._places: list[slice] = []  # of each family in them
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from cbp_client import (
     NotFound,
     WatchUpdate,
 )
+from cbp_proto import encode_train_request
 
 _DOCS = Path(__file__).parents[2] / "docs" / "client.md"
 SPEC: dict[str, Any] = {
@@ -136,6 +137,26 @@ def test_streaming_shows_in_progress_and_plasticity(learner: Learner) -> None:
     history = learner.plasticity(history=10)
     assert [sample.step for sample in history] == sorted(sample.step for sample in history)
     assert len(learner.plasticity(fresh=True)) == 1
+
+
+async def test_batches_that_wait_share_messages(
+    server: Server, learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+
+    def encode(batches: Sequence[tuple[int, bytes]]) -> bytes:
+        together.append(len(batches))
+        return encode_train_request(batches)
+
+    monkeypatch.setattr("cbp_client.stream.encode_train_request", encode)
+    async with AsyncClient(server.grpc_target) as asynchronous:
+        async with (await asynchronous.get_learner(learner.id)).stream("feeder") as stream:
+            tickets = [await stream.send(*batch) for batch in make_batches(200, examples=2)]
+        results = [await ticket for ticket in tickets]
+
+    assert [result.step for result in results] == list(range(2, 402, 2))
+    assert sum(together) == 200
+    assert 1 < max(together) <= 64
 
 
 def test_a_rejected_batch_leaves_the_others_whole(learner: Learner) -> None:

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from cbp import LayerPlasticity, PlasticitySample
 from cbp.samples import QUANTILES
-from cbp_server.exposition import Exposition, Family, TextFormat
+from cbp_server.exposition import Exposition, Family, SeriesText, TextFormat
 from cbp_server.learner_families import (
     LAYER_GAUGES,
     LEARNER_COUNTERS,
@@ -213,3 +213,12 @@ async def test_scrapes_at_once_agree(host: Any, make_learner: Callable[..., Lear
     metrics = LearnerMetrics(host, max_learners=50)
     first, second = await asyncio.gather(metrics.collect_lines(Turns()), metrics.collect_lines(Turns()))
     assert first == second
+
+
+def test_series_without_values_have_no_lines() -> None:
+    series = SeriesText([["a{x}", "a{y}"], ["b{x}"], []])
+
+    assert series.of([None, None, None]) == ("", "", "")
+    assert series.of([1, None, float("nan")]) == ("a{x} 1.0\n", "b{x} NaN\n", "")
+    assert series.of([None, 2.5, 3]) == ("a{y} 2.5\n", "b{x} 3\n", "")
+    assert SeriesText([[]]).of([]) == ("",)
