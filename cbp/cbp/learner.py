@@ -381,7 +381,7 @@ class Learner:
         return PlasticitySample(
             step=self._state.steps[0],
             examples=self._examples,
-            layers=self._state.measure(self._probe, between_layers),
+            layers=self._engine.measure(self._probe, between_layers),
         )
 
     def take_samples(self) -> list[PlasticitySample]:

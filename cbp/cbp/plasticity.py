@@ -30,7 +30,7 @@ GRADIENT_EXAMPLES = 32
 would be lower."""
 SRANK_DELTA = 0.01
 """Share of the singular values' sum that srank may leave out; the value of Kumar et al."""
-_DECIDED_BY_ROUNDING = 1e-9
+DECIDED_BY_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +302,7 @@ def srank(spectrum: NDArray[np.float64], delta: float = SRANK_DELTA) -> int:
     held = np.cumsum(np.sort(spectrum)[::-1])
     if not len(held) or held[-1] <= 0:
         return 0
-    return int(np.argmax(held >= (1.0 - delta - _DECIDED_BY_ROUNDING) * held[-1])) + 1
+    return int(np.argmax(held >= (1.0 - delta - DECIDED_BY_ROUNDING) * held[-1])) + 1
 
 
 def gradient_rank(inputs: Tensor, deltas: Tensor) -> float | None:

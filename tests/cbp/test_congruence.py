@@ -79,6 +79,21 @@ def assert_congruent(spec: LearnerSpec, make_batch: MakeBatch) -> None:
         assert [sample.step for sample in learner.take_samples()] == [37, 74]
 
 
+def assert_same_samples(learner: Learner) -> None:
+    """The engine measures what the eager one does."""
+    measured = learner.sample_plasticity()
+    engine = learner.engine
+    learner.switch_engine("torch")
+    expected = learner.sample_plasticity()
+    learner.switch_engine(engine)
+    for layer, expected_layer in zip(measured.layers, expected.layers, strict=True):
+        for name, value in vars(expected_layer).items():
+            expected_value = (
+                value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
+            )
+            assert getattr(layer, name) == expected_value, (layer.layer, name)
+
+
 def assert_same_state(actual: LearnerSnapshot, expected: LearnerSnapshot) -> None:
     """To float32 rounding."""
     for name in ("units.age", "generator"):
@@ -120,6 +135,25 @@ def test_every_loss_and_optimizer(loss: str, optimizer: str, make_spec: MakeSpec
         network__activation="relu" if case % 2 else "tanh",
     )
     assert_congruent(spec, make_batch)
+
+
+@pytest.mark.parametrize("loss", get_args(LossKind))
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_every_sample(activation: str, loss: str, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    spec = spec_of(make_spec, 1, network__activation=activation, loss=loss, batch_size=3)
+    learner = Learner(spec, engine="compiled")
+    assert_same_samples(learner)
+    for rows in (1, 4, 40, 600):  # a probe too small for any rank, for some, and full
+        learner.train(make_batch(spec, rows))
+        assert_same_samples(learner)
+
+
+def test_samples_of_large_layers(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+    spec = spec_of(make_spec, 2, hidden=[512, 530, 512], batch_size=1)
+    learner = Learner(spec, engine="compiled")
+    learner.train(make_batch(spec, 60))
+    assert any(not weight.is_contiguous() for weight in learner._state.parameters.weights)
+    assert_same_samples(learner)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -24,6 +24,7 @@ from cbp.plasticity import (
 
 MakeSpec = Callable[..., LearnerSpec]
 MakeBatch = Callable[..., Batch]
+Trained = Callable[[LearnerSpec, Batch], Learner]
 HIDDEN_ONLY = {
     "dormant_fraction",
     "dead_fraction",
@@ -37,13 +38,19 @@ HIDDEN_ONLY = {
 }
 
 
-def trained(spec: LearnerSpec, batch: Batch) -> Learner:
-    learner = Learner(spec)
-    learner.train(batch)
-    return learner
+@pytest.fixture(params=["torch", "compiled"])
+def trained(request: pytest.FixtureRequest) -> Trained:
+    """Makes a learner that has learnt a batch, of either engine that measures."""
+
+    def make(spec: LearnerSpec, batch: Batch) -> Learner:
+        learner = Learner(spec, engine=request.param)
+        learner.train(batch)
+        return learner
+
+    return make
 
 
-def test_every_layer_is_measured_in_its_own_terms(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_every_layer_is_measured_in_its_own_terms(make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained) -> None:
     spec = make_spec()
     sample = trained(spec, make_batch(spec, 100)).sample_plasticity()
     assert (sample.step, sample.examples) == (50, 100)
@@ -79,7 +86,7 @@ def test_before_any_example_only_weights_are_known(make_spec: MakeSpec) -> None:
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "huber", "binary_cross_entropy"])
-def test_gradient_norm_is_autograds(loss: str, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_gradient_norm_is_autograds(loss: str, make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained) -> None:
     spec = make_spec(loss=loss, network__activation="gelu")
     batch = make_batch(spec, 40)
     learner = trained(spec, batch)
@@ -103,7 +110,7 @@ def test_gradient_norm_is_autograds(loss: str, make_spec: MakeSpec, make_batch: 
         assert layer.gradient_norm == pytest.approx(float(torch.hypot(weight.grad.norm(), bias.grad.norm())), rel=1e-4)
 
 
-def test_dead_and_dormant_units_are_counted(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_dead_and_dormant_units_are_counted(make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained) -> None:
     spec = make_spec(resets__layers="none", optimizer__lr=1e-30)
     learner = trained(spec, make_batch(spec, 60))
     before = learner.sample_plasticity().layers[0]
@@ -115,7 +122,7 @@ def test_dead_and_dormant_units_are_counted(make_spec: MakeSpec, make_batch: Mak
     assert after.dormant_fraction == pytest.approx(3 / 8)
 
 
-def test_a_silent_layer_is_dormant_altogether(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_a_silent_layer_is_dormant_altogether(make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained) -> None:
     spec = make_spec()
     learner = trained(spec, make_batch(spec, 60))
     learner._state.parameters.biases[0][:] = -1e6
@@ -124,7 +131,7 @@ def test_a_silent_layer_is_dormant_altogether(make_spec: MakeSpec, make_batch: M
     assert (layer.effective_rank, layer.stable_rank) == (0.0, 0.0)
 
 
-def test_saturated_units_are_not_dead(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_saturated_units_are_not_dead(make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained) -> None:
     spec = make_spec(network__activation="tanh")
     learner = trained(spec, make_batch(spec, 60))
     learner._state.parameters.biases[0][:] = 1e3
@@ -139,7 +146,12 @@ RANKS = (effective_rank, stable_rank, srank)
     ("activation", "bound", "units"), [("tanh", (-0.9, 0.9), (0.95, -0.5)), ("sigmoid", (0.05, 0.95), (0.97, 0.5))]
 )
 def test_saturation_is_a_share_of_activations(
-    activation: str, bound: tuple[float, float], units: tuple[float, float], make_spec: MakeSpec, make_batch: MakeBatch
+    activation: str,
+    bound: tuple[float, float],
+    units: tuple[float, float],
+    make_spec: MakeSpec,
+    make_batch: MakeBatch,
+    trained: Trained,
 ) -> None:
     spec = make_spec(network__activation=activation, resets__layers="none", optimizer__lr=1e-30)
     learner = trained(spec, make_batch(spec, 60))
@@ -154,7 +166,9 @@ def test_saturation_is_a_share_of_activations(
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu", "selu", "gelu", "silu", "identity"])
-def test_what_has_no_bounds_does_not_saturate(activation: str, make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_what_has_no_bounds_does_not_saturate(
+    activation: str, make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained
+) -> None:
     spec = make_spec(network__activation=activation)
     assert trained(spec, make_batch(spec, 20)).sample_plasticity().layers[0].saturated_fraction is None
 
@@ -237,7 +251,7 @@ def test_gradient_rank_of_special_cases() -> None:
 
 
 @pytest.mark.gpu
-def test_a_learner_on_a_gpu_is_measured_alike(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_a_learner_on_a_gpu_is_measured_alike(make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained) -> None:
     spec = make_spec(network__activation="tanh")
     snapshot = trained(spec, make_batch(spec, 100)).snapshot()
     on_cpu, on_gpu = (Learner.restore(snapshot, device=device).sample_plasticity() for device in ("cpu", "cuda"))
@@ -247,7 +261,9 @@ def test_a_learner_on_a_gpu_is_measured_alike(make_spec: MakeSpec, make_batch: M
             assert getattr(there, name) == (None if value is None else pytest.approx(value, rel=1e-3)), name
 
 
-def test_gradient_rank_is_of_the_losss_own_gradients(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_gradient_rank_is_of_the_losss_own_gradients(
+    make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained
+) -> None:
     spec = make_spec(loss="cross_entropy", network__activation="tanh", resets__layers="none")
     batch = make_batch(spec, GRADIENT_EXAMPLES)
     learner = trained(spec, batch)
@@ -268,7 +284,9 @@ def test_gradient_rank_is_of_the_losss_own_gradients(make_spec: MakeSpec, make_b
         assert measured.gradient_rank == pytest.approx(effective_rank(spectrum), rel=1e-3)
 
 
-def test_a_rank_needs_twice_as_many_examples_as_units(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_a_rank_needs_twice_as_many_examples_as_units(
+    make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained
+) -> None:
     """On fewer, it would show a plasticity loss that is not there."""
     spec = make_spec()
     learner = trained(spec, make_batch(spec, SAMPLES_PER_UNIT * 7))
@@ -293,7 +311,7 @@ def test_the_documented_share_of_the_full_rank_is_right() -> None:
     assert shown[100] > 0.99
 
 
-def test_replaced_units_are_young(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_replaced_units_are_young(make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained) -> None:
     spec = make_spec(resets__replacement_rate=0.3)
     learner = trained(spec, make_batch(spec, 100))
     layer = learner.sample_plasticity().layers[0]
@@ -302,7 +320,9 @@ def test_replaced_units_are_young(make_spec: MakeSpec, make_batch: MakeBatch) ->
     assert layer.age_quantiles[0] < layer.age_quantiles[2] < 50
 
 
-def test_numbers_are_finite_or_absent_even_in_a_broken_network(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_numbers_are_finite_or_absent_even_in_a_broken_network(
+    make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained
+) -> None:
     spec = make_spec()
     learner = trained(spec, make_batch(spec, 60))
     for broken in (math.nan, math.inf):
@@ -314,14 +334,14 @@ def test_numbers_are_finite_or_absent_even_in_a_broken_network(make_spec: MakeSp
         assert sample.layers[0].utility_quantiles is None
 
 
-def test_a_sample_is_plain_json(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_a_sample_is_plain_json(make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained) -> None:
     spec = make_spec()
     plain = trained(spec, make_batch(spec, 60)).sample_plasticity().to_plain()
     assert json.loads(json.dumps(plain)) == plain
     assert set(plain["layers"][0]) == {field.name for field in dataclasses.fields(LayerPlasticity)}
 
 
-def test_a_sample_comes_back_from_its_plain_form(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_a_sample_comes_back_from_its_plain_form(make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained) -> None:
     spec = make_spec()
     sample = trained(spec, make_batch(spec, 100)).sample_plasticity()
     assert PlasticitySample.from_plain(json.loads(json.dumps(sample.to_plain()))) == sample
@@ -330,7 +350,9 @@ def test_a_sample_comes_back_from_its_plain_form(make_spec: MakeSpec, make_batch
     assert PlasticitySample.from_plain(json.loads(json.dumps(tested.to_plain()))) == tested
 
 
-def test_a_sample_of_an_earlier_version_can_be_read(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
+def test_a_sample_of_an_earlier_version_can_be_read(
+    make_spec: MakeSpec, make_batch: MakeBatch, trained: Trained
+) -> None:
     spec = make_spec()
     plain = trained(spec, make_batch(spec, 100)).sample_plasticity().to_plain()
     later = ("saturated_fraction", "feature_norm", "srank", "gradient_rank")

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from cbp import losses
-from cbp.engines import kernels
+from cbp.activations import NONLINEARITIES
+from cbp.engines import kernels, measuring
 from cbp.engines.eager_engine import EagerEngine, Work
 from cbp.engines.kernels import Real, Sum, Table
 from cbp.engines.names import EngineName
@@ -31,6 +32,7 @@ from cbp.optimizers import NORM_MARGIN, AdamState, RmspropState, SgdState
 from cbp.pending import Examples, Probe
 from cbp.progress import Tally
 from cbp.replacement import DrawSource, ReplacementSchedule
+from cbp.samples import LayerPlasticity
 from cbp.spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, RmspropSpec, SgdSpec, Utility
 
 P = ParamSpec("P")
@@ -201,6 +203,34 @@ class CompiledEngine(EagerEngine):
         if weights is not self._weights:
             self._weights = weights
             self.table[Table.WEIGHTS] = weights.ctypes.data
+
+    def measure(self, probe: Probe, between_layers: Callable[[], None] | None) -> tuple[LayerPlasticity, ...]:
+        spec, table = self.spec, self.table
+        network, features = spec.mlp, probe.features
+        targets: NDArray[Any] = probe.targets
+        count, units = len(features), sum(network.hidden)
+        post = np.empty(count * units, np.float32)
+        delta = np.empty(count * (units + network.out_features), np.float32)
+        if count:
+            scale = losses.gradient_scale(spec.loss, network.out_features) / count
+            labels, values = (targets, _NO_VALUES) if self.labelled else (_NO_LABELS, targets)
+            measuring.look(table, features, labels, values, scale, post, delta)
+        first = self.state.initial_parameters.flat[0].numpy()
+        bounds = NONLINEARITIES[network.plain_activation].saturated_outside
+        low, high = (-math.inf, math.inf) if bounds is None else bounds
+        threshold, replacements = spec.monitoring.dormant_threshold, [*self.state.replacements[0], None]
+        found = np.empty(measuring.Measure.COUNT)
+        layers = []
+        for layer, (name, width) in enumerate(
+            zip(spec.layer_names, (*network.hidden, network.out_features), strict=True)
+        ):
+            if layer and between_layers is not None:
+                between_layers()
+            measuring.measure(table, layer, first, features, post, delta, threshold, low, high, found)
+            layers.append(
+                measuring.layer_plasticity(name, width, replacements[layer], found, saturates=bounds is not None)
+            )
+        return tuple(layers)
 
     def _make_room(self, count: int) -> None:
         """For what is to be known of so many examples."""
@@ -520,13 +550,15 @@ def compile_kernels() -> None:
     rows = np.ones((2, 1), np.float32)
     examples = Examples(rows, rows, None, (("", 2),))
     work = CompiledWork(engine, examples, 1)
-    engine.begin(examples, 1, Probe(1, rows, rows)).run(1)
+    probe = Probe(1, rows, rows)
+    engine.begin(examples, 1, probe).run(1)
+    engine.measure(probe, None)
     CompiledWork.run_together([(work, 1)])
 
 
 def kernels_on_disk() -> bool:
     """Whether numba finds on disk what `compile_kernels` compiles, made from this source for this processor."""
-    return all(map(_is_on_disk, kernels.ENTRY_POINTS))
+    return all(map(_is_on_disk, kernels.ENTRY_POINTS + measuring.ENTRY_POINTS))
 
 
 def _is_on_disk(kernel: Any) -> bool:

@@ -9,8 +9,8 @@ import numba
 P = ParamSpec("P")
 R = TypeVar("R")
 
-SOURCES = ("compiling.py", "lanes.py", "products.py", "kernels.py")
-"""All files with compiled code, beside this one."""
+SOURCES = ("compiling.py", "lanes.py", "products.py", "kernels.py", "measuring.py", "../plasticity.py", "../samples.py")
+"""All files with compiled code, or with constants in it, as they are found from this one's folder."""
 
 
 def _compiled(*fastmath: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -36,7 +36,7 @@ def _look_at_all_sources(compiled: Any) -> None:
     the functions that it calls; it has no public way to say so."""
     file = getattr(compiled._cache, "_cache_file", None)
     if file is not None:
-        sources = [Path(__file__).with_name(name).stat() for name in SOURCES]
+        sources = [(Path(__file__).parent / name).stat() for name in SOURCES]
         file._source_stamp = tuple((source.st_mtime, source.st_size) for source in sources)
 
 

@@ -5,7 +5,7 @@ Losses and accuracies are of predictions made before the examples were learned f
 Shapes: N examples of a message, I inputs, C outputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cbp import losses
+from cbp.engines.eager_measures import measure_perceptron
 from cbp.engines.learner_state import CheckedState
 from cbp.engines.names import EngineName
 from cbp.engines.torch_engine import StackState, TorchEngine
 from cbp.pending import Examples, Probe
 from cbp.progress import Tally
 from cbp.replacement import DrawSource
+from cbp.samples import LayerPlasticity
 from cbp.spec import LearnerSpec
 
 
@@ -68,6 +70,9 @@ class LearnerEngine(Protocol):
         """How many steps to take at once where somebody wants to be called between those of so many learners that run
         together."""
 
+    def measure(self, probe: Probe, between_layers: Callable[[], None] | None) -> tuple[LayerPlasticity, ...]:
+        """Measures every layer on the probe; changes nothing."""
+
 
 class EagerEngine(TorchEngine):
     """One learner's steps, operation by operation."""
@@ -96,6 +101,9 @@ class EagerEngine(TorchEngine):
     def steps_between_calls(self, step_size: int, learners: int) -> int:
         del step_size, learners
         return 1
+
+    def measure(self, probe: Probe, between_layers: Callable[[], None] | None) -> tuple[LayerPlasticity, ...]:
+        return measure_perceptron(self.spec, self.state, probe, between_layers)
 
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -245,11 +245,11 @@ def _view(element: Any, dimensions: int) -> Any:
     return intrinsic(typing_of_rows)
 
 
-_row: Callable[[int, int], Floats] = _view(types.float32, 1)
-_rows: Callable[[int, int, int], Floats] = _view(types.float32, 2)
+row_at: Callable[[int, int], Floats] = _view(types.float32, 1)
+rows_at: Callable[[int, int, int], Floats] = _view(types.float32, 2)
 _doubles: Callable[[int, int], Doubles] = _view(types.float64, 1)
 _double_rows: Callable[[int, int, int], Doubles] = _view(types.float64, 2)
-_integers: Callable[[int, int], Integers] = _view(types.int64, 1)
+integers_at: Callable[[int, int], Integers] = _view(types.int64, 1)
 _words: Callable[[int, int], Words] = _view(types.int32, 1)
 
 
@@ -257,7 +257,7 @@ _words: Callable[[int, int], Words] = _view(types.int32, 1)
 
 
 @exactly
-def _activate(kind: int, pre: Floats, post: Floats) -> None:
+def activate(kind: int, pre: Floats, post: Floats) -> None:
     """post ← activations of pre; a NaN stays one."""
     count = len(pre)
     if kind == RELU:
@@ -294,7 +294,7 @@ def _activate(kind: int, pre: Floats, post: Floats) -> None:
 
 
 @exactly
-def _differentiate(kind: int, pre: Floats, post: Floats, gradient: Floats) -> None:
+def differentiate(kind: int, pre: Floats, post: Floats, gradient: Floats) -> None:
     """gradient in the activations → gradient in the pre-activations, in place."""
     count = len(pre)
     if kind == RELU:
@@ -342,7 +342,7 @@ def _normal_distribution(value: Number) -> Number:
 
 
 @exactly
-def _cross_entropy(outputs: Floats, label: int, factor: Number, residual: Floats) -> tuple[Number, Number]:
+def cross_entropy(outputs: Floats, label: int, factor: Number, residual: Floats) -> tuple[Number, Number]:
     """Loss and accuracy of one example; its gradient in the outputs, times `factor`, goes into `residual`."""
     classes = len(outputs)
     best = 0
@@ -361,10 +361,10 @@ def _cross_entropy(outputs: Floats, label: int, factor: Number, residual: Floats
 
 
 @exactly
-def _regression(
+def regression(
     kind: int, outputs: Floats, targets: Floats, factor: Number, delta: Number, residual: Floats
 ) -> tuple[Number, Number]:
-    """As `_cross_entropy`, for the losses that are a mean over the outputs."""
+    """As `cross_entropy`, for the losses that are a mean over the outputs."""
     total = right = _ZERO
     for c in range(len(outputs)):
         output, target = outputs[c], targets[c]
@@ -847,14 +847,14 @@ def _evaluate(
     """
     units, fan_in, fan_out = table[_WIDTHS + layer + 1], table[_WIDTHS + layer], table[_WIDTHS + layer + 2]
     utility_kind = table[_UTILITY]
-    activations = _rows(post_at, table[_BATCH], units)
-    incoming, outgoing = _row(incoming_at, units), _row(outgoing_at, units)
-    ages = _integers(table[_AGES] + 8 * unit, units)
-    means = _row(table[_MEANS] + 4 * unit, units)
-    utilities = _row(table[_UTILITIES] + 4 * unit, units)
-    random = _row(random_at, units)
-    activity, corrections = _row(activity_at, units), _row(corrections_at, units)
-    known_corrections = _row(table[_CORRECTIONS], table[_CORRECTION_COUNT])
+    activations = rows_at(post_at, table[_BATCH], units)
+    incoming, outgoing = row_at(incoming_at, units), row_at(outgoing_at, units)
+    ages = integers_at(table[_AGES] + 8 * unit, units)
+    means = row_at(table[_MEANS] + 4 * unit, units)
+    utilities = row_at(table[_UTILITIES] + 4 * unit, units)
+    random = row_at(random_at, units)
+    activity, corrections = row_at(activity_at, units), row_at(corrections_at, units)
+    known_corrections = row_at(table[_CORRECTIONS], table[_CORRECTION_COUNT])
     examples = table[_BATCH]
     share, log_decay = reals[_ONE_MINUS_DECAY], reals[_LOG_DECAY]
     known_age, correction = np.int64(-1), _ZERO
@@ -865,7 +865,7 @@ def _evaluate(
             corrections[u] = known_corrections[age]
         else:
             if age != known_age:
-                known_age, correction = age, _bias_correction(age, log_decay)
+                known_age, correction = age, bias_correction(age, log_decay)
             corrections[u] = correction
 
     count = np.float32(examples)
@@ -911,7 +911,7 @@ def _evaluate(
 
 
 @exactly
-def _bias_correction(age: int, log_decay: Number) -> Number:
+def bias_correction(age: int, log_decay: Number) -> Number:
     return np.float32(-math.expm1(np.float32(age) * log_decay))
 
 
@@ -919,21 +919,21 @@ def _bias_correction(age: int, log_decay: Number) -> Number:
 def fill_corrections(log_decay: Number, corrections: Floats) -> None:
     """corrections[a] ← 1 − ηᵃ."""
     for age in range(len(corrections)):
-        corrections[age] = _bias_correction(age, log_decay)
+        corrections[age] = bias_correction(age, log_decay)
 
 
 @exactly
 def _adam_factors(ages: Integers, total: int, inputs: int, reals: Floats, first: Floats, second: Floats) -> None:
     """1/(1 − β₁ᵗ) and 1/(1 − β₂ᵗ) of the step about to be taken: of the inputs, the hidden units, the outputs."""
     log1, log2 = reals[_LOG_BETA1], reals[_LOG_BETA2]
-    first[:] = _ONE / _bias_correction(total, log1)
-    second[:] = _ONE / _bias_correction(total, log2)
+    first[:] = _ONE / bias_correction(total, log1)
+    second[:] = _ONE / bias_correction(total, log2)
     known_age, factor1, factor2 = np.int64(-1), _ZERO, _ZERO
     for u in range(len(ages)):
         if ages[u] != known_age:
             known_age = ages[u]
-            factor1 = _ONE / _bias_correction(known_age + 1, log1)
-            factor2 = _ONE / _bias_correction(known_age + 1, log2)
+            factor1 = _ONE / bias_correction(known_age + 1, log1)
+            factor2 = _ONE / bias_correction(known_age + 1, log2)
         first[inputs + u] = factor1
         second[inputs + u] = factor2
 
@@ -970,56 +970,56 @@ def _clip(
         place -= after * (before + 1)
         unit -= before if layer else 0
         offset = 4 * batch * unit
-        delta = _rows(from_at, batch, after)
-        layer_input = _rows(post_at + offset, batch, before) if layer else features
+        delta = rows_at(from_at, batch, after)
+        layer_input = rows_at(post_at + offset, batch, before) if layer else features
         if batch == 1:  # the norm of a product of two vectors is the product of their norms
             squares += _sum_of_squares(delta[0]) * (_sum_of_squares(layer_input[0]) + 1.0)
         else:
-            squares += _squares_of_gradient(delta, layer_input, gradient_at)
+            squares += squares_of_gradient(delta, layer_input, gradient_at)
         if layer:
-            back = _rows(to_at, batch, before)
+            back = rows_at(to_at, batch, before)
             weight_at = table[_PARAMETERS] + 4 * place
             if is_turned(table[_REMEMBERS], depth, layer, before, after):
-                _hand_back_turned(_rows(weight_at, before, after), layer_input[0], delta[0], back[0])
+                _hand_back_turned(rows_at(weight_at, before, after), layer_input[0], delta[0], back[0])
             elif batch > 1:
-                hand_back(delta, _rows(weight_at, after, before), back)
+                hand_back(delta, rows_at(weight_at, after, before), back)
             else:
-                weight = _rows(weight_at, after, before)
+                weight = rows_at(weight_at, after, before)
                 back[0, :] = _ZERO
                 for o in range(after):
                     add_scaled(weight[o], delta[0, o], back[0])
-            _differentiate(
+            differentiate(
                 table[_ACTIVATION],
-                _row(pre_at + offset, batch * before),
-                _row(post_at + offset, batch * before),
-                _row(to_at, batch * before),
+                row_at(pre_at + offset, batch * before),
+                row_at(post_at + offset, batch * before),
+                row_at(to_at, batch * before),
             )
             from_at, to_at = to_at, table[_CLIPPING] if to_at == back_at else back_at
     norm = math.sqrt(squares)
     factor = np.float32(reals[_CLIP_NORM] / (norm + reals[_NORM_MARGIN]))
     if norm < np.inf and factor < _ONE:  # an infinite gradient is to be noticed, not to become one of zeros
-        residual = _row(delta_at, batch * table[_WIDTHS + depth])
+        residual = row_at(delta_at, batch * table[_WIDTHS + depth])
         for k in range(len(residual)):
             residual[k] *= factor
 
 
 @exactly
-def _squares_of_gradient(delta: Floats, inputs: Floats, room: int) -> float:
+def squares_of_gradient(delta: Floats, inputs: Floats, room: int) -> float:
     """Of a layer's weights and biases, for at least two examples; at `room` is that for the gradient."""
     examples, out = delta.shape
     into = inputs.shape[1]
     squares = 0.0
     if gradient_in_tiles(examples, out):
-        tile = _rows(room, ROWS_AT_ONCE, into)
+        tile = rows_at(room, ROWS_AT_ONCE, into)
         for o in range(0, out, ROWS_AT_ONCE):
             first = min(o, out - ROWS_AT_ONCE)
             gradient_of_rows(delta, inputs, first, tile)
             counted = o - first  # tiles at the end overlap those before
-            squares += _sum_of_squares(_row(room + 4 * counted * into, (ROWS_AT_ONCE - counted) * into))
+            squares += _sum_of_squares(row_at(room + 4 * counted * into, (ROWS_AT_ONCE - counted) * into))
     else:
-        np.dot(delta.T, inputs, _rows(room, out, into))
-        squares += _sum_of_squares(_row(room, out * into))
-    bias_gradient = _row(room, out)
+        np.dot(delta.T, inputs, rows_at(room, out, into))
+        squares += _sum_of_squares(row_at(room, out * into))
+    bias_gradient = row_at(room, out)
     _sum_examples(delta, bias_gradient)
     return squares + _sum_of_squares(bias_gradient)
 
@@ -1081,16 +1081,16 @@ def _backward(
         before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
         unit -= after
         place -= after * (before + 1)
-        weight = _rows(table[_PARAMETERS] + 4 * place, after, before)
-        bias = _row(table[_PARAMETERS] + 4 * (place + after * before), after)
-        delta = _rows(delta_at, batch, after)
-        back = _rows(back_at, batch, before)
-        incoming = _row(incoming_at + 4 * (unit - width), after)
-        columns = _row(outgoing_at + 4 * (unit - before if layer else 0), before)
+        weight = rows_at(table[_PARAMETERS] + 4 * place, after, before)
+        bias = row_at(table[_PARAMETERS] + 4 * (place + after * before), after)
+        delta = rows_at(delta_at, batch, after)
+        back = rows_at(back_at, batch, before)
+        incoming = row_at(incoming_at + 4 * (unit - width), after)
+        columns = row_at(outgoing_at + 4 * (unit - before if layer else 0), before)
         columns[:] = _ZERO
-        layer_input = features if layer == 0 else _rows(post_at + 4 * batch * (unit - width - before), batch, before)
+        layer_input = features if layer == 0 else rows_at(post_at + 4 * batch * (unit - width - before), batch, before)
         in_tiles = gradient_in_tiles(batch, after)
-        gradient = _rows(gradient_at, ROWS_AT_ONCE if in_tiles else after if batch > 1 else 1, before)
+        gradient = rows_at(gradient_at, ROWS_AT_ONCE if in_tiles else after if batch > 1 else 1, before)
         if batch > 1:
             if layer:
                 hand_back(delta, weight, back)
@@ -1124,22 +1124,22 @@ def _backward(
             if kind == SGD:
                 incoming[o] = _sgd_row(weight[o], row_gradient, reals, decays, columns if layer else columns[:0])
             elif kind == MOMENTUM_SGD:
-                momentum = _row(table[_MOMENTUM] + at, before)
+                momentum = row_at(table[_MOMENTUM] + at, before)
                 incoming[o] = _momentum_row(weight[o], row_gradient, momentum, reals, decays, columns)
             elif kind == NESTEROV_SGD:
-                momentum = _row(table[_MOMENTUM] + at, before)
+                momentum = row_at(table[_MOMENTUM] + at, before)
                 incoming[o] = _nesterov_row(weight[o], row_gradient, momentum, reals, decays, columns)
             elif kind < ADAM:
-                momentum = _row(table[_MOMENTUM] + at, before if kind == MOMENTUM_RMSPROP else 0)
-                average = _row(table[_SECOND_MOMENT] + at, before)
+                momentum = row_at(table[_MOMENTUM] + at, before if kind == MOMENTUM_RMSPROP else 0)
+                average = row_at(table[_SECOND_MOMENT] + at, before)
                 incoming[o], moments = _rmsprop_row(weight[o], row_gradient, momentum, average, reals, decays, columns)
                 moment_sum += moments
             else:
                 incoming[o], moments = _adam_row(
                     weight[o],
                     row_gradient,
-                    _row(table[_MOMENTUM] + at, before),
-                    _row(table[_SECOND_MOMENT] + at, before),
+                    row_at(table[_MOMENTUM] + at, before),
+                    row_at(table[_SECOND_MOMENT] + at, before),
                     first_factors[unit + o],
                     second_factors[unit + o],
                     first_factors[unit - before : unit] if layer else first_factors[:before],
@@ -1152,22 +1152,22 @@ def _backward(
                 moment_sum += moments
             parameter_sum += incoming[o]
 
-        bias_gradient = _row(bias_gradient_at, after)
-        unused = _row(unused_at, after)
+        bias_gradient = row_at(bias_gradient_at, after)
+        unused = row_at(unused_at, after)
         unused[:] = _ZERO
         _sum_examples(delta, bias_gradient)
         at = 4 * (place + after * before)
         if kind == SGD:
             parameter_sum += _sgd_row(bias, bias_gradient, reals, decays, unused)
         elif kind == MOMENTUM_SGD:
-            momentum = _row(table[_MOMENTUM] + at, after)
+            momentum = row_at(table[_MOMENTUM] + at, after)
             parameter_sum += _momentum_row(bias, bias_gradient, momentum, reals, decays, unused)
         elif kind == NESTEROV_SGD:
-            momentum = _row(table[_MOMENTUM] + at, after)
+            momentum = row_at(table[_MOMENTUM] + at, after)
             parameter_sum += _nesterov_row(bias, bias_gradient, momentum, reals, decays, unused)
         elif kind < ADAM:
-            momentum = _row(table[_MOMENTUM] + at, after if kind == MOMENTUM_RMSPROP else 0)
-            average = _row(table[_SECOND_MOMENT] + at, after)
+            momentum = row_at(table[_MOMENTUM] + at, after if kind == MOMENTUM_RMSPROP else 0)
+            average = row_at(table[_SECOND_MOMENT] + at, after)
             magnitudes, moments = _rmsprop_row(bias, bias_gradient, momentum, average, reals, decays, unused)
             parameter_sum += magnitudes
             moment_sum += moments
@@ -1175,8 +1175,8 @@ def _backward(
             magnitudes, moments = _adam_row(
                 bias,
                 bias_gradient,
-                _row(table[_MOMENTUM] + at, after),
-                _row(table[_SECOND_MOMENT] + at, after),
+                row_at(table[_MOMENTUM] + at, after),
+                row_at(table[_SECOND_MOMENT] + at, after),
                 _ZERO,
                 _ZERO,
                 first_factors[unit : unit + after],
@@ -1191,11 +1191,11 @@ def _backward(
 
         if layer:
             offset = 4 * batch * (unit - width - before)
-            _differentiate(
+            differentiate(
                 table[_ACTIVATION],
-                _row(pre_at + offset, batch * before),
-                _row(post_at + offset, batch * before),
-                _row(back_at, batch * before),
+                row_at(pre_at + offset, batch * before),
+                row_at(post_at + offset, batch * before),
+                row_at(back_at, batch * before),
             )
             delta_at, back_at = back_at, delta_at
     return parameter_sum, moment_sum
@@ -1231,18 +1231,18 @@ def _skipping_backward(
         before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
         unit -= after
         place -= after * (before + 1)
-        weight = _rows(table[_PARAMETERS] + 4 * place, after, before)
-        bias = _row(table[_PARAMETERS] + 4 * (place + after * before), after)
-        delta, back = _row(delta_at, after), _row(back_at, before)
-        incoming = _row(incoming_at + 4 * (unit - width), after)
-        columns = _row(outgoing_at + 4 * (unit - before if layer else 0), before)
-        layer_input = _row(post_at + 4 * (unit - width - before), before) if layer else features
+        weight = rows_at(table[_PARAMETERS] + 4 * place, after, before)
+        bias = row_at(table[_PARAMETERS] + 4 * (place + after * before), after)
+        delta, back = row_at(delta_at, after), row_at(back_at, before)
+        incoming = row_at(incoming_at + 4 * (unit - width), after)
+        columns = row_at(outgoing_at + 4 * (unit - before if layer else 0), before)
+        layer_input = row_at(post_at + 4 * (unit - width - before), before) if layer else features
         if _is_remembered(table, layer):
-            known = _integers(table[_MAGNITUDES] + 8 * layer, 1)
+            known = integers_at(table[_MAGNITUDES] + 8 * layer, 1)
             fineness, incoming_sums, outgoing_sums = _sums_of(table, layer)
             if layer:
                 parameter_sum += _turned_backward(
-                    _rows(table[_PARAMETERS] + 4 * place, before, after),
+                    rows_at(table[_PARAMETERS] + 4 * place, before, after),
                     layer_input,
                     delta,
                     negative_lr,
@@ -1296,7 +1296,7 @@ def _count_steps(table: Integers, steps: int) -> None:
     count = 0
     for layer in range(table[_DEPTH]):
         count += table[_WIDTHS + layer + 1] * (table[_WIDTHS + layer] + 1)
-    counts = _row(table[_COUNTS], count)
+    counts = row_at(table[_COUNTS], count)
     more = np.float32(steps)
     for p in range(count):
         counts[p] = min(counts[p] + more, _LAST_COUNT)
@@ -1320,18 +1320,18 @@ def _falls_due(owed: Doubles, rates: Doubles, mature: Doubles) -> int:
 def _show_to_probe(table: Integers, features: Floats, labels: Integers, values: Floats) -> None:
     """`cbp.pending.Probe.extend`, where there is room."""
     rows, width, outputs = table[_PROBE_ROWS], features.shape[1], values.shape[1]
-    position = _integers(table[_PROBE_POSITION], 2)
+    position = integers_at(table[_PROBE_POSITION], 2)
     following = position[0]
     for b in range(len(features)):
         if following >= rows:
             following = 0
-        seen = _row(table[_PROBE_FEATURES] + 4 * following * width, width)
+        seen = row_at(table[_PROBE_FEATURES] + 4 * following * width, width)
         for i in range(width):
             seen[i] = features[b, i]
         if table[_LOSS] == CROSS_ENTROPY:
-            _integers(table[_PROBE_TARGETS] + 8 * following, 1)[0] = labels[b]
+            integers_at(table[_PROBE_TARGETS] + 8 * following, 1)[0] = labels[b]
         else:
-            seen_values = _row(table[_PROBE_TARGETS] + 4 * following * outputs, outputs)
+            seen_values = row_at(table[_PROBE_TARGETS] + 4 * following * outputs, outputs)
             for c in range(outputs):
                 seen_values[c] = values[b, c]
         following += 1
@@ -1380,10 +1380,10 @@ def run(
             units += table[_WIDTHS + layer]
     classes = table[_WIDTHS + depth]
     skips, evaluates, loss_kind = table[_SKIPS], table[_EVALUATES], table[_LOSS]
-    reals = _row(table[_REALS], _REAL_COUNT)
-    outputs = _rows(table[_OUTPUTS], table[_SCORE_ROWS], classes)
+    reals = row_at(table[_REALS], _REAL_COUNT)
+    outputs = rows_at(table[_OUTPUTS], table[_SCORE_ROWS], classes)
     scores = _double_rows(table[_SCORES], 2, table[_SCORE_ROWS])
-    weights = _row(table[_WEIGHTS], len(features))
+    weights = row_at(table[_WEIGHTS], len(features))
     tally = _doubles(table[_TALLY], _SUMS)
     if start == 0:
         tally[_LOSS_SUM] = tally[_ACCURACY_SUM] = tally[_FADED_LOSS] = tally[_FADED_ACCURACY] = 0.0
@@ -1422,34 +1422,34 @@ def run(
         for layer in range(depth):
             after = table[_WIDTHS + layer + 1]
             address_of_layer = address
-            weight = _rows(address, after, before)
-            bias = _row(address + 4 * after * before, after)
+            weight = rows_at(address, after, before)
+            bias = row_at(address + 4 * after * before, after)
             address += 4 * after * (before + 1)
             if layer < hidden:
-                layer_output = _rows(pre_at + 4 * batch * offset, batch, after)
+                layer_output = rows_at(pre_at + 4 * batch * offset, batch, after)
             else:
                 layer_output = outputs[begin : begin + batch]
             if is_turned(table[_REMEMBERS], depth, layer, before, after):
-                turned_affine(_rows(address_of_layer, before, after), bias, layer_input[0], layer_output[0])
+                turned_affine(rows_at(address_of_layer, before, after), bias, layer_input[0], layer_output[0])
             else:
                 affine(weight, bias, layer_input, layer_output)
             if layer < hidden:
-                pre = _row(pre_at + 4 * batch * offset, batch * after)
-                post = _row(post_at + 4 * batch * offset, batch * after)
-                _activate(table[_ACTIVATION], pre, post)
-                layer_input = _rows(post_at + 4 * batch * offset, batch, after)
+                pre = row_at(pre_at + 4 * batch * offset, batch * after)
+                post = row_at(post_at + 4 * batch * offset, batch * after)
+                activate(table[_ACTIVATION], pre, post)
+                layer_input = rows_at(post_at + 4 * batch * offset, batch, after)
                 offset += after
             before = after
 
         # Loss and its gradient
-        delta = _rows(delta_at, batch, classes)
+        delta = rows_at(delta_at, batch, classes)
         scale = reals[_SCALE]
         for b in range(batch):
             factor = weights[begin + b] * scale
             if loss_kind == CROSS_ENTROPY:
-                loss, right = _cross_entropy(outputs[begin + b], labels[begin + b], factor, delta[b])
+                loss, right = cross_entropy(outputs[begin + b], labels[begin + b], factor, delta[b])
             else:
-                loss, right = _regression(
+                loss, right = regression(
                     loss_kind, outputs[begin + b], values[begin + b], factor, reals[_DELTA], delta[b]
                 )
             scores[0, begin + b] = loss
@@ -1475,10 +1475,10 @@ def run(
                 table, reals, features[begin], post_at, delta_at, back_at, incoming_at, outgoing_at, activity_at
             )
         else:
-            first_factors = _row(first_factors_at, width + units + classes)
-            second_factors = _row(second_factors_at, width + units + classes)
+            first_factors = row_at(first_factors_at, width + units + classes)
+            second_factors = row_at(second_factors_at, width + units + classes)
             if is_adam:
-                ages = _integers(table[_AGES], units)
+                ages = integers_at(table[_AGES], units)
                 _adam_factors(ages, table[_STEPS] + 1, width, reals, first_factors, second_factors)
             parameter_sum, moment_sum = _backward(
                 table,
@@ -1544,15 +1544,15 @@ def run_each(tables: Integers, ahead: Integers) -> None:
     ahead [learners, 2]: the example to start with and the steps to take, in whose place comes what `run` returns.
     """
     for k in range(len(tables)):
-        depth = _integers(tables[k], 1)[_DEPTH]
-        table = _integers(tables[k], _WIDTHS + depth + 1)
+        depth = integers_at(tables[k], 1)[_DEPTH]
+        table = integers_at(tables[k], _WIDTHS + depth + 1)
         examples = table[_EXAMPLES]
         labels, values = (examples, 0) if table[_LOSS] == CROSS_ENTROPY else (0, examples)
         ahead[k, 1] = run(
             table,
-            _rows(table[_FEATURES], examples, table[_WIDTHS]),
-            _integers(table[_LABELS], labels),
-            _rows(table[_VALUES], values, table[_WIDTHS + depth]),
+            rows_at(table[_FEATURES], examples, table[_WIDTHS]),
+            integers_at(table[_LABELS], labels),
+            rows_at(table[_VALUES], values, table[_WIDTHS + depth]),
             ahead[k, 0],
             ahead[k, 1],
         )
@@ -1566,7 +1566,7 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
     are those of the biases: bias compensation may overflow them.
     """
     depth = table[_DEPTH]
-    reals = _row(table[_REALS], _REAL_COUNT)
+    reals = row_at(table[_REALS], _REAL_COUNT)
     strength, kept = reals[_STRENGTH], reals[_KEPT]
     chosen = np.empty((depth - 1, max(counts)), np.int64)
     place = 0
@@ -1578,8 +1578,8 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
         turned = is_turned(table[_REMEMBERS], depth, layer + 1, after, readers)
         if counts[layer]:
             _select(
-                _row(table[_UTILITIES] + 4 * unit, after),
-                _integers(table[_AGES] + 8 * unit, after),
+                row_at(table[_UTILITIES] + 4 * unit, after),
+                integers_at(table[_AGES] + 8 * unit, after),
                 table[_MATURITY],
                 reals[_LOG_DECAY],
                 chosen[layer, : counts[layer]],
@@ -1587,11 +1587,13 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
         if counts[layer] and reals[_BIAS_COMPENSATION] != _ZERO:
             _compensate(
                 chosen[layer, : counts[layer]],
-                _integers(table[_AGES] + 8 * unit, after),
-                _row(table[_MEANS] + 4 * unit, after),
-                _rows(table[_PARAMETERS] + 4 * next_place, after if turned else readers, readers if turned else after),
+                integers_at(table[_AGES] + 8 * unit, after),
+                row_at(table[_MEANS] + 4 * unit, after),
+                rows_at(
+                    table[_PARAMETERS] + 4 * next_place, after if turned else readers, readers if turned else after
+                ),
                 turned,
-                _row(table[_PARAMETERS] + 4 * (next_place + readers * after), readers),
+                row_at(table[_PARAMETERS] + 4 * (next_place + readers * after), readers),
                 reals[_LOG_DECAY],
                 reals[_BIAS_COMPENSATION],
             )
@@ -1602,15 +1604,15 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
                 newborn = _approached(table, layer, place, j, newborn, strength)
             _put_incoming(table, layer, place, j, newborn)
             start += before
-            bias = _row(table[_PARAMETERS] + 4 * (place + after * before + j), 1)
+            bias = row_at(table[_PARAMETERS] + 4 * (place + after * before + j), 1)
             bias[0] = bias[0] * kept if strength != _ONE else _ZERO
             for slot in (table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
                 if slot:  # then no layer is turned
-                    _row(slot + 4 * (place + j * before), before)[:] = _ZERO
-                    _row(slot + 4 * (place + after * before + j), 1)[0] = _ZERO
-            _row(table[_UTILITIES] + 4 * (unit + j), 1)[0] = _ZERO
-            _row(table[_MEANS] + 4 * (unit + j), 1)[0] = _ZERO
-            _integers(table[_AGES] + 8 * (unit + j), 1)[0] = 0
+                    row_at(slot + 4 * (place + j * before), before)[:] = _ZERO
+                    row_at(slot + 4 * (place + after * before + j), 1)[0] = _ZERO
+            row_at(table[_UTILITIES] + 4 * (unit + j), 1)[0] = _ZERO
+            row_at(table[_MEANS] + 4 * (unit + j), 1)[0] = _ZERO
+            integers_at(table[_AGES] + 8 * (unit + j), 1)[0] = 0
         if published_order:
             _silence(table, layer, next_place, chosen[layer, : counts[layer]], strength, kept)
         place = next_place
@@ -1627,7 +1629,7 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
     place = 0
     for layer in range(depth):
         before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
-        bias_sum += _sum_of_magnitudes(_row(table[_PARAMETERS] + 4 * (place + after * before), after))
+        bias_sum += _sum_of_magnitudes(row_at(table[_PARAMETERS] + 4 * (place + after * before), after))
         place += after * (before + 1)
     _doubles(table[_TALLY], _SUMS)[_PARAMETER_SUM] += bias_sum
 
@@ -1639,7 +1641,7 @@ def _select(utilities: Floats, ages: Integers, maturity: int, log_decay: Number,
     free = np.empty(len(utilities), np.bool_)
     for u in range(len(utilities)):
         free[u] = ages[u] > maturity
-        corrected[u] = utilities[u] / _bias_correction(ages[u], log_decay) if free[u] else _ZERO
+        corrected[u] = utilities[u] / bias_correction(ages[u], log_decay) if free[u] else _ZERO
     for rank in range(len(chosen)):
         best = -1
         for u in range(len(utilities)):
@@ -1664,7 +1666,7 @@ def _compensate(
     corrected = np.empty(len(chosen), np.float32)
     for rank in range(len(chosen)):
         j = chosen[rank]
-        corrected[rank] = means[j] / _bias_correction(ages[j], log_decay) * share
+        corrected[rank] = means[j] / bias_correction(ages[j], log_decay) * share
     for o in range(len(readers_bias)):
         handed_on = _ZERO
         for rank in range(len(chosen)):
@@ -1678,7 +1680,7 @@ def _silence(table: Integers, layer: int, place: int, chosen: Integers, strength
     """Zeroes what the next layer, its weights at `place`, reads of the chosen units, or scales it down."""
     after, readers = table[_WIDTHS + layer + 1], table[_WIDTHS + layer + 2]
     if is_turned(table[_REMEMBERS], table[_DEPTH], layer + 1, after, readers):
-        weight = _rows(table[_PARAMETERS] + 4 * place, after, readers)
+        weight = rows_at(table[_PARAMETERS] + 4 * place, after, readers)
         fineness, incoming, outgoing = _sums_of(table, layer + 1)
         for j in chosen:
             outgoing[j] = 0
@@ -1689,13 +1691,13 @@ def _silence(table: Integers, layer: int, place: int, chosen: Integers, strength
                 incoming[o] += left
                 outgoing[j] += left
         return
-    weight = _rows(table[_PARAMETERS] + 4 * place, readers, after)
+    weight = rows_at(table[_PARAMETERS] + 4 * place, readers, after)
     for o in range(readers):
         for j in chosen:
             weight[o, j] = weight[o, j] * kept if strength != _ONE else _ZERO
     for slot in (table[_MOMENTUM], table[_SECOND_MOMENT], table[_COUNTS]):
         if slot:
-            remembered = _rows(slot + 4 * place, readers, after)
+            remembered = rows_at(slot + 4 * place, readers, after)
             for o in range(readers):
                 for j in chosen:
                     remembered[o, j] = _ZERO
@@ -1706,7 +1708,7 @@ def _approached(table: Integers, layer: int, place: int, j: int, drawn: Floats, 
     """Incoming weights of unit j, at `place`, so far on the way to the drawn ones."""
     before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
     turned = is_turned(table[_REMEMBERS], table[_DEPTH], layer, before, after)
-    weight = _rows(table[_PARAMETERS] + 4 * place, before if turned else after, after if turned else before)
+    weight = rows_at(table[_PARAMETERS] + 4 * place, before if turned else after, after if turned else before)
     reached = np.empty(before, np.float32)
     for i in range(before):
         reached[i] = _lerp(weight[i, j] if turned else weight[j, i], drawn[i], strength)
@@ -1719,7 +1721,7 @@ def _put_incoming(table: Integers, layer: int, place: int, j: int, drawn: Floats
     before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
     turned = is_turned(table[_REMEMBERS], table[_DEPTH], layer, before, after)
     if not turned:
-        _row(table[_PARAMETERS] + 4 * (place + j * before), before)[:] = drawn
+        row_at(table[_PARAMETERS] + 4 * (place + j * before), before)[:] = drawn
     if not _is_remembered(table, layer):
         return
     fineness, incoming, outgoing = _sums_of(table, layer)
@@ -1727,7 +1729,7 @@ def _put_incoming(table: Integers, layer: int, place: int, j: int, drawn: Floats
     for i in range(before):
         incoming[j] += np.int64(_multiples(drawn[i], fineness))
     if turned:
-        weight = _rows(table[_PARAMETERS] + 4 * place, before, after)
+        weight = rows_at(table[_PARAMETERS] + 4 * place, before, after)
         for i in range(before):
             outgoing[i] += np.int64(_multiples(drawn[i], fineness)) - np.int64(_multiples(weight[i, j], fineness))
             weight[i, j] = drawn[i]
@@ -1745,9 +1747,9 @@ def _sums_of(table: Integers, layer: int) -> tuple[Number, Integers, Integers]:
         units += table[_WIDTHS + other]
     before, after = table[_WIDTHS + layer] if layer else 0, table[_WIDTHS + layer + 1]
     return (
-        _row(table[_FINENESS], depth)[layer],
-        _integers(table[_MAGNITUDES] + 8 * (depth + first), after),
-        _integers(table[_MAGNITUDES] + 8 * (depth + units + first - before), before),
+        row_at(table[_FINENESS], depth)[layer],
+        integers_at(table[_MAGNITUDES] + 8 * (depth + first), after),
+        integers_at(table[_MAGNITUDES] + 8 * (depth + units + first - before), before),
     )
 
 

@@ -1,13 +1,11 @@
-"""What a learner asks of the state that its engine changes: to be saved, restored, adjusted and measured."""
+"""What a learner asks of the state that its engine changes: to be saved, restored and adjusted."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from cbp.errors import Diverged
-from cbp.pending import Probe
-from cbp.samples import LayerPlasticity
 from cbp.spec import LearnerSpec
 
 
@@ -43,6 +41,3 @@ class LearnerState(CheckedState, Protocol):
 
     def adopt(self, spec: LearnerSpec) -> None:
         """Goes on with another specification, of which only settings differ; the engine is configured afterwards."""
-
-    def measure(self, probe: Probe, between_layers: Callable[[], None] | None) -> tuple[LayerPlasticity, ...]:
-        """Measures every layer on the probe; changes nothing."""

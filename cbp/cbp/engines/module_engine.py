@@ -246,6 +246,9 @@ class ModuleEngine:
         del step_size, learners
         return 1
 
+    def measure(self, probe: Probe, between_layers: Callable[[], None] | None) -> tuple[LayerPlasticity, ...]:
+        return self.state.measure(probe, between_layers)
+
     def step(self, inputs: Tensor, targets: Tensor, scale: Tensor, outputs: Tensor) -> None:
         """One step; what was predicted before it is written to `outputs` [1, B, C].
 

@@ -1,19 +1,15 @@
 """The state of one learner that is a plain multilayer perceptron: a stack of one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cbp import losses, optimizers
-from cbp.activations import NONLINEARITIES
-from cbp.engines.torch_engine import StackState, initial_stack, schedules, unit_layout
+from cbp import optimizers
+from cbp.engines.torch_engine import StackState, initial_stack, schedules
 from cbp.errors import SnapshotError
-from cbp.networks import FlatLayers, Mlp, flat_layers
-from cbp.pending import Probe
-from cbp.plasticity import Probed, measure_layers
-from cbp.samples import LayerPlasticity
+from cbp.networks import FlatLayers
 from cbp.serialization import take_tensor
 from cbp.spec import LearnerSpec
 
@@ -89,45 +85,3 @@ class PerceptronState(StackState):
             target.copy_(take_tensor(tensors, name, target.shape, target.dtype))
         accumulated = [[float(share) for share in plain["accumulated_replacements"]]]
         self.schedules = schedules([self.spec], self, accumulated, [replaced])
-
-    @torch.inference_mode()
-    def measure(self, probe: Probe, between_layers: Callable[[], None] | None) -> tuple[LayerPlasticity, ...]:
-        spec = self.spec
-        return measure_layers(
-            spec.layer_names,
-            0,
-            self.parameters,
-            self.initial_parameters,
-            self.units,
-            unit_layout(spec.mlp, self._device),
-            optimizers.log_decay([spec.resets.decay_rate], self._device),
-            self.replacements[0],
-            self._probed(probe),
-            spec.monitoring.dormant_threshold,
-            NONLINEARITIES[spec.mlp.plain_activation].saturated_outside,
-            between_layers,
-        )
-
-    def _probed(self, probe: Probe) -> Probed:
-        network, loss, device = self.spec.mlp, self.spec.loss, self._device
-        count = len(probe)
-        inputs = torch.from_numpy(probe.features).to(device).unsqueeze(0)
-        mlp = Mlp(network.plain_activation)
-        passed = mlp.forward(self.parameters, inputs)
-        activations = [activation[0] for activation in passed.activations]
-        layer_inputs = [inputs[0], *activations]
-        if not count:
-            return Probed(inputs=layer_inputs, activations=activations, deltas=None, gradient=None)
-        targets = torch.from_numpy(probe.targets).to(device).unsqueeze(0)
-        encoded = losses.encode_targets(loss, targets, network.out_features)
-        scale = torch.full((1, count, 1), losses.gradient_scale(loss, network.out_features) / count)
-        residual = losses.output_gradient(loss, passed.outputs, encoded, scale.to(device))
-        gradient = flat_layers(network, 1, device)
-        deltas: list[Tensor] = []
-        mlp.backward(self.parameters, inputs, passed, residual, gradient, deltas)
-        return Probed(
-            inputs=layer_inputs,
-            activations=activations,
-            deltas=[delta[0] for delta in reversed(deltas)],
-            gradient=gradient,
-        )

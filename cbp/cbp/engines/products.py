@@ -59,7 +59,7 @@ def affine(weight: Floats, bias: Floats, inputs: Floats, outputs: Floats) -> Non
             np.dot(weight, inputs[0], outputs[0])
         else:
             np.dot(inputs, weight.T, outputs)
-        _add_bias(bias, outputs)
+        add_bias(bias, outputs)
 
 
 @exactly
@@ -177,7 +177,7 @@ def add_scaled(row: Floats, factor: Number, total: Floats) -> None:
 
 
 @exactly
-def _add_bias(bias: Floats, outputs: Floats) -> None:
+def add_bias(bias: Floats, outputs: Floats) -> None:
     examples, out = outputs.shape
     for b in range(examples):
         for o in range(out):
