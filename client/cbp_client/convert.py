@@ -293,7 +293,7 @@ def _numbers(values: ArrayLike, field: str) -> NDArray[np.generic]:
 
 
 def _narrowed(array: NDArray[np.generic]) -> NDArray[np.generic]:
-    if array.dtype.kind != "f":
+    if array.dtype.kind != "f" or array.dtype == np.float32:
         return array
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and the server names it
         return array.astype(np.float32, copy=False)

@@ -4,6 +4,7 @@
 
 import asyncio
 import contextlib
+import threading
 import uuid
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -37,6 +38,7 @@ _CLOSE_TIMEOUT = 2.0
 _SEND_MANY_BYTES = 1024 * 1024
 _SEQUENCE_BYTES = 24  # what the sequence and the message around it add to an encoded batch, at most
 _TOGETHER_BYTES = 1024 * 1024  # of batches that go in one message
+_TURN = 0.0002  # seconds for which a user who does nothing but send may keep the event loop
 _OVERHEAD_BYTES = 1024  # all of a message but the tensors' data, at most
 
 _Call = grpc.aio.StreamStreamCall[bytes, training_service_pb2.TrainResponse]
@@ -72,12 +74,14 @@ class Ticket:
 
     def __init__(self, number: int, unreported: dict[int, RejectedBatch]) -> None:
         self.number = number
-        self._outcome: Future[BatchResult] = Future()
         self._unreported = unreported
+        self._lock = threading.Lock()  # the stream settles on the event loop, others may wait on any thread
+        self._outcome: BatchResult | BaseException | None = None
+        self._awaited: Future[BatchResult] | None = None
 
     def done(self) -> bool:
         """Whether the batch was applied, rejected or given up."""
-        return self._outcome.done()
+        return self._outcome is not None
 
     def result(self, timeout: float | None = None) -> BatchResult:
         """Wait for the batch's result. Blocks the thread: on an event loop, `await` the ticket instead.
@@ -88,7 +92,7 @@ class Ticket:
             CbpClientError: the stream ended before.
         """
         try:
-            return self._outcome.result(timeout)
+            return self._future().result(timeout)
         except TimeoutError:
             raise DeadlineExceeded(f"batch {self.number} is not applied after {timeout} s") from None
         except BatchRejected:
@@ -100,16 +104,31 @@ class Ticket:
 
     async def _wait(self) -> BatchResult:
         try:
-            return await asyncio.shield(asyncio.wrap_future(self._outcome))
+            return await asyncio.shield(asyncio.wrap_future(self._future()))
         except BatchRejected:
             self._unreported.pop(self.number, None)
             raise
 
+    def _future(self) -> Future[BatchResult]:
+        """Made for whoever waits first: most tickets are dropped, and it costs more than the rest of one."""
+        with self._lock:
+            if self._awaited is None:
+                self._awaited = Future()
+                self._tell()
+            return self._awaited
+
     def _settle(self, outcome: BatchResult | BaseException) -> None:
-        if isinstance(outcome, BaseException):
-            self._outcome.set_exception(outcome)
+        with self._lock:
+            self._outcome = outcome
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._awaited is None or self._outcome is None:
+            return
+        if isinstance(self._outcome, BaseException):
+            self._awaited.set_exception(self._outcome)
         else:
-            self._outcome.set_result(outcome)
+            self._awaited.set_result(self._outcome)
 
 
 class AsyncTrainingStream:
@@ -148,11 +167,12 @@ class AsyncTrainingStream:
         self._unreported: dict[int, RejectedBatch] = {}
         self._sent = 0
         self._send_order = asyncio.Lock()
+        self._turn_ends = 0.0  # on the event loop's clock, as is _lost_at
         self._changed = asyncio.Event()
         self._conversation: asyncio.Task[None] | None = None
         self._connected = False
         self._lost = False
-        self._lost_at = 0.0  # on the event loop's clock
+        self._lost_at = 0.0
         self._delays = backoff()
         self._closing = False
         self._error: BaseException | None = None
@@ -259,7 +279,7 @@ class AsyncTrainingStream:
                 "fewer at once, or use send_many, which cuts them up",
                 reason="MESSAGE_TOO_LARGE",
             )
-        await asyncio.sleep(0)  # lets the stream send while its user does nothing but fill it
+        await self._let_others_run()
         async with self._send_order:
             while True:
                 self._raise_error()
@@ -272,6 +292,14 @@ class AsyncTrainingStream:
             self._ledger.append(HeldBatch(number=self._sent, batch=batch))
         self._notify()
         return ticket
+
+    async def _let_others_run(self) -> None:
+        """Lets the stream send while its user does nothing but fill it; not for each batch, since a round of the event
+        loop costs about as much as taking a small one, and what is filled meanwhile goes together."""
+        clock = asyncio.get_running_loop().time
+        if clock() >= self._turn_ends:
+            await asyncio.sleep(0)
+            self._turn_ends = clock() + _TURN
 
     async def flush(self, *, durable: bool = False, timeout: float | None = None) -> None:
         """Wait until every batch is applied, and if `durable` also until the server has it on disk.

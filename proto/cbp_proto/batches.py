@@ -7,7 +7,7 @@ read here; whatever else the format allows, generated code parses and writes ane
 """
 
 from collections.abc import Sequence
-from itertools import chain
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -246,24 +246,29 @@ def encode_train_request(batches: Sequence[tuple[int, bytes]]) -> bytes:
         batches: sequences, each with what `encode_batch` gave; one at least.
     """
     tag = _BATCH if len(batches) == 1 else _PACKED_BATCH
-    sequences = [_encoded(_SEQUENCE, sequence) for sequence, _ in batches]
-    lengths = [len(sequence) + len(rest) for sequence, (_, rest) in zip(sequences, batches, strict=True)]
-    heads = [_encoded(tag, length) for length in lengths]
-    start = b""
+    parts: list[bytes] = []
+    for number, rest in batches:
+        sequence = _encoded(_SEQUENCE, number)
+        parts += (_encoded(tag, len(sequence) + len(rest)), sequence, rest)
     if tag == _PACKED_BATCH:
-        start = _encoded(_BATCHES, sum(map(len, heads)) + sum(lengths))
-    rests = (rest for _, rest in batches)
-    return b"".join((start, *chain.from_iterable(zip(heads, sequences, rests, strict=True))))
+        parts.insert(0, _encoded(_BATCHES, sum(map(len, parts))))
+    return b"".join(parts)
 
 
 def _tensor_parts(tag: int, array: NDArray[np.generic]) -> list[bytes | memoryview]:
     data_type, data = wire_form(array)
-    extents = b"".join(map(_varint, array.shape))
+    return [_tensor_head(tag, data_type, array.shape, data.nbytes), data.data]
+
+
+@lru_cache  # batches of one stream mostly have the same shapes
+def _tensor_head(tag: int, data_type: int, shape: tuple[int, ...], nbytes: int) -> bytes:
+    """All of a tensor's field that comes before its data."""
+    extents = b"".join(map(_varint, shape))
     head = _encoded(_DTYPE, data_type)
     if extents:
         head += _encoded(_SHAPE, len(extents)) + extents
-    head += _encoded(_DATA, data.nbytes)
-    return [_encoded(tag, len(head) + data.nbytes) + head, data.reshape(-1).view(np.uint8).data]
+    head += _encoded(_DATA, nbytes)
+    return _encoded(tag, len(head) + nbytes) + head
 
 
 def _encoded(tag: int, value: int) -> bytes:

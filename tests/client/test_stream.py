@@ -566,6 +566,18 @@ async def test_sending_waits_for_room(scripted: ScriptedServer, learner: AsyncLe
     assert scripted.producer().applied == [0, 1, 2]
 
 
+async def test_batches_are_sent_while_the_user_does_nothing_but_send(
+    scripted: ScriptedServer, learner: AsyncLearner
+) -> None:
+    async with learner.stream("web") as stream:
+        sent = 0
+        while not scripted.producer().applied or stream.summary.batches == 0:
+            await stream.send(*batch(sent))
+            sent += 1
+
+    assert scripted.producer().applied == list(range(sent))
+
+
 async def test_one_batch_may_be_larger_than_the_bound(scripted: ScriptedServer, learner: AsyncLearner) -> None:
     async with learner.stream("web", max_in_flight_bytes=1) as stream:
         for payload in range(3):
