@@ -7,6 +7,7 @@ whoever knows them hands over their lines, ready to be joined.
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress, islice
 from typing import Literal, Protocol
 
 import orjson
@@ -20,6 +21,8 @@ from cbp_server.turns import Turns
 
 _OPENMETRICS = "application/openmetrics-text"
 _OPENMETRICS_END = b"# EOF\n"
+#: Longer than others take: beside a stream, each turn lets it do some milliseconds of work.
+_TURN_SECONDS = 0.0015
 #: Schemes that double underscores, for readers of names that Prometheus once could not read. Ours need none.
 _OTHER_ESCAPING = re.compile(r";\s*escaping=(?:dots|values)\b")
 
@@ -59,16 +62,16 @@ class Family:
     def sample_name(self) -> str:
         return f"{self.name}_total" if self.type == "counter" else self.name
 
-    def header(self, text_format: TextFormat) -> str:
+    def header(self, text_format: TextFormat) -> bytes:
         name = self.name if text_format.is_openmetrics else self.sample_name
         text = _quotable(self.help) if text_format.is_openmetrics else _escaped(self.help)
-        return f"# HELP {name} {text}\n# TYPE {name} {self.type}\n"
+        return f"# HELP {name} {text}\n# TYPE {name} {self.type}\n".encode()
 
 
 class LineCollector(Protocol):
     """Knows series by their lines."""
 
-    async def collect_lines(self, turns: Turns) -> Sequence[tuple[Family, Sequence[str]]]:
+    async def collect_lines(self, turns: Turns) -> Sequence[tuple[Family, Sequence[bytes]]]:
         """Each family and its text in pieces, of any number of lines each: see `label_set` and `lines`."""
         ...
 
@@ -78,9 +81,9 @@ def label_set(**labels: str) -> str:
     return "{" + ",".join(f'{name}="{_quotable(value)}"' for name, value in sorted(labels.items())) + "}"
 
 
-def lines(name: str, label_sets: Iterable[str], values: Sequence[float | None]) -> str:
+def lines(name: str, label_sets: Iterable[str], values: Sequence[float | None]) -> bytes:
     """The samples of a series for each set of labels whose value is known."""
-    return "".join(SeriesText([[name + of_one for of_one in label_sets]]).of(values))
+    return b"".join(SeriesText([[name + of_one for of_one in label_sets]]).of(values))
 
 
 class SeriesText:
@@ -91,12 +94,13 @@ class SeriesText:
     """
 
     def __init__(self, families: Iterable[Iterable[str]]) -> None:
-        self._families = [[f"{series} " for series in family] for family in families]
+        # Tuples of nothing but text are no work for the garbage collector; lists it would go through.
+        self._families = tuple([tuple([f"{series} ".encode() for series in family]) for family in families])
         self._known: list[bool] | None = None
-        self._parts: list[str] = []  # series and values in turns
-        self._places: list[slice] = []  # of each family in them
+        self._shown: tuple[bytes, ...] = ()
+        self._places: list[slice] = []  # of each family, among what is shown and its values in turns
 
-    def of(self, values: Sequence[float | None]) -> tuple[str, ...]:
+    def of(self, values: Sequence[float | None]) -> tuple[bytes, ...]:
         """The text of each family; where a value is None, there is no line.
 
         Args:
@@ -105,28 +109,31 @@ class SeriesText:
         known = [value is not None for value in values]
         if known != self._known:
             self._lay_out(known)
-        parts = self._parts
-        parts[1::2] = _written([value for value in values if value is not None])
-        return tuple(["".join(parts[place]) for place in self._places])
+        parts = [b""] * (2 * len(self._shown))
+        parts[::2] = self._shown
+        parts[1::2] = _written(list(compress(values, known)))
+        return tuple([b"".join(parts[place]) for place in self._places])
 
     def _lay_out(self, known: list[bool]) -> None:
-        self._known, self._parts, self._places = known, [], []
-        is_known = iter(known)
+        self._known, self._places = known, []
+        self._shown = tuple(compress(chain.from_iterable(self._families), known))
+        end, is_known = 0, iter(known)
         for family in self._families:
-            start = len(self._parts)
-            for series, is_shown in zip(family, is_known, strict=False):
-                if is_shown:
-                    self._parts += [series, ""]
-            self._places.append(slice(start, len(self._parts)))
+            start, end = end, end + 2 * sum(islice(is_known, len(family)))
+            self._places.append(slice(start, end))
 
 
-def _written(values: Sequence[float]) -> list[str]:
-    """Each number as it ends a line."""
+def _written(values: Sequence[float | None]) -> list[bytes]:
+    """Each number as it ends a line; none is None."""
     if not values:
         return []
-    written = (orjson.dumps(values)[1:-1].decode().replace(",", "\n,") + "\n").split(",")
-    if "null\n" in written:  # JSON knows neither infinity nor NaN
-        written = [f"{floatToGoString(value)}\n" for value in values]  # type: ignore[no-untyped-call]
+    text = orjson.dumps(values)
+    written = (text[1:-1].replace(b",", b"\n,") + b"\n").split(b",")
+    if b"null" in text:  # JSON knows neither infinity nor NaN
+        written = [
+            f"{floatToGoString(value)}\n".encode() if line_end == b"null\n" else line_end  # type: ignore[no-untyped-call]
+            for line_end, value in zip(written, values, strict=True)
+        ]
     return written
 
 
@@ -147,16 +154,14 @@ class Exposition:
 
     async def text(self, text_format: TextFormat) -> bytes:
         """All metrics as they are now."""
-        turns = Turns()
+        turns = Turns(_TURN_SECONDS)
         pieces = []
         for metric in self._registry.collect():
             pieces.append(text_format.encode(_Collected([metric])).removesuffix(_OPENMETRICS_END))
             if turns.over:
                 await turns.give_way()
         for family, lines in await self._learners.collect_lines(turns):
-            pieces.append((family.header(text_format) + "".join(lines)).encode())
-            if turns.over:
-                await turns.give_way()
+            pieces += [family.header(text_format), *lines]
         if text_format.is_openmetrics:
             pieces.append(_OPENMETRICS_END)
         return b"".join(pieces)

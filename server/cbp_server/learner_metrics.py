@@ -1,7 +1,7 @@
 """Metrics of learners: which of them have series of their own, and the lines of all of them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from heapq import nsmallest
 
@@ -25,7 +25,7 @@ class _Known:
         progress: where it was when it was last looked at; None before that.
         active_at: number of the scrape that last saw it step.
         reported: where it was according to the newest series that it is in.
-        lines: its own series, if it has any.
+        lines: with its own series, if it has any.
     """
 
     uid: str
@@ -56,14 +56,16 @@ class LearnerMetrics:
         self._max_learners = max_learners
         self._scrape = 0
         self._known: dict[str, _Known] = {}
+        self._lines: list[LearnerLines] = []
         self._others = OtherLearners()
         self._scraping = asyncio.Lock()  # one at a time: each starts from what the one before has left
 
-    async def collect_lines(self, turns: Turns) -> Sequence[tuple[Family, Sequence[str]]]:
+    async def collect_lines(self, turns: Turns) -> Sequence[tuple[Family, Sequence[bytes]]]:
         async with self._scraping:
             learners = {learner.learner_id: learner for learner in self._source.learners()}
             named = nsmallest(self._max_learners, await self._look_at(learners, turns))
-            texts = [text async for text in self._report(learners, [learner_id for *_, learner_id in named], turns)]
+            await self._name({learner_id for *_, learner_id in named}, turns)
+            texts = [text async for text in self._report(learners, turns)]
         return list(zip(STATE_FAMILIES + SAMPLE_FAMILIES, zip(*texts, strict=True), strict=True))
 
     async def _look_at(self, learners: Mapping[str, LearnerRecord], turns: Turns) -> list[_Rank]:
@@ -82,25 +84,40 @@ class LearnerMetrics:
                 await turns.give_way()
         return ranks
 
-    async def _report(
-        self, learners: Mapping[str, LearnerRecord], named: Sequence[str], turns: Turns
-    ) -> AsyncIterator[tuple[str, ...]]:
-        """The texts of the named learners and of the others together, for each family."""
-        for learner_id in named:
+    async def _name(self, named: Set[str], turns: Turns) -> None:
+        """Gives series of their own to these learners, and to no others."""
+        for learner_id, known in self._known.items():
+            if known.lines is not None and learner_id not in named:
+                _unname(learner_id, known)
+        self._lines = [lines for lines in self._lines if lines.members]
+        with_room = [lines for lines in self._lines if not lines.is_full]
+        for learner_id in sorted(learner_id for learner_id in named if self._known[learner_id].lines is None):
+            if not with_room:
+                with_room = [LearnerLines()]
+                self._lines += with_room
+            with_room[-1].join(learner_id)
+            self._known[learner_id].lines = with_room[-1]
             self._others.leave(learner_id)
-            known = self._known[learner_id]
-            known.lines = known.lines or LearnerLines(learner_id)
-            known.reported = learners[learner_id].progress
-            yield known.lines.of(learners[learner_id])
+            if with_room[-1].is_full:
+                with_room.pop()
             if turns.over:
                 await turns.give_way()
-        for learner_id in self._known.keys() - set(named):
-            known = self._known[learner_id]
-            known.lines = None
-            self._others.take(learners[learner_id], known.reported)
-            known.reported = learners[learner_id].progress
+
+    async def _report(self, learners: Mapping[str, LearnerRecord], turns: Turns) -> AsyncIterator[tuple[bytes, ...]]:
+        """The texts of the named learners and of the others together, for each family."""
+        for lines in self._lines:
+            members = [learners[learner_id] for learner_id in lines.members]
+            for learner in members:
+                self._known[learner.learner_id].reported = learner.progress
+            yield lines.of(members)
             if turns.over:
                 await turns.give_way()
+        for learner_id, known in self._known.items():
+            if known.lines is None:
+                self._others.take(learners[learner_id], known.reported)
+                known.reported = learners[learner_id].progress
+                if turns.over:
+                    await turns.give_way()
         yield self._others.lines()
 
     def _know(self, learner: LearnerRecord) -> _Known | None:
@@ -114,5 +131,13 @@ class LearnerMetrics:
         return known
 
     def _forget(self, learner_id: str) -> None:
-        self._known.pop(learner_id, None)
+        known = self._known.pop(learner_id, None)
+        if known is not None and known.lines is not None:
+            _unname(learner_id, known)
         self._others.leave(learner_id)
+
+
+def _unname(learner_id: str, known: _Known) -> None:
+    if known.lines is not None:
+        known.lines.leave(learner_id)
+        known.lines = None

@@ -67,10 +67,10 @@ class OtherLearners:
             self._gauges.remove(learner_id)
             self._forget_layers(learner_id, member)
 
-    def lines(self) -> tuple[str, ...]:
+    def lines(self) -> tuple[bytes, ...]:
         """The text of each of `STATE_FAMILIES` and `SAMPLE_FAMILIES`, empty while there is no member."""
         if not self._members:
-            return ("",) * len(STATE_FAMILIES + SAMPLE_FAMILIES)
+            return (b"",) * len(STATE_FAMILIES + SAMPLE_FAMILIES)
         own = (label_set(learner=OTHERS),)
         of_layers = [numbers.summaries() for numbers in self._layer_gauges.values()]
         counters = [
@@ -88,7 +88,7 @@ class OtherLearners:
             lines(gauge.family.sample_name, map(_labels_of, self._layer_gauges), [each[position] for each in of_layers])
             for position, gauge in enumerate(LAYER_GAUGES)
         ]
-        no_quantiles = [""] * (len(SAMPLE_FAMILIES) - len(LAYER_GAUGES))
+        no_quantiles = [b""] * (len(SAMPLE_FAMILIES) - len(LAYER_GAUGES))
         return (*counters, *gauges, replacements, *layers, *no_quantiles)
 
     def _count(self, now: LearnerProgress, counted: LearnerProgress) -> None:

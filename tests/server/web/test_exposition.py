@@ -218,7 +218,7 @@ async def test_scrapes_at_once_agree(host: Any, make_learner: Callable[..., Lear
 def test_series_without_values_have_no_lines() -> None:
     series = SeriesText([["a{x}", "a{y}"], ["b{x}"], []])
 
-    assert series.of([None, None, None]) == ("", "", "")
-    assert series.of([1, None, float("nan")]) == ("a{x} 1.0\n", "b{x} NaN\n", "")
-    assert series.of([None, 2.5, 3]) == ("a{y} 2.5\n", "b{x} 3\n", "")
-    assert SeriesText([[]]).of([]) == ("",)
+    assert series.of([None, None, None]) == (b"", b"", b"")
+    assert series.of([1, None, float("nan")]) == (b"a{x} 1\n", b"b{x} NaN\n", b"")
+    assert series.of([None, 2.5, 3]) == (b"a{y} 2.5\n", b"b{x} 3\n", b"")
+    assert SeriesText([[]]).of([]) == (b"",)

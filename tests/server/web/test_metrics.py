@@ -217,6 +217,29 @@ def test_the_most_recently_active_learners_have_series_of_their_own(host: Any, m
     assert names_with_series(scraper) == {"d", "a", "_others"}
 
 
+def test_series_are_those_of_their_learners_however_many_come_and_go(host: Any, make_learner: MakeLearner) -> None:
+    names = [f"learner-{number}" for number in range(60)]
+    host.add(*(make_learner(name) for name in names))
+    scraper = scraper_of(host, max_learners=40)
+    scraper.text()
+    for round_number in range(1, 6):
+        active = names[7 * round_number : 7 * round_number + 30]
+        for steps, name in enumerate(active, start=1):
+            step(host, name, steps)
+        del host.records[names[round_number]]
+        host.add(make_learner(f"new-{round_number}", step=round_number, samples=round_number % 2))
+        shown = {
+            sample.labels["learner"]: sample.value
+            for family in scraper.families()
+            for sample in family.samples
+            if sample.name == "cbp_learner_steps_total"
+        }
+        assert len(shown) == 41  # with the others
+        assert shown.keys() >= set(active)
+        del shown["_others"]
+        assert shown == {name: host.records[name].progress.step for name in shown}
+
+
 def test_nobody_is_among_the_others_while_there_is_room(host: Any, make_learner: MakeLearner) -> None:
     host.add(make_learner("a"), make_learner("b"))
     assert names_with_series(scraper_of(host, max_learners=2)) == {"a", "b"}
