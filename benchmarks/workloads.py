@@ -78,7 +78,7 @@ class Net:
 
     @property
     def unmonitored(self) -> "Net":
-        """Without plasticity samples: one takes as long as thousands of compiled steps of net A."""
+        """Without plasticity samples: one takes as long as hundreds of compiled steps of net A."""
         return replace(self, sample_interval=0)
 
     def learner_spec(self, seed: int = 0) -> LearnerSpec:
