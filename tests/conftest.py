@@ -1,6 +1,10 @@
 """Real servers on real loopback ports, for every test that needs one."""
 
-import zlib
+import os
+
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")  # as the server has it; before torch is imported
+
+import zlib  # noqa: E402
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path

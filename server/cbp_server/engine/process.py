@@ -25,6 +25,9 @@ _HEALTHY_SECONDS = 60.0
 
 log = structlog.get_logger("cbp_server.engine")
 
+#: Else, on some processors, how MKL rounds depends on where a learner lies in a stack: it would show in replay.
+_REPEATABLE_PRODUCTS = {"MKL_CBWR": "AVX2,STRICT"}
+
 
 class EngineProcess:
     """One supervised engine process.
@@ -179,7 +182,7 @@ class EngineProcess:
             # A session of its own, so that Ctrl-C in a terminal reaches the front alone.
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "cbp_server.engine.worker", str(theirs.fileno()),
-                pass_fds=[theirs.fileno()], start_new_session=True,
+                pass_fds=[theirs.fileno()], start_new_session=True, env=_REPEATABLE_PRODUCTS | os.environ,
             )  # fmt: skip
         connection = self._connection = EngineConnection(ours, partial(self._take, first_up))
         if self._stopping.is_set():  # stop() came before there was a connection to close
