@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")  # as the server has it; before torch is imported
 
-import zlib  # noqa: E402
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
