@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")  # as the server has it; before torch is imported
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as the server has it; before torch is imported
 
 import zlib
 from collections.abc import Callable, Iterator

@@ -30,14 +30,25 @@ _COMPLAINTS = (
 )
 
 
+def _own_ports() -> Iterator[int]:
+    """Ports that no other process of these tests tries, each once."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ports = range(10_000 + worker, _FIRST_EPHEMERAL_PORT, workers)
+    return iter(secrets.SystemRandom().sample(ports, len(ports)))
+
+
+_ports = _own_ports()
+
+
 def lasting_port() -> int:
     """A free port that stays free while its server is down: none that the system gives to whoever asks for any."""
-    while True:
-        port = 10_000 + secrets.randbelow(_FIRST_EPHEMERAL_PORT - 10_000)
+    for port in _ports:
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("all ports have been tried")
 
 
 class ServerProcess:
@@ -78,7 +89,7 @@ class ServerProcess:
 
     def environment(self) -> dict[str, str]:
         """Of the process: without settings of the person who runs the tests, and with our own warnings as errors."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("CBP_")}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("CBP_", "MKL_"))}
         filters = ["error::ResourceWarning", *(f"error:::{module}" for module in ("__main__", *_own_modules()))]
         return environment | {"PYTHONWARNINGS": ",".join(filters)}
 

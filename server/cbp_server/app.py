@@ -160,6 +160,11 @@ class _Server:
     async def running(self, stopping: asyncio.Event) -> AsyncIterator["_Server"]:
         """The server from its first answer to its last; `stopping` cuts its start short."""
         settings = self._settings
+        try:
+            await self._host.open()  # before anybody can ask for a learner, and hear that it does not exist
+        except CbpError as error:
+            await self._commit.close()
+            raise StartError(str(error)) from error
         async with contextlib.AsyncExitStack() as stack:
             # HTTP first: /livez and /readyz answer while learners are being restored.
             http_port = await stack.enter_async_context(self._serving_http())
@@ -170,10 +175,6 @@ class _Server:
             stack.push_async_callback(self._rpc.stop, _STOP_GRACE)
             stack.push_async_callback(self._engine.stop)
             stack.push_async_callback(self._commit.close)
-            try:
-                await self._host.open()
-            except CbpError as error:
-                raise StartError(str(error)) from error
             maintenance = asyncio.create_task(self._maintain())
             stack.push_async_callback(_cancel, maintenance)
             if not await self._started(stopping):

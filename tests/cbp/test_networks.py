@@ -317,3 +317,26 @@ def test_every_network_is_a_module_elsewhere(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(program(torch.from_numpy(features)).detach(), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(SnapshotError, match=f"not for this {spec.network.kind}; use torch-export"):
         to_onnx(snapshot)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+@pytest.mark.parametrize(("width", "advised"), [(1600, True), (16, False)])
+def test_parameters_of_large_networks_are_meant_for_huge_pages(width: int, advised: bool) -> None:
+    learner = Learner(
+        spec_of({"kind": "mlp", "in_features": width, "hidden": [width], "out_features": 2}), engine="torch"
+    )
+    flat = learner._state.parameters.flat  # type: ignore[attr-defined]
+    assert ("hg" in flags_of_memory(flat.data_ptr() + 2 * flat.numel())) is advised
+
+
+def flags_of_memory(address: int) -> list[str]:
+    """As the kernel lists them of the mapping that holds this address."""
+    within = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head, *rest = line.split()
+        if head == "VmFlags:" and within:
+            return rest
+        if not head.endswith(":"):
+            start, end = (int(bound, 16) for bound in head.split("-"))
+            within = start <= address < end
+    raise AssertionError("no such memory")

@@ -58,6 +58,21 @@ def test_the_process_that_answers_does_without_torch(start_server, connect, smal
     assert "libtorch" in Path(f"/proc/{engine_pid(server)}/maps").read_text()
 
 
+def test_products_of_the_engine_are_repeatable_unless_told_otherwise(start_server, monkeypatch):
+    """Or a stack's learners would differ with their company on some processors, where these tests may not run."""
+
+    def setting(server):
+        variables = Path(f"/proc/{engine_pid(server)}/environ").read_text().split("\0")
+        return [value for name, _, value in (each.partition("=") for each in variables) if name == "MKL_CBWR"]
+
+    server = start_server()
+    assert setting(server) == ["AUTO,STRICT"]
+    assert server.stop() == 0
+    monkeypatch.setattr(server, "environment", lambda: type(server).environment(server) | {"MKL_CBWR": "AVX2"})
+    server.start()
+    assert setting(server) == ["AVX2"]
+
+
 def test_another_engine_takes_over_at_an_entry_of_the_journal(start_server, connect, small_spec, examples):
     server = start_server("--checkpoint-interval", "1000000")
     wire = connect(server.grpc_target)

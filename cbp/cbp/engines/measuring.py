@@ -74,8 +74,8 @@ _REALS, _UTILITIES, _AGES = int(Table.REALS), int(Table.UTILITIES), int(Table.AG
 _DELTA, _LOG_DECAY, _REAL_COUNT = int(Real.DELTA), int(Real.LOG_DECAY), int(Real.COUNT)
 
 _ZERO = np.float32(0.0)
-_SQUARE = 16
-"""Side of the squares in which turned weights are compared, so that both sides are read in whole cache lines."""
+_CACHE_LINE = 16
+"""Columns of turned weights that are compared at a time: what was drawn is then read in whole cache lines, too."""
 _LEAST_OF_LARGEST = np.finfo(np.float64).eps
 
 
@@ -160,9 +160,9 @@ def measure(
     drawn = first[place : place + after * before].reshape(after, before)
     address = table[_PARAMETERS] + 4 * place
     if is_turned(table[_REMEMBERS], depth, layer, before, after):
-        magnitudes, squares, moved = _compare_turned(rows_at(address, before, after), drawn)
+        magnitudes, squares, moved = _compare(rows_at(address, before, after).T, drawn, _CACHE_LINE)
     else:
-        magnitudes, squares, moved = _compare(rows_at(address, after, before), drawn)
+        magnitudes, squares, moved = _compare(rows_at(address, after, before), drawn, before)
     found[_MEAN_ABS_WEIGHT] = magnitudes / (before * after)
     found[_WEIGHT_NORM], found[_DISTANCE_FROM_INIT] = math.sqrt(squares), math.sqrt(moved)
 
@@ -196,38 +196,20 @@ def _inputs(features: Floats, post: Floats, unit: int, before: int, layer: int) 
 
 
 @in_any_order
-def _compare(weight: Floats, drawn: Floats) -> tuple[float, float, float]:
-    """Sums over all weights: of magnitudes, of squares, and of the squares of what they have changed by."""
+def _compare(weight: Floats, drawn: Floats, columns: int) -> tuple[float, float, float]:
+    """Sums over all weights: of magnitudes, of squares, and of the squares of what they have changed by.
+
+    Both are [out, in], however they lie in memory; so many columns are gone through at a time.
+    """
     out, into = weight.shape
     magnitudes: Number = 0.0
     squares: Number = 0.0
     moved: Number = 0.0
-    for o in range(out):
-        row_magnitudes = row_squares = row_moved = _ZERO
-        for i in range(into):
-            now = weight[o, i]
-            change = now - drawn[o, i]
-            row_magnitudes += abs(now)
-            row_squares += now * now
-            row_moved += change * change
-        magnitudes += row_magnitudes
-        squares += row_squares
-        moved += row_moved
-    return magnitudes, squares, moved
-
-
-@in_any_order
-def _compare_turned(weight: Floats, drawn: Floats) -> tuple[float, float, float]:
-    """`_compare` for weights [in, out]; `drawn` is [out, in] all the same."""
-    into, out = weight.shape
-    magnitudes: Number = 0.0
-    squares: Number = 0.0
-    moved: Number = 0.0
-    for first in range(0, into, _SQUARE):
+    for first in range(0, into, columns):
         for o in range(out):
             row_magnitudes = row_squares = row_moved = _ZERO
-            for i in range(first, min(first + _SQUARE, into)):
-                now = weight[i, o]
+            for i in range(first, min(first + columns, into)):
+                now = weight[o, i]
                 change = now - drawn[o, i]
                 row_magnitudes += abs(now)
                 row_squares += now * now

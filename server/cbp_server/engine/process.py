@@ -26,7 +26,7 @@ _HEALTHY_SECONDS = 60.0
 log = structlog.get_logger("cbp_server.engine")
 
 #: Else, on some processors, how MKL rounds depends on where a learner lies in a stack: it would show in replay.
-_REPEATABLE_PRODUCTS = {"MKL_CBWR": "AVX2,STRICT"}
+_REPEATABLE_PRODUCTS = {"MKL_CBWR": "AUTO,STRICT"}
 
 
 class EngineProcess:
