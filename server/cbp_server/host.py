@@ -39,11 +39,11 @@ from cbp_server.records import (
     JournalStatus,
     LearnerRecord,
     LearnerState,
-    SampleRecord,
 )
 from cbp_server.recovery import Recovery, ReplayObserver
 from cbp_server.registry import Registry
 from cbp_server.residence import Residence, ResidenceObserver
+from cbp_server.samples import SampleRecord, unpack
 from cbp_server.sessions import IncomingBatch, TrainSession
 from cbp_server.settings import EngineSetting
 from cbp_server.storage import Storage
@@ -197,7 +197,7 @@ class Host:
 
     def samples(self, learner_id: str, count: int) -> list[SampleRecord]:
         """The newest samples, oldest first."""
-        return list(self.learner(learner_id).samples)[-count:] if count > 0 else []
+        return self.learner(learner_id).samples.last(count)
 
     def readiness(self) -> list[str]:
         """Why the host is not ready; empty if it is."""
@@ -413,10 +413,10 @@ class Host:
     async def sample(self, learner_id: str) -> SampleRecord:
         """Measures plasticity now, between two steps."""
         hosted = self._registry.get(learner_id)
-        sample = await self._ask(hosted, messages.Sample(hosted.uid))
-        hosted.record.samples.append(sample)
+        packed = await self._ask(hosted, messages.Sample(hosted.uid))
+        hosted.record.samples.extend([packed])
         self._registry.touch(hosted)
-        return sample
+        return unpack(packed)
 
     async def _ask(self, hosted: Hosted, request: messages.Request[AnswerT]) -> AnswerT:
         """The engine's answer about a learner that may have to be brought back first."""

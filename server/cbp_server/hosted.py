@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from cbp_server.change_log import LearnerLog
 from cbp_server.engine import messages
 from cbp_server.producers import Producer
 from cbp_server.records import CheckpointRecord, LearnerRecord, LearnerState, Quarantine
+from cbp_server.samples import SampleHistory
 from cbp_server.sessions import TrainSession
 from cbp_server.store.catalog import StoredCheckpoint, StoredLearner
 
@@ -133,7 +133,7 @@ def hosted_from_catalog(
         update_time=update_time,
         state=state,
         progress=progress,
-        samples=deque(maxlen=history_samples),
+        samples=SampleHistory(history_samples),
         producers={name: producer.record for name, producer in producers.items()},
         checkpoint=checkpoint_record(checkpoint) if checkpoint is not None else None,
         durability=stored.durability,

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
 
-from cbp import LayerPlasticity, LearnerProgress, Trainability
+from cbp import LearnerProgress
 from cbp_server.exposition import Family
 from cbp_server.records import LearnerRecord
+from cbp_server.samples import reader
 
 
 class Summary(Enum):
@@ -52,22 +53,13 @@ def state_of(learner: LearnerRecord) -> tuple[object, ...]:
         learner.quarantine,
         learner.queued_batches,
         learner.journal_position,
-        _newest_test(learner),
+        learner.samples.newest_trainability,
     )
 
 
-def _newest_test(learner: LearnerRecord) -> Trainability | None:
-    return learner.samples[-1].sample.trainability if learner.samples else None
-
-
 def _trainability(learner: LearnerRecord) -> float | None:
-    tested = _newest_test(learner)
+    tested = learner.samples.newest_trainability
     return None if tested is None else tested.score
-
-
-def newest_layers(learner: LearnerRecord) -> tuple[LayerPlasticity, ...]:
-    """The layers of its newest plasticity sample, the very same until there is another one; none without."""
-    return learner.samples[-1].sample.layers if learner.samples else ()
 
 
 def _counter(name: str, text: str, attribute: str) -> LearnerCounter:
@@ -213,7 +205,8 @@ STATE_FAMILIES = (
     *(gauge.family for gauge in LEARNER_GAUGES),
     REPLACEMENTS,
 )
-#: A layer's values for `LAYER_GAUGES`, in their order.
-gauges_of_layer = attrgetter(*(gauge.attribute for gauge in LAYER_GAUGES))
+#: Of a layer's `LayerValues`: its name, and what `LAYER_GAUGES` say in their order.
+layer_name = reader("layer")
+layer_gauges = reader(*(gauge.attribute for gauge in LAYER_GAUGES))
 
 SAMPLE_FAMILIES = (*(gauge.family for gauge in LAYER_GAUGES), UNIT_AGE, UNIT_UTILITY)

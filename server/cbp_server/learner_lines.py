@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 
-from cbp import LayerPlasticity
 from cbp.samples import QUANTILES
 from cbp_server.exposition import SeriesText, label_set
 from cbp_server.learner_families import (
@@ -13,14 +12,17 @@ from cbp_server.learner_families import (
     REPLACEMENTS,
     UNIT_AGE,
     UNIT_UTILITY,
-    gauges_of_layer,
-    newest_layers,
+    layer_gauges,
+    layer_name,
     state_of,
 )
 from cbp_server.records import LearnerRecord
+from cbp_server.samples import LayerValues, reader
 
 _OWN_NAMES = tuple(each.family.sample_name for each in (*LEARNER_COUNTERS, *LEARNER_GAUGES))
 _GAUGE_NAMES = tuple(gauge.family.sample_name for gauge in LAYER_GAUGES)
+_age_quantiles, _utility_quantiles = reader("age_quantiles"), reader("utility_quantiles")
+_age_quantiles, _utility_quantiles = reader("age_quantiles"), reader("utility_quantiles")
 _NO_QUANTILES: tuple[None, ...] = (None,) * len(QUANTILES)
 
 #: Learners that are written together. Reading and writing numbers costs little, beginning to do so costs more; but one
@@ -39,7 +41,7 @@ class LearnerLines:
         self._states: list[tuple[object, ...]] | None = None
         self._state_text = _Text()
         self._state_lines: tuple[bytes, ...] = ()
-        self._samples: list[tuple[LayerPlasticity, ...]] | None = None
+        self._samples: list[tuple[LayerValues, ...]] | None = None
         self._sample_text = _Text()
         self._sample_lines: tuple[bytes, ...] = ()
 
@@ -69,7 +71,7 @@ class LearnerLines:
         states = [state_of(learner) for learner in learners]
         if states != self._states:
             self._states, self._state_lines = states, self._write_state(learners)
-        samples = [newest_layers(learner) for learner in learners]
+        samples = [learner.samples.newest_layers for learner in learners]
         if samples != self._samples:
             self._samples, self._sample_lines = samples, self._write_samples(samples)
         return self._state_lines + self._sample_lines
@@ -86,15 +88,15 @@ class LearnerLines:
         values += chain.from_iterable(layers.values() for layers in replacements)
         return self._state_text.of(series, values)
 
-    def _write_samples(self, samples: Sequence[Sequence[LayerPlasticity]]) -> tuple[bytes, ...]:
+    def _write_samples(self, samples: Sequence[Sequence[LayerValues]]) -> tuple[bytes, ...]:
         series = [
-            member.of_sample(tuple([layer.layer for layer in sample]))
+            member.of_sample(tuple(map(layer_name, sample)))
             for member, sample in zip(self._members.values(), samples, strict=True)
         ]
         layers = list(chain.from_iterable(samples))
-        by_gauge = zip(*map(gauges_of_layer, layers), strict=True)
-        ages = [layer.age_quantiles or _NO_QUANTILES for layer in layers]
-        utilities = [layer.utility_quantiles or _NO_QUANTILES for layer in layers]
+        by_gauge = zip(*map(layer_gauges, layers), strict=True)
+        ages = [quantiles or _NO_QUANTILES for quantiles in map(_age_quantiles, layers)]
+        utilities = [quantiles or _NO_QUANTILES for quantiles in map(_utility_quantiles, layers)]
         return self._sample_text.of(series, list(chain(*by_gauge, *ages, *utilities)))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cbp import LayerPlasticity, LearnerProgress
+from cbp import LearnerProgress
 from cbp_server.exposition import label_set, lines
 from cbp_server.learner_families import (
     LAYER_GAUGES,
@@ -15,11 +15,12 @@ from cbp_server.learner_families import (
     SAMPLE_FAMILIES,
     STATE_FAMILIES,
     Summary,
-    gauges_of_layer,
-    newest_layers,
+    layer_gauges,
+    layer_name,
     state_of,
 )
 from cbp_server.records import LearnerRecord
+from cbp_server.samples import LayerValues
 
 #: Value of the label `learner` that stands for all learners without series of their own. No learner can have this
 #: name: ids start with a letter.
@@ -31,7 +32,7 @@ _FIRST_ROWS = 64
 @dataclass
 class _Member:
     state: tuple[object, ...] = ()
-    layers: tuple[LayerPlasticity, ...] = ()
+    layers: tuple[LayerValues, ...] = ()
 
 
 class OtherLearners:
@@ -47,7 +48,7 @@ class OtherLearners:
     def take(self, learner: LearnerRecord, counted: LearnerProgress) -> None:
         """Makes the learner a member, or sees what is new of it; its counters go on from `counted`."""
         member = self._members.setdefault(learner.learner_id, _Member())
-        state, layers = state_of(learner), newest_layers(learner)
+        state, layers = state_of(learner), learner.samples.newest_layers
         if state != member.state:
             member.state = state
             self._count(learner.progress, counted)
@@ -56,9 +57,10 @@ class OtherLearners:
             self._forget_layers(learner.learner_id, member)
             member.layers = layers
             for layer in layers:
-                if layer.layer not in self._layer_gauges:
-                    self._layer_gauges[layer.layer] = _Numbers([gauge.summary for gauge in LAYER_GAUGES])
-                self._layer_gauges[layer.layer].put(learner.learner_id, gauges_of_layer(layer))
+                name = layer_name(layer)
+                if name not in self._layer_gauges:
+                    self._layer_gauges[name] = _Numbers([gauge.summary for gauge in LAYER_GAUGES])
+                self._layer_gauges[name].put(learner.learner_id, layer_gauges(layer))
 
     def leave(self, learner_id: str) -> None:
         """The learner is no member, whether or not it was."""
@@ -100,7 +102,7 @@ class OtherLearners:
 
     def _forget_layers(self, learner_id: str, member: _Member) -> None:
         for layer in member.layers:
-            self._layer_gauges[layer.layer].remove(learner_id)
+            self._layer_gauges[layer_name(layer)].remove(learner_id)
 
 
 def _labels_of(layer: str) -> str:

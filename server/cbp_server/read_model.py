@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from cbp_server.records import EngineStatus, JournalStatus, LearnerRecord, SampleRecord
+from cbp_server.records import EngineStatus, JournalStatus, LearnerRecord
+from cbp_server.samples import SampleRecord
 
 
 class ReadModel(Protocol):

@@ -1,11 +1,11 @@
 """What the front process knows of the live learners: named records, read by gRPC, HTTP and metrics alike."""
 
-from collections import deque
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 
-from cbp import EngineName, LearnerProgress, LearnerSpec, PlasticitySample
+from cbp import EngineName, LearnerProgress, LearnerSpec
+from cbp_server.samples import SampleHistory
 
 
 class LearnerState(Enum):
@@ -34,14 +34,6 @@ class Quarantine:
     producer: str
     sequence: int
     reason: str
-    time: datetime
-
-
-@dataclass(frozen=True)
-class SampleRecord:
-    """One plasticity sample and when it was taken (UTC)."""
-
-    sample: PlasticitySample
     time: datetime
 
 
@@ -78,7 +70,7 @@ class LearnerRecord:
     update_time: datetime
     state: LearnerState
     progress: LearnerProgress
-    samples: deque[SampleRecord]  # oldest first, bounded
+    samples: SampleHistory
     producers: dict[str, ProducerRecord] = field(default_factory=dict)
     checkpoint: CheckpointRecord | None = None
     durability: Durability = Durability.FSYNC

@@ -15,7 +15,8 @@ from cbp import Batch, CbpError, EngineName, LearnerSpec, SnapshotError
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
 from cbp_server.errors import BatchNotLearnt, EngineUnavailable, JournalDamaged, NotInEngine, ServerDraining
-from cbp_server.records import Quarantine, SampleRecord
+from cbp_server.records import Quarantine
+from cbp_server.samples import PackedSample
 from cbp_server.storage import Storage
 from cbp_server.store.catalog import StoredLearner
 from cbp_server.store.journal import Entry, EntryKind
@@ -44,7 +45,7 @@ class Recovered:
     """A learner in the engine, as its journal says."""
 
     report: messages.LearnerReport
-    samples: tuple[SampleRecord, ...] | None  # None: the learner was in the engine all along
+    samples: tuple[PackedSample, ...] | None  # None: the learner was in the engine all along
     quarantine: Quarantine | None
     journal_position: int  # of the journal's last entry
     damaged: tuple[int, ...] = ()  # checkpoints that turned out to be unreadable
@@ -55,7 +56,7 @@ class Loaded:
     """A learner in the engine as a checkpoint holds it, or newborn."""
 
     report: messages.LearnerReport
-    samples: tuple[SampleRecord, ...]
+    samples: tuple[PackedSample, ...]
     damaged: tuple[int, ...]
 
 

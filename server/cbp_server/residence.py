@@ -257,8 +257,7 @@ class Residence:
         if recovered.samples is None and not hosted.log.journals_batches:
             hosted.set_durable(durable)  # it was in the engine all along, with batches that no checkpoint has
         if recovered.samples is not None:
-            record.samples.clear()
-            record.samples.extend(recovered.samples)
+            record.samples.replace(recovered.samples)
         hosted.in_engine, hosted.unreadable, hosted.used = True, "", time.monotonic()
         hosted.damaged.update(recovered.damaged)
         hosted.set_quarantine(recovered.quarantine)

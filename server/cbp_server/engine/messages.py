@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbp import Batch, EngineName, LearnerProgress, LearnerSpec, TrainResult
-from cbp_server.records import SampleRecord
+from cbp_server.samples import PackedSample
 
 AnswerT_co = TypeVar("AnswerT_co", covariant=True)
 
@@ -88,7 +88,7 @@ class LoadReport:
     """A learner brought back, with the plasticity samples saved with it, oldest first."""
 
     learner: LearnerReport
-    samples: tuple[SampleRecord, ...]
+    samples: tuple[PackedSample, ...]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class TrainReport:
 
     result: TrainResult
     step: int  # the learner's, after the batch
-    samples: tuple[SampleRecord, ...]
+    samples: tuple[PackedSample, ...]
     progress: LearnerProgress | None  # left out while more batches wait and the last report is recent
 
 
@@ -310,7 +310,7 @@ class Predict(Request[PredictReport]):
 
 
 @dataclass(frozen=True)
-class Sample(Request[SampleRecord]):
+class Sample(Request[PackedSample]):
     """Measure plasticity now."""
 
 

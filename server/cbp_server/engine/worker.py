@@ -54,7 +54,7 @@ from cbp_server.errors import (
 )
 from cbp_server.logs import configure_logging
 from cbp_server.memory import exempt_from_collection, keep_freed_memory
-from cbp_server.records import SampleRecord
+from cbp_server.samples import PackedSample, SampleHistory, SampleRecord, pack, unpack
 from cbp_server.store.checkpoints import CheckpointFiles
 
 #: Seconds between two full progress reports of a learner that has more batches waiting.
@@ -100,7 +100,7 @@ class HostedLearner:
     update_time: str = ""
     producers: dict[str, ProducerState] = field(default_factory=dict)
     journal_position: int = 0
-    samples: deque[SampleRecord] = field(default_factory=lambda: deque(maxlen=_SAMPLES_SAVED))
+    samples: SampleHistory = field(default_factory=lambda: SampleHistory(_SAMPLES_SAVED))
     reported_at: float = 0.0  # monotonic seconds
     trainability: Trainability | None = None  # the newest test
     pace: Pace = field(init=False)
@@ -145,12 +145,12 @@ class HostedLearner:
         """Where all its producers stand."""
         self.producers = {name: ProducerState.at(position) for name, position in positions.items()}
 
-    def stamp(self, samples: Sequence[PlasticitySample]) -> tuple[SampleRecord, ...]:
+    def stamp(self, samples: Sequence[PlasticitySample]) -> tuple[PackedSample, ...]:
         """The samples with the present time and the newest test, kept for the next checkpoint."""
         if not samples:
             return ()
         now = datetime.now(UTC)
-        stamped = tuple(SampleRecord(replace(sample, trainability=self.trainability), now) for sample in samples)
+        stamped = tuple(pack(SampleRecord(replace(sample, trainability=self.trainability), now)) for sample in samples)
         self.samples.extend(stamped)
         return stamped
 
@@ -457,7 +457,7 @@ class EngineWorker:
         self,
         call: messages.Call,
         result: TrainResult,
-        samples: tuple[SampleRecord, ...],
+        samples: tuple[PackedSample, ...],
         progress: LearnerProgress | None,
     ) -> None:
         report = messages.TrainReport(result=result, step=_last_step(result), samples=samples, progress=progress)
@@ -530,7 +530,7 @@ class EngineWorker:
         learner = self._get(request.learner).learner
         return messages.PredictReport(learner.predict(request.features), learner.progress.step)
 
-    def _sample(self, request: messages.Sample) -> SampleRecord:
+    def _sample(self, request: messages.Sample) -> PackedSample:
         hosted = self._get(request.learner)
         return hosted.stamp([hosted.learner.sample_plasticity()])[0]
 
@@ -600,13 +600,13 @@ class EngineWorker:
             )
             hosted.place({name: _position_from_plain(plain) for name, plain in service["positions"].items()})
             hosted.samples.extend(_sample_from_plain(plain) for plain in service["samples"])
-            hosted.trainability = hosted.samples[-1].sample.trainability if hosted.samples else None
+            hosted.trainability = hosted.samples.newest_trainability
             if service["learner"] != request.stored_as:
                 raise SnapshotError("it is another learner's checkpoint, under the wrong name")
         except (SnapshotError, OSError, KeyError, TypeError, ValueError) as error:
             raise SnapshotError(f"checkpoint {request.number} is unreadable: {error}") from error
         self._hosted[request.learner] = hosted
-        return messages.LoadReport(hosted.report, tuple(hosted.samples))
+        return messages.LoadReport(hosted.report, hosted.samples.packed)
 
     def _read(self, request: messages.Load) -> bytes:
         try:
@@ -692,7 +692,7 @@ class _Copy:
     def __init__(self, hosted: HostedLearner, spare: LearnerSnapshot | None) -> None:
         self.snapshot = hosted.learner.snapshot(into=spare)
         self.report = hosted.report
-        self.samples = tuple(hosted.samples)
+        self.samples = hosted.samples.packed
 
 
 def _position_from_plain(plain: Mapping[str, Any]) -> messages.Position:
@@ -700,12 +700,13 @@ def _position_from_plain(plain: Mapping[str, Any]) -> messages.Position:
     return messages.Position(int(plain["epoch"]), int(plain["sequence"]), hashes, str(plain["stream_id"]))
 
 
-def _sample_to_plain(record: SampleRecord) -> dict[str, Any]:
+def _sample_to_plain(packed: PackedSample) -> dict[str, Any]:
+    record = unpack(packed)
     return record.sample.to_plain() | {"time": record.time.isoformat()}
 
 
-def _sample_from_plain(plain: Mapping[str, Any]) -> SampleRecord:
-    return SampleRecord(PlasticitySample.from_plain(plain), datetime.fromisoformat(plain["time"]))
+def _sample_from_plain(plain: Mapping[str, Any]) -> PackedSample:
+    return pack(SampleRecord(PlasticitySample.from_plain(plain), datetime.fromisoformat(plain["time"])))
 
 
 def _not_learnt(error: Exception, request: messages.Train) -> BatchNotLearnt:

@@ -254,7 +254,8 @@ def _wanted(record: LearnerRecord, names: set[str]) -> bool:
 
 
 def _watched(record: LearnerRecord) -> learner_service_pb2.WatchedLearner:
+    newest = record.samples.newest
     return learner_service_pb2.WatchedLearner(
         learner=convert.learner_to_message(record),
-        plasticity=convert.sample_to_message(record.samples[-1]) if record.samples else None,
+        plasticity=convert.sample_to_message(newest) if newest is not None else None,
     )

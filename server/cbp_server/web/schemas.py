@@ -9,8 +9,9 @@ from pydantic import AfterValidator, BaseModel, Field
 from cbp import LayerPlasticity, LearnerProgress
 from cbp import Trainability as TrainabilityRecord
 from cbp.samples import QUANTILES
-from cbp_server.records import CheckpointRecord, LearnerRecord, ProducerRecord, SampleRecord
+from cbp_server.records import CheckpointRecord, LearnerRecord, ProducerRecord
 from cbp_server.records import Quarantine as QuarantineRecord
+from cbp_server.samples import SampleRecord
 
 
 def _finite(value: float | None) -> float | None:
@@ -244,6 +245,7 @@ class Learner(BaseModel):
 
     @classmethod
     def of(cls, record: LearnerRecord) -> "Learner":
+        newest = record.samples.newest
         return cls(
             id=record.learner_id,
             name=f"learners/{record.learner_id}",
@@ -263,7 +265,7 @@ class Learner(BaseModel):
             checkpoint=None if record.checkpoint is None else Checkpoint.of(record.checkpoint),
             producers=[Producer.of(record.producers[name]) for name in sorted(record.producers)],
             progress=Progress.of(record.progress),
-            plasticity=PlasticitySample.of(record.samples[-1]) if record.samples else None,
+            plasticity=PlasticitySample.of(newest) if newest is not None else None,
         )
 
 

@@ -2,7 +2,6 @@
 
 import socket
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -33,8 +32,8 @@ from cbp_server.records import (
     LearnerState,
     ProducerRecord,
     Quarantine,
-    SampleRecord,
 )
+from cbp_server.samples import SampleHistory, SampleRecord, pack
 from cbp_server.web.app import create_app
 
 START = datetime(2026, 11, 22, 9, 0, tzinfo=UTC)
@@ -75,7 +74,7 @@ class FakeHost:
         return self.records[learner_id]
 
     def samples(self, learner_id: str, count: int) -> Sequence[SampleRecord]:
-        return list(self.learner(learner_id).samples)[-count:]
+        return self.learner(learner_id).samples.last(count)
 
     def unreadable(self) -> Mapping[str, str]:
         return self.broken
@@ -143,10 +142,14 @@ def tested(make_learner: Callable[..., LearnerRecord]) -> Callable[..., LearnerR
 
     def make(learner_id: str, **changes: Any) -> LearnerRecord:
         learner = make_learner(learner_id, **changes)
-        for place, (step, loss) in enumerate([(500, 1.6), (500, 1.6), (2500, 1.7)]):
-            test = Trainability(step=step, loss=loss, fresh_loss=1.5, chance_loss=2.5)
-            record = learner.samples[place]
-            learner.samples[place] = replace(record, sample=replace(record.sample, trainability=test))
+        tests = [
+            Trainability(step=step, loss=loss, fresh_loss=1.5, chance_loss=2.5)
+            for step, loss in [(500, 1.6), (500, 1.6), (2500, 1.7)]
+        ]
+        learner.samples.replace(
+            pack(replace(record, sample=replace(record.sample, trainability=test)))
+            for record, test in zip(learner.samples.last(3), tests, strict=True)
+        )
         return learner
 
     return make
@@ -190,12 +193,13 @@ def _learner_record(learner_id: str = "clicks", *, samples: int = 3, **changes: 
         update_time=START,
         state=LearnerState.ACTIVE,
         progress=replace(progress, **of_progress),
-        samples=deque(_sample(1000 * number) for number in range(1, samples + 1)),
+        samples=SampleHistory(500),
         producers={"web-1": ProducerRecord("web-1", epoch=3, applied_sequence=40, durable_sequence=32)},
         checkpoint=CheckpointRecord(step=1600, time=START, size_bytes=120_000, position=61),
         journal_position=76,
         queued_batches=4,
     )
+    record.samples.extend(pack(_sample(1000 * number)) for number in range(1, samples + 1))
     return replace(record, **changes)
 
 

@@ -1,7 +1,6 @@
 """The text of GET /metrics is what prometheus_client would write, whatever learners there are and how they change."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -27,7 +26,8 @@ from cbp_server.learner_families import (
     UNIT_UTILITY,
 )
 from cbp_server.learner_metrics import LearnerMetrics
-from cbp_server.records import LearnerRecord, SampleRecord
+from cbp_server.records import LearnerRecord
+from cbp_server.samples import SampleHistory, SampleRecord, pack
 from cbp_server.turns import Turns
 
 TEXT = "text/plain;version=0.0.4"
@@ -93,7 +93,8 @@ def applied(change: Change, learner: LearnerRecord) -> LearnerRecord:
     changed = replace(learner, progress=replace(learner.progress, **change.of_progress), **change.of_record)
     if change.layers is not None:
         sample = PlasticitySample(step=1, examples=1, layers=tuple(change.layers))
-        changed.samples = deque([SampleRecord(sample, learner.create_time)])
+        changed.samples = SampleHistory(1)
+        changed.samples.extend([pack(SampleRecord(sample, learner.create_time))])
     return changed
 
 
@@ -118,7 +119,10 @@ class Written(Collector):
         ]
         yield family_of(REPLACEMENTS, ["learner", "layer"], replaced)
         layers = [
-            (learner.learner_id, layer) for learner in self._learners for layer in learner.samples[-1].sample.layers
+            (learner.learner_id, layer)
+            for learner in self._learners
+            if (newest := learner.samples.newest) is not None
+            for layer in newest.sample.layers
         ]
         for of_layer in LAYER_GAUGES:
             read = attrgetter(of_layer.attribute)
