@@ -5,7 +5,7 @@ import sys
 
 from cbp_server.app import StartError, serve
 from cbp_server.logs import configure_logging
-from cbp_server.memory import exempt_from_collection, keep_freed_memory
+from cbp_server.memory import keep_freed_memory, shorten_collections
 from cbp_server.settings import load_settings
 
 
@@ -14,7 +14,7 @@ def main() -> None:
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
     keep_freed_memory()
-    exempt_from_collection()
+    shorten_collections()
     try:
         sys.exit(asyncio.run(serve(settings)))
     except StartError as error:

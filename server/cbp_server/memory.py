@@ -7,6 +7,8 @@ zeroed page by page at its first use, which takes longer than filling it.
 import ctypes
 import gc
 import os
+import time
+from collections.abc import Mapping
 
 #: Of glibc's malloc.h, with the environment variables that set the same.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
@@ -25,6 +27,11 @@ _FREE_KEPT = 256 * 2**20
 _GROWTH = 16 * 2**20
 #: Heaps: messages are made by one thread and freed by another, and would not serve the first one again.
 _HEAPS = 1
+
+#: The generation that a full round of the collector goes through.
+_FULL = 2
+#: Between two rounds that go through what has survived earlier ones, too.
+_WHOLE_ROUND_SECONDS = 3600.0
 
 
 def keep_freed_memory() -> bool:
@@ -45,11 +52,32 @@ def keep_freed_memory() -> bool:
     return all(mallopt(name, value) for name, value in settings)
 
 
-def exempt_from_collection() -> None:
-    """Takes what there is now out of the collector's rounds: the code of imported modules, hundreds of thousands of
-    objects that never become garbage, and that a full round would go through while messages wait."""
+def shorten_collections() -> None:
+    """Leaves what has survived a full round of garbage collection out of those that follow.
+
+    A full round goes through all that lives, while messages wait: the code of imported modules, and the records of
+    every learner, some 50 ms for a thousand of them. Hardly any of it ever becomes garbage that only the collector can
+    find, and the little that does waits for a whole round, of which there is one in an hour at most.
+    """
     gc.collect()
     gc.freeze()
+    gc.callbacks.append(_Rounds())
+
+
+class _Rounds:
+    """A callback of the collector's, see `gc.callbacks`."""
+
+    def __init__(self) -> None:
+        self._whole_at = time.monotonic()
+
+    def __call__(self, phase: str, info: Mapping[str, int]) -> None:
+        if info["generation"] < _FULL:
+            return
+        if phase == "stop":
+            gc.freeze()
+        elif time.monotonic() - self._whole_at >= _WHOLE_ROUND_SECONDS:
+            self._whole_at = time.monotonic()
+            gc.unfreeze()
 
 
 def _is_glibc() -> bool:

@@ -53,7 +53,7 @@ from cbp_server.errors import (
     ServerDraining,
 )
 from cbp_server.logs import configure_logging
-from cbp_server.memory import exempt_from_collection, keep_freed_memory
+from cbp_server.memory import keep_freed_memory, shorten_collections
 from cbp_server.samples import PackedSample, SampleHistory, SampleRecord, pack, unpack
 from cbp_server.store.checkpoints import CheckpointFiles
 
@@ -789,7 +789,7 @@ def _serve(connection: socket.socket) -> None:
     torch.set_num_threads(options.threads)
     inbox = Inbox(options.group_wait)
     worker = EngineWorker(options, inbox, send)
-    exempt_from_collection()
+    shorten_collections()
     send(worker.ready)
     threading.Thread(target=_read_calls, args=(received, inbox), name="reader", daemon=True).start()
     worker.run()
