@@ -344,7 +344,7 @@ def test_learners_serve_as_each_is_ready_and_the_server_is_ready_when_all_are(
     server = start_server("--checkpoint-interval", "3600")
     wire = connect(server.grpc_target)
     long, short = Taught(small_spec, "long"), Taught(small_spec, "short")
-    for learner, batches, size in ((long, 40, 1000), (short, 1, 10)):
+    for learner, batches, size in ((long, 16, 1000), (short, 1, 10)):
         wire.create(learner.id)
         stream = wire.stream(learner.id)
         for seed in range(batches):
@@ -375,7 +375,7 @@ def test_learners_serve_as_each_is_ready_and_the_server_is_ready_when_all_are(
     long.check(wire)
     short.check(wire)
     replayed = {e["learner"]: e["entries"] for e in server.log_events() if e["event"] == "journal replayed"}
-    assert replayed == {"long": 41, "short": 2}
+    assert replayed == {"long": 17, "short": 2}
 
 
 POISON = """
