@@ -14,6 +14,7 @@ from cbp import Batch, Learner, LearnerSpec, Trainability
 from cbp_server.engine import trainability
 from cbp_server.engine.trainability import TrainabilityTests
 from cbp_server.engine.worker import HostedLearner
+from cbp_server.samples import unpack
 
 RESULT = Trainability(step=1, loss=1.0, fresh_loss=1.0, chance_loss=2.0)
 
@@ -185,4 +186,4 @@ def test_samples_carry_the_newest_test():
     [before] = hosted.stamp([hosted.learner.sample_plasticity()])
     hosted.trainability = RESULT
     [after] = hosted.stamp([hosted.learner.sample_plasticity()])
-    assert (before.sample.trainability, after.sample.trainability) == (None, RESULT)
+    assert [unpack(each).sample.trainability for each in (before, after)] == [None, RESULT]
