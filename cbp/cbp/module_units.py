@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from cbp.activation_taps import ActivationTaps
 from cbp.discovery import Discovery, TableRow, discover_units, group_units
+from cbp.draws import UniformGenerator
 from cbp.errors import FieldViolation, SnapshotError, SpecError
 from cbp.named_units import HiddenUnits, named_units
 from cbp.optimizer_slots import OptimizerSlots
@@ -64,7 +65,7 @@ class ModuleUnits:
         self.slots = OptimizerSlots(optimizer, self._parameters)
         self.replaced = [0] * len(self.names)
         """Per group, units replaced so far."""
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = UniformGenerator(seed)
         self._given_draws = draws
         self._settle_on(device)
         self.activations = ActivationTaps(self.found.taps, optimizer)

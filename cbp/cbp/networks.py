@@ -121,11 +121,6 @@ def initial_bounds(network: MlpSpec) -> tuple[float, ...]:
     return (*bounds, initial_bound(network.initializer, None, last[1], last[0]))
 
 
-def draw_uniform(bound: float, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """U(−bound, bound) on the CPU, where a generator gives the same numbers whatever device they go to."""
-    return torch.rand(tuple(shape), generator=generator).mul_(2.0 * bound).sub_(bound)
-
-
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor there; neither host nor device waits for the other."""
     if tensor.device.type == "cpu" and device.type == "cuda":

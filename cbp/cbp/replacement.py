@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cbp.networks import LinearLayers, draw_uniform, to_device
+from cbp.draws import UniformGenerator, draw_uniform
+from cbp.networks import LinearLayers, to_device
 from cbp.optimizers import log_decay
 from cbp.spec import ResetSpec, Utility
 
@@ -124,7 +125,7 @@ class DrawSource(Protocol):
 
 
 class GeneratorDraws:
-    """Draws from one CPU generator per learner.
+    """Draws from one generator per learner.
 
     A learner's draws depend on its own generator alone: neither the device nor the learners it shares a step with
     can change them.
@@ -132,7 +133,7 @@ class GeneratorDraws:
 
     def __init__(
         self,
-        generators: Sequence[torch.Generator],
+        generators: Sequence[UniformGenerator],
         layout: UnitLayout,
         bounds: Sequence[float],
     ) -> None:
@@ -145,8 +146,8 @@ class GeneratorDraws:
         return draw_uniform(self._bounds[layer], shape, self._generators[learner])
 
     def utilities(self) -> Tensor:
-        rows = [torch.rand(self._layout.total, generator=generator) for generator in self._generators]
-        return torch.stack(rows)
+        rows = [generator.take(self._layout.total) for generator in self._generators]
+        return torch.from_numpy(np.stack(rows))
 
 
 def bias_correction(age: Tensor, log_decay: Tensor) -> Tensor:

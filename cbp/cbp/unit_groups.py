@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cbp.networks import draw_uniform, to_device
+from cbp.draws import UniformGenerator, draw_uniform
+from cbp.networks import to_device
 from cbp.optimizer_slots import OptimizerSlots
 from cbp.replacement import (
     SMALLEST_INCOMING,
@@ -381,9 +382,9 @@ def _own_magnitude(group: UnitGroup, fan_in: int) -> Tensor:
 
 
 class GroupDraws:
-    """Draws from one CPU generator, whatever device the weights are on."""
+    """Draws from one generator, whatever device the weights are on."""
 
-    def __init__(self, generator: torch.Generator, grouping: Grouping) -> None:
+    def __init__(self, generator: UniformGenerator, grouping: Grouping) -> None:
         self._generator = generator
         self._parts = [[(part.bound, part.count) for part in group.incoming] for group in grouping.groups]
         self._units = grouping.layout.total
@@ -395,7 +396,7 @@ class GroupDraws:
 
     def utilities(self) -> Tensor:
         """[1, U of all groups] from U(0, 1)."""
-        return torch.rand(1, self._units, generator=self._generator)
+        return torch.tensor(self._generator.take(self._units)).unsqueeze(0)
 
 
 def replace_in_groups(

@@ -13,6 +13,7 @@ from network_kinds import PERCEPTRON_ENGINES
 from read_back import NoReadBack
 
 from cbp import Batch, Learner, LearnerSpec, losses
+from cbp.draws import UniformGenerator
 from cbp.engines.names import EngineName
 from cbp.engines.torch_engine import TorchEngine, initial_stack
 from cbp.networks import LinearLayers, initial_bounds
@@ -475,7 +476,7 @@ def test_redraws_come_from_the_initial_distribution(
     spec = make_spec(network__initializer=initializer, network__activation=activation, network__hidden=[400, 300])
     first = initial_stack([spec], CPU).parameters
     layout = UnitLayout((6, 400), (400, 300), (300, 3), CPU)
-    draws = GeneratorDraws([torch.Generator().manual_seed(5)], layout, initial_bounds(spec.network))
+    draws = GeneratorDraws([UniformGenerator(5)], layout, initial_bounds(spec.network))
     gain = {"relu": 2**0.5, "leaky_relu": (2 / 1.0001) ** 0.5, "tanh": 5 / 3, "gelu": 2**0.5}.get(activation, 1.0)
     kaiming = "lecun" if activation == "selu" else "kaiming"
     for layer, (into, out) in enumerate(((6, 400), (400, 300))):

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from cbp import optimizers
+from cbp.draws import UniformGenerator, draw_uniform
 from cbp.errors import Diverged
 from cbp.losses import output_gradient
-from cbp.networks import FlatLayers, Mlp, draw_uniform, flat_layers, initial_bounds, laid_out, layer_shapes
+from cbp.networks import FlatLayers, Mlp, flat_layers, initial_bounds, laid_out, layer_shapes
 from cbp.optimizers import OptimizerState
 from cbp.replacement import (
     DrawSource,
@@ -43,8 +44,8 @@ class StackState:
     units: UnitState
     schedules: list[ReplacementSchedule]
     """Per learner."""
-    generators: list[torch.Generator]
-    """Per learner, on the CPU."""
+    generators: list[UniformGenerator]
+    """Per learner."""
     steps: list[int]
     """Per learner, steps taken."""
     replacements: list[list[int]]
@@ -65,7 +66,7 @@ def unit_layout(network: MlpSpec, device: torch.device) -> UnitLayout:
 def initial_stack(specs: Sequence[LearnerSpec], device: torch.device) -> StackState:
     """Newborn learners, each drawn from its own seed: incoming weights from the initialiser's range, biases 0."""
     network = specs[0].mlp
-    generators = [torch.Generator().manual_seed(spec.seed) for spec in specs]
+    generators = [UniformGenerator(spec.seed) for spec in specs]
     parameters = flat_layers(network, len(specs), device)
     for learner, generator in enumerate(generators):
         for weight, bound in zip(parameters.weights, initial_bounds(network), strict=True):
