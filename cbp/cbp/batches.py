@@ -3,7 +3,6 @@
 Shapes: N examples, C outputs.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,9 +180,9 @@ def _as_array(value: ArrayLike) -> NDArray[Any]:
 def _as_float32(array: NDArray[Any]) -> NDArray[np.float32]:
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows float32 is refused below, with its position
         converted = np.ascontiguousarray(array, dtype=np.float32)
-        all_finite = math.isfinite(np.add.reduce(converted, axis=None))
-    if not all_finite:  # or they are, and only their sum is not
-        _refuse_first(~np.isfinite(converted), array, "Expected values that are finite in float32")
+    finite = np.isfinite(converted)
+    if not finite.all():
+        _refuse_first(~finite, array, "Expected values that are finite in float32")
     return converted
 
 
