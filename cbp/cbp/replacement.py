@@ -145,6 +145,10 @@ class GeneratorDraws:
         shape = (count, self._layout.fan_in[layer])
         return draw_uniform(self._bounds[layer], shape, self._generators[learner])
 
+    def numbers(self, learner: int, layer: int, count: int) -> NDArray[np.float32]:
+        """[count · in] from U[0, 1), which `incoming_weights` makes weights of."""
+        return self._generators[learner].take(count * self._layout.fan_in[layer])
+
     def utilities(self) -> Tensor:
         rows = [generator.take(self._layout.total) for generator in self._generators]
         return torch.from_numpy(np.stack(rows))

@@ -19,6 +19,8 @@ def test_numbers_are_torchs(seed: int, asked: list[int]) -> None:
     for count in asked:
         np.testing.assert_array_equal(ours.take(count), torch.rand(count, generator=torchs).numpy())
         assert torch.equal(ours.get_state(), torchs.get_state())
+        if count % 3 == 0:
+            ours.rest()
 
 
 @given(seeds, counts, counts)

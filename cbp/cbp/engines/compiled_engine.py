@@ -31,7 +31,7 @@ from cbp.networks import FlatLayers, initial_bounds, laid_out
 from cbp.optimizers import NORM_MARGIN, AdamState, RmspropState, SgdState
 from cbp.pending import Examples, Probe
 from cbp.progress import Tally
-from cbp.replacement import DrawSource, ReplacementSchedule
+from cbp.replacement import DrawSource, GeneratorDraws, ReplacementSchedule
 from cbp.samples import LayerPlasticity
 from cbp.spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, RmspropSpec, SgdSpec, Utility
 
@@ -74,12 +74,15 @@ class CompiledEngine(EagerEngine):
         super().configure(specs)
         widths = (self.spec.mlp.in_features, *self.spec.mlp.hidden, self.spec.mlp.out_features)
         self.run_kernel, self.point_kernel = _direct(kernels.run), _direct(kernels.point_to)
+        self._replace_kernel = _direct(kernels.replace)
         self._step_nanoseconds: dict[int, float] = {}  # by step size
         self.table = np.zeros(Table.WIDTHS + len(widths), np.int64)
         self.table_address = self.table.ctypes.data
         self.table[Table.WIDTHS :] = widths
         self.reals = _reals(self.spec)
         self._schedule = np.zeros((2, len(widths) - 2))
+        self._counts = np.zeros(len(widths) - 2, np.int64)
+        self._ranges = self._ranges_of_draws()
         self._room = np.empty(0, np.float32)
         self._make_room(0)
         self.tally = np.zeros(Sum.COUNT)
@@ -141,6 +144,14 @@ class CompiledEngine(EagerEngine):
         table[Table.CORRECTION_COUNT] = len(self._corrections)
         slots = state.optimizer.slots().values()
         self._tensors = [state.parameters.flat, state.units.age, *(slot.flat for slot in slots)]
+
+    def _ranges_of_draws(self) -> NDArray[np.float32]:
+        """Per hidden layer, how drawn numbers become weights: width and bound of the range; as they are, if they are
+        weights already."""
+        if not isinstance(self._draws, GeneratorDraws):
+            return np.stack([np.ones(len(self._counts)), np.zeros(len(self._counts))]).astype(np.float32)
+        bounds = np.array(initial_bounds(self.spec.mlp)[:-1])
+        return np.stack([2.0 * bounds, bounds]).astype(np.float32)
 
     def _remember_large_layers(self, widths: tuple[int, ...]) -> None:
         """Lays out the weights as the kernels want them for this specification."""
@@ -346,18 +357,19 @@ class CompiledEngine(EagerEngine):
         [counts_of_one] = counts
         if not any(counts_of_one):
             return
-        drawn = []
+        draws, drawn = self._draws, []
         for layer, count in enumerate(counts_of_one):
             self.state.replacements[0][layer] += count
-            if count:
-                drawn.append(self._draws.incoming_weights(0, layer, count).reshape(-1))
+            if not count:
+                continue
+            if isinstance(draws, GeneratorDraws):
+                drawn.append(draws.numbers(0, layer, count))
+            else:
+                drawn.append(draws.incoming_weights(0, layer, count).reshape(-1).numpy())
         self._schedule_of = None
-        kernels.replace(
-            self.table,
-            np.array(counts_of_one, np.int64),
-            torch.cat(drawn).numpy() if len(drawn) > 1 else drawn[0].numpy(),
-            published_order,
-        )
+        self._counts[:] = counts_of_one
+        numbers = drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
+        self._replace_kernel(self.table, self._counts, numbers, self._ranges, published_order)
 
 
 class CompiledWork:

@@ -1559,11 +1559,13 @@ def run_each(tables: Integers, ahead: Integers) -> None:
 
 
 @exactly
-def replace(table: Integers, counts: Integers, drawn: Floats, published_order: bool) -> None:
+def replace(table: Integers, counts: Integers, drawn: Floats, ranges: Floats, published_order: bool) -> None:
     """`cbp.replacement.select_units` and `replace_units`: counts[layer] units of every hidden layer.
 
-    drawn: the incoming weights of all of them, one after another. What it adds to the sum of the parameters' magnitudes
-    are those of the biases: bias compensation may overflow them.
+    drawn: numbers for the incoming weights of all of them, one after another.
+    ranges: per layer [widths and bounds], a weight is number · width − bound, as `cbp.draws.draw_uniform` rounds it.
+
+    What it adds to the sum of the parameters' magnitudes are those of the biases: bias compensation may overflow them.
     """
     depth = table[_DEPTH]
     reals = row_at(table[_REALS], _REAL_COUNT)
@@ -1599,7 +1601,9 @@ def replace(table: Integers, counts: Integers, drawn: Floats, published_order: b
             )
         for rank in range(counts[layer]):
             j = chosen[layer, rank]
-            newborn = drawn[start : start + before]
+            newborn = np.empty(before, np.float32)
+            for i in range(before):
+                newborn[i] = drawn[start + i] * ranges[0, layer] - ranges[1, layer]
             if strength != _ONE:
                 newborn = _approached(table, layer, place, j, newborn, strength)
             _put_incoming(table, layer, place, j, newborn)

@@ -71,6 +71,7 @@ def initial_stack(specs: Sequence[LearnerSpec], device: torch.device) -> StackSt
     for learner, generator in enumerate(generators):
         for weight, bound in zip(parameters.weights, initial_bounds(network), strict=True):
             weight[learner] = draw_uniform(bound, weight.shape[1:], generator).to(device)
+        generator.rest()
     initial_parameters = flat_layers(network, len(specs), device)
     initial_parameters.flat.copy_(parameters.flat)
     units = UnitState.fresh(len(specs), sum(network.hidden), device)
