@@ -414,7 +414,8 @@ class CompiledWork:
         """On as many threads as torch may use; the learners share nothing, so it does not show in what they do."""
         threads = torch.get_num_threads()
         if min(threads, len(turns)) == 1 or sum(work.nanoseconds(steps) for work, steps in turns) < _WORTH_THREADS:
-            _run_each(turns)
+            for work, steps in turns:
+                work.run(steps)
             return
         pool = _threads(os.getpid(), threads)
         shares = [pool.submit(_run_each, turns[thread::threads]) for thread in range(min(threads, len(turns)))]
@@ -565,7 +566,7 @@ def compile_kernels() -> None:
     probe = Probe(1, rows, rows)
     engine.begin(examples, 1, probe).run(1)
     engine.measure(probe, None)
-    CompiledWork.run_together([(work, 1)])
+    _run_each([(work, 1)])
 
 
 def kernels_on_disk() -> bool:
