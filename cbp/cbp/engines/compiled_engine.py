@@ -43,6 +43,8 @@ _RANDOM_VALUES = 2**20
 _NANOSECONDS_BETWEEN_CALLS = 1e6
 _WORTH_THREADS = 5e5
 """Nanoseconds of steps that are divided among threads, at least."""
+_WORTH_A_CALL = 10_000
+"""Nanoseconds of a learner's steps that are a call of their own, at least, where learners go one after another."""
 
 _CORRECTED = 18.0
 """1 − e⁻¹⁸ is 1 in float32."""
@@ -413,9 +415,13 @@ class CompiledWork:
     def run_together(turns: Sequence[tuple["CompiledWork", int]]) -> None:
         """On as many threads as torch may use; the learners share nothing, so it does not show in what they do."""
         threads = torch.get_num_threads()
-        if min(threads, len(turns)) == 1 or sum(work.nanoseconds(steps) for work, steps in turns) < _WORTH_THREADS:
-            for work, steps in turns:
-                work.run(steps)
+        nanoseconds = sum(work.nanoseconds(steps) for work, steps in turns)
+        if min(threads, len(turns)) == 1 or nanoseconds < _WORTH_THREADS:
+            if nanoseconds < _WORTH_A_CALL * len(turns):
+                _run_each(turns)
+            else:
+                for work, steps in turns:
+                    work.run(steps)
             return
         pool = _threads(os.getpid(), threads)
         shares = [pool.submit(_run_each, turns[thread::threads]) for thread in range(min(threads, len(turns)))]
