@@ -111,6 +111,3 @@ class SampleHistory:
         if self._newest is None and self._packed:
             self._newest = pickle.loads(self._packed[-1])
         return self._newest
-
-    def __len__(self) -> int:
-        return len(self._packed)

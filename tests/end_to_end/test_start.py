@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from server_process import ServerProcess, wait_until
+from server_process import ServerProcess
 
 from cbp_client import Client, Unavailable
 
@@ -14,19 +14,18 @@ SPEC = {
     "loss": "cross_entropy",
     "optimizer": {"kind": "sgd", "lr": 0.05},
 }
-#: Lets the server's catalog be read only when the test says so.
+#: While there is a pipe at this place, the catalog is read only when the test has opened the pipe and closed it again.
 SLOW_CATALOG = """
-import os, pathlib, time
+import os, pathlib
 if "SLOW_CATALOG" in os.environ:
     from cbp_server.store import catalog
 
     read = catalog.Catalog.learners
 
     def learners(self):
-        place = pathlib.Path(os.environ["SLOW_CATALOG"])
-        (place / "reading").touch()
-        while not (place / "go").exists():
-            time.sleep(0.01)
+        pipe = pathlib.Path(os.environ["SLOW_CATALOG"])
+        if pipe.exists():
+            pipe.read_bytes()
         return read(self)
 
     catalog.Catalog.learners = learners
@@ -36,21 +35,20 @@ if "SLOW_CATALOG" in os.environ:
 class SlowServer(ServerProcess):
     def __init__(self, directory: Path, *flags: str) -> None:
         super().__init__(directory / "data", *flags)
-        self.place = directory
+        self.pipe = directory / "catalog"
 
     def environment(self) -> dict[str, str]:
-        (self.place / "sitecustomize.py").write_text(SLOW_CATALOG)
-        path = os.pathsep.join(filter(None, (str(self.place), os.environ.get("PYTHONPATH"))))
-        return super().environment() | {"PYTHONPATH": path, "SLOW_CATALOG": str(self.place)}
+        place = self.pipe.parent
+        (place / "sitecustomize.py").write_text(SLOW_CATALOG)
+        path = os.pathsep.join(filter(None, (str(place), os.environ.get("PYTHONPATH"))))
+        return super().environment() | {"PYTHONPATH": path, "SLOW_CATALOG": str(self.pipe)}
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[SlowServer]:
     server = SlowServer(tmp_path)
-    (tmp_path / "go").touch()
     server.start()
     yield server
-    (tmp_path / "go").touch()  # or it would not end
     server.close()
 
 
@@ -58,13 +56,12 @@ def test_a_learner_is_never_said_to_be_missing_while_the_catalog_is_read(server:
     with Client(server.grpc_target) as client:
         client.create_learner("clicks", **SPEC)
     assert server.stop() == 0
-    for name in ("go", "reading"):
-        (server.place / name).unlink()
+    os.mkfifo(server.pipe)
     server.launch()
-    wait_until((server.place / "reading").exists)
-    with Client(server.grpc_target, timeout=0.5) as client, pytest.raises(Unavailable):
-        client.get_learner("clicks")
-    (server.place / "go").touch()
+    with server.pipe.open("wb"):  # opens when the server reads
+        server.pipe.unlink()
+        with Client(server.grpc_target, timeout=0.5) as client, pytest.raises(Unavailable):
+            client.get_learner("clicks")
     server.wait_until_ready()
     with Client(server.grpc_target) as client:
         assert client.get_learner("clicks").id == "clicks"
