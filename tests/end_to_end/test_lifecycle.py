@@ -86,8 +86,13 @@ def test_a_server_told_to_stop_finishes_what_it_accepted_and_saves_it(
     stream = wire.stream("clicks")
     for sequence in range(1, 11):
         learn(stream, local, sequence, examples(500, seed=sequence))
-    first = stream.receive()  # the others are under way
+    first = stream.receive()
 
+    def all_are_accepted():
+        learner = view(own_server)
+        return learner["queued_batches"] + learner["producers"][0]["applied_sequence"] == 10
+
+    wait_until(all_are_accepted)  # some may be under way
     os.kill(own_server.pid, signal_number)
 
     results = [*first.acknowledgement.results, *stream.results(10 - len(first.acknowledgement.results))]
