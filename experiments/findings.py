@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, get_args
 
-from cbp.spec import Utility
+from cbp.spec.learner_spec import Utility
 from experiments.cells import Cell, masks
 from experiments.images import ImageSet
 from experiments.streams import Stream, StreamKind

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from cbp import MethodSpec, ResetSpec, make_methods
-from cbp.spec import (
+from cbp.spec.learner_spec import (
     L2InitSpec,
     ReDoSpec,
     SelectiveWeightReinitializationSpec,

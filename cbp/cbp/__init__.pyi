@@ -1,8 +1,8 @@
-from .batches import Batch
 from .continual_backprop import ContinualBackprop
 from .engines.choice import compile_ahead, compiled_before
 from .engines.names import EngineName, choose_engine
 from .errors import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
+from .examples.batches import Batch
 from .learner import Learner
 from .methods import (
     L2Init,
@@ -15,22 +15,11 @@ from .methods import (
     Upgd,
     make_methods,
 )
-from .named_units import HiddenUnits
-from .network_spec import (
-    CategoricalColumn,
-    ConvnetSpec,
-    InputSpec,
-    LinearSpec,
-    MlpSpec,
-    RegisteredSpec,
-    ResnetSpec,
-    TransformerSpec,
-)
+from .plasticity.samples import LayerPlasticity, PlasticitySample, Trainability
 from .progress import LearnerProgress, TaskRecord
 from .results import TrainResult
-from .samples import LayerPlasticity, PlasticitySample, Trainability
 from .serialization import LearnerSnapshot
-from .spec import (
+from .spec.learner_spec import (
     AdamSpec,
     AdamWSpec,
     L2InitSpec,
@@ -47,8 +36,19 @@ from .spec import (
     ShrinkAndPerturbSpec,
     UpgdSpec,
 )
+from .spec.network_spec import (
+    CategoricalColumn,
+    ConvnetSpec,
+    InputSpec,
+    LinearSpec,
+    MlpSpec,
+    RegisteredSpec,
+    ResnetSpec,
+    TransformerSpec,
+)
 from .stack import train_together
 from .trainability import measure_trainability
+from .units.named_units import HiddenUnits
 
 __all__ = [
     "AdamSpec",

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from cbp.spec import Activation
+from cbp.spec.learner_spec import Activation
 
 _LEAKY_SLOPE = 0.01
 _ELU_ALPHA = 1.0

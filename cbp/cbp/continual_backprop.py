@@ -6,8 +6,8 @@
     resets.step()
 
 The resets are those of `Learner`; what is here is when they take place, and what is saved. What is shared by methods
-that reset units is in `cbp.module_units`: which units a module has is found by `cbp.discovery`, what they computed is
-gathered by `cbp.activation_taps`, and `cbp.unit_groups` evaluates and replaces them.
+that reset units is in `cbp.units`: `discovery` finds which units a module has, `activation_taps` gathers what they
+computed, `unit_groups` evaluates and replaces them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from cbp.discovery import TableRow
 from cbp.errors import SnapshotError, SpecError
-from cbp.module_units import ModuleUnits
-from cbp.named_units import HiddenUnits
-from cbp.replacement import DrawSource, ReplacementSchedule, ResetSettings, UnitState, select_units
 from cbp.serialization import refusing_misfits, take_tensor
-from cbp.spec import Initializer, ResetSpec, Utility
-from cbp.unit_groups import evaluate_groups, replace_in_groups
+from cbp.spec.learner_spec import Initializer, ResetSpec, Utility
+from cbp.units.discovery import TableRow
+from cbp.units.module_units import ModuleUnits
+from cbp.units.named_units import HiddenUnits
+from cbp.units.replacement import DrawSource, ReplacementSchedule, ResetSettings, UnitState, select_units
+from cbp.units.unit_groups import evaluate_groups, replace_in_groups
 
 
 class ContinualBackprop:

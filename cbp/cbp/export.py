@@ -24,7 +24,7 @@ from cbp.engines.names import needs_module
 from cbp.errors import CbpError, SnapshotError
 from cbp.networks import layer_shapes
 from cbp.serialization import LearnerSnapshot, take_tensor
-from cbp.spec import Activation, LearnerSpec
+from cbp.spec.learner_spec import Activation, LearnerSpec
 
 if TYPE_CHECKING:
     import onnx

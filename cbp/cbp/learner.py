@@ -12,19 +12,19 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from cbp.batches import Batch, validate_features
 from cbp.engines.choice import check_engine, initial_state, make_engine, resolve_engine
 from cbp.engines.eager_engine import Work
 from cbp.engines.learner_state import LearnerState
 from cbp.engines.names import EngineChoice, EngineName
 from cbp.errors import BatchError, CbpError, Diverged, DivergenceError, FieldViolation, SnapshotError, SpecError, shown
-from cbp.pending import Examples, Probe, TaskRun
+from cbp.examples.batches import Batch, validate_features
+from cbp.examples.pending import Examples, Probe, TaskRun
+from cbp.plasticity.samples import PlasticitySample
 from cbp.progress import LearnerProgress, ProgressTracker
-from cbp.replacement import DrawSource
 from cbp.results import TrainResult
-from cbp.samples import PlasticitySample
 from cbp.serialization import FORMAT_VERSION, LearnerSnapshot, take_tensor
-from cbp.spec import LearnerSpec
+from cbp.spec.learner_spec import LearnerSpec
+from cbp.units.replacement import DrawSource
 
 _FLOAT32 = np.dtype(np.float32)
 SAMPLE_LIMIT = 1024

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cbp.spec import LossSpec
+from cbp.spec.learner_spec import LossSpec
 
 
 def encode_targets(loss: LossSpec, targets: Tensor, outputs: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cbp.activations import NONLINEARITIES, Nonlinearity
-from cbp.spec import Activation, Initializer, MlpSpec
+from cbp.spec.learner_spec import Activation, Initializer, MlpSpec
 
 
 @dataclass(frozen=True, kw_only=True)

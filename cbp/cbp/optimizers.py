@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cbp.networks import FlatLayers, flat_layers
-from cbp.spec import AdamSpec, AdamWSpec, MlpSpec, RmspropSpec, SgdSpec
+from cbp.spec.learner_spec import AdamSpec, AdamWSpec, MlpSpec, RmspropSpec, SgdSpec
 
 NORM_MARGIN = 1e-6
 """Added to a gradient's norm before it is divided by, as PyTorch does."""

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cbp.errors import SnapshotError, SpecError
-from cbp.spec import LearnerSpec
+from cbp.spec.learner_spec import LearnerSpec
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "cbp"

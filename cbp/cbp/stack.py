@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from cbp.batches import Batch
 from cbp.engines.choice import run_together
 from cbp.errors import CbpError, DivergenceError
+from cbp.examples.batches import Batch
 from cbp.learner import Learner, Training
 from cbp.results import TrainResult
 

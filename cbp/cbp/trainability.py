@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from cbp import losses
-from cbp.batches import Batch
 from cbp.engines.names import EngineChoice
 from cbp.errors import DivergenceError
+from cbp.examples.batches import Batch
 from cbp.learner import Learner
-from cbp.samples import Trainability
+from cbp.plasticity.samples import Trainability
 from cbp.serialization import LearnerSnapshot, take_tensor
-from cbp.spec import LearnerSpec
+from cbp.spec.learner_spec import LearnerSpec
 
 TASK_EXAMPLES = 128
 """Examples of the task at most: the newest of the probe."""

@@ -4,8 +4,8 @@ import asyncio
 import sys
 
 from cbp_server.app import StartError, serve
-from cbp_server.logs import configure_logging
-from cbp_server.memory import keep_freed_memory, shorten_collections
+from cbp_server.process.logs import configure_logging
+from cbp_server.process.memory import keep_freed_memory, shorten_collections
 from cbp_server.settings import load_settings
 
 

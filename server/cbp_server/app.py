@@ -20,24 +20,24 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from cbp import CbpError
-from cbp_server.checkpointing import CheckpointPolicy
 from cbp_server.engine.messages import EngineOptions, EngineReady
 from cbp_server.engine.process import EngineProcess
 from cbp_server.errors import EngineUnavailable
-from cbp_server.exposition import Exposition
-from cbp_server.host import Host, HostOptions
-from cbp_server.learner_metrics import LearnerMetrics
-from cbp_server.metrics import HostMetrics, JournalMetrics, RpcMetrics, register_server_metrics
+from cbp_server.learners.checkpointing import CheckpointPolicy
+from cbp_server.learners.host import Host, HostOptions
+from cbp_server.metrics.exposition import Exposition
+from cbp_server.metrics.learners import LearnerMetrics
+from cbp_server.metrics.service import HostMetrics, JournalMetrics, RpcMetrics, register_server_metrics
 from cbp_server.rpc.convert import journaled_batch
 from cbp_server.rpc.server import RpcServer
 from cbp_server.settings import Settings
-from cbp_server.storage import Guard, Storage
 from cbp_server.store.catalog import Catalog
 from cbp_server.store.checkpoints import CheckpointFiles
 from cbp_server.store.database import DatabaseInUse, Ownership, exclusive, open_database
 from cbp_server.store.directories import make_directory
 from cbp_server.store.group_commit import GroupCommit
 from cbp_server.store.journal import Entry, Journal
+from cbp_server.store.storage import Guard, Storage
 from cbp_server.web.app import create_app
 
 #: Seconds that calls still open after the drain may take to end.

@@ -51,7 +51,7 @@ import grpc
 
 from cbp import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
 from cbp.errors import shown
-from cbp_server.records import Quarantine
+from cbp_server.records.learners import Quarantine
 
 
 class ServiceError(CbpError):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cbp import BatchError, FieldViolation, LearnerSpec, SpecError
-from cbp.network_spec import (
+from cbp.spec.network_spec import (
     AnyNetwork,
     ConvnetSpec,
     LinearSpec,

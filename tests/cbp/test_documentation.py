@@ -19,8 +19,8 @@ from cbp import (
     RmspropSpec,
     SgdSpec,
 )
-from cbp.network_spec import AnyNetwork, RegisteredSpec
-from cbp.spec import Initializer, Utility
+from cbp.spec.learner_spec import Initializer, Utility
+from cbp.spec.network_spec import AnyNetwork, RegisteredSpec
 
 REPOSITORY = Path(__file__).parents[2]
 ALGORITHM = (REPOSITORY / "docs" / "algorithm.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from torch import nn
 
 from cbp import Batch, ContinualBackprop, Learner, LearnerSnapshot, LearnerSpec, SnapshotError
 from cbp.export import FORMATS, ONNX_OPSET, main, to_module, to_onnx, to_torch_export
-from cbp.spec import Activation
+from cbp.spec.learner_spec import Activation
 
 MakeSpec = Callable[..., LearnerSpec]
 MakeBatch = Callable[..., Batch]

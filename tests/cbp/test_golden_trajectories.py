@@ -17,7 +17,7 @@ import cbp.continual_backprop
 from cbp import Batch, ContinualBackprop, Learner, LearnerSpec, losses
 from cbp.engines.names import EngineName, PerceptronEngineName
 from cbp.engines.torch_engine import TorchEngine, initial_stack
-from cbp.unit_groups import replace_in_groups
+from cbp.units.unit_groups import replace_in_groups
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.npz"))

@@ -10,7 +10,7 @@ from torch import nn
 
 from cbp import Batch, Learner, LearnerSpec
 from cbp.engines.names import EngineName
-from cbp.spec import Activation, LossKind
+from cbp.spec.learner_spec import Activation, LossKind
 
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cbp import Batch, CbpError, Learner, LearnerSnapshot, LearnerSpec, SpecError
-from cbp.replacement import bias_correction
-from cbp.spec import hidden_layer_name
+from cbp.spec.learner_spec import hidden_layer_name
+from cbp.units.replacement import bias_correction
 
 MakeSpec = Callable[..., LearnerSpec]
 MakeBatch = Callable[..., Batch]

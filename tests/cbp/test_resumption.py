@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cbp import Batch, ContinualBackprop, Learner, LearnerSnapshot, LearnerSpec
 from cbp.engines.names import EngineName
-from cbp.spec import Utility
+from cbp.spec.learner_spec import Utility
 
 MakeSpec = Callable[..., LearnerSpec]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cbp import Batch, Learner, LearnerSnapshot, LearnerSpec, SnapshotError
-from cbp.spec import Utility
+from cbp.spec.learner_spec import Utility
 
 MakeSpec = Callable[..., LearnerSpec]
 MakeBatch = Callable[..., Batch]

@@ -24,7 +24,7 @@ from cbp import (
 from cbp.engines import compiled_engine, stacked_engine
 from cbp.engines.names import EngineName
 from cbp.engines.stacked_engine import stack_width
-from cbp.spec import Activation, LossKind, Utility
+from cbp.spec.learner_spec import Activation, LossKind, Utility
 
 MakeSpec = Callable[..., LearnerSpec]
 MakeBatch = Callable[..., Batch]

@@ -11,7 +11,7 @@ import pytest
 
 from cbp import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
 from cbp_server import errors
-from cbp_server.records import Quarantine
+from cbp_server.records.learners import Quarantine
 from cbp_server.rpc.errors import brief_description, rich_status
 
 

@@ -1,1 +1,1 @@
-"""Networks that are built as modules of PyTorch, from the records of `cbp.network_spec`."""
+"""Networks that are built as modules of PyTorch, from the records of `cbp.spec.network_spec`."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from cbp.architectures import image, perceptron, transformer
 from cbp.architectures.inputs import ColumnTokens, EmbeddedTokens, all_inputs, running_normalization, tabular_inputs
-from cbp.discovery import Discovery, discover_units
 from cbp.errors import FieldViolation, SpecError
-from cbp.network_spec import (
+from cbp.networks import initial_bound
+from cbp.spec.network_spec import (
     AnyNetwork,
     ConvnetSpec,
     LinearSpec,
@@ -22,7 +22,7 @@ from cbp.network_spec import (
     ResnetSpec,
     TransformerSpec,
 )
-from cbp.networks import initial_bound
+from cbp.units.discovery import Discovery, discover_units
 
 ENTRY_POINT_GROUP = "cbp.networks"
 """Entry points are functions (shape of one example, number of outputs, settings by name) -> module, which takes float32

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cbp.activations import NONLINEARITIES
-from cbp.network_spec import Activation, ConvnetSpec, Normalization, ResnetSpec
+from cbp.spec.network_spec import Activation, ConvnetSpec, Normalization, ResnetSpec
 
 _MOST_IN_A_GROUP = 8
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cbp.network_spec import LARGEST_WHOLE, CategoricalColumn, InputSpec
+from cbp.spec.network_spec import LARGEST_WHOLE, CategoricalColumn, InputSpec
 
 _EPSILON = 1e-8
 _LARGEST = 10.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cbp.activations import NONLINEARITIES
-from cbp.network_spec import LinearSpec, MlpSpec
+from cbp.spec.network_spec import LinearSpec, MlpSpec
 
 
 class Crelu(nn.Module):

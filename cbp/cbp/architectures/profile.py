@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cbp.architectures.building import Network, assemble, found_units
 from cbp.errors import FieldViolation, SpecError
-from cbp.network_spec import AnyNetwork, RegisteredSpec
+from cbp.spec.network_spec import AnyNetwork, RegisteredSpec
 
 LARGEST_NETWORK = 2**31
 """Parameters; a server allows far fewer."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cbp.activations import NONLINEARITIES
-from cbp.network_spec import TransformerSpec
+from cbp.spec.network_spec import TransformerSpec
 
 
 class _Attention(nn.Module):

@@ -1,0 +1,1 @@
+"""What takes a learner's steps: one interface, and an implementation for each kind of network and device."""

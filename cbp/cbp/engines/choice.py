@@ -11,8 +11,8 @@ from cbp.engines.names import EngineChoice, EngineName, choose_engine, needs_mod
 from cbp.engines.perceptron_state import PerceptronState
 from cbp.engines.stacked_engine import StackedEngine
 from cbp.errors import CbpError, shown
-from cbp.replacement import DrawSource
-from cbp.spec import LearnerSpec
+from cbp.spec.learner_spec import LearnerSpec
+from cbp.units.replacement import DrawSource
 
 
 def check_engine(choice: EngineChoice, device: torch.device) -> None:

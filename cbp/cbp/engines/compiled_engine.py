@@ -27,13 +27,13 @@ from cbp.engines.eager_engine import EagerEngine, Work
 from cbp.engines.kernels import Real, Sum, Table
 from cbp.engines.names import EngineName
 from cbp.engines.torch_engine import StackState, initial_stack
+from cbp.examples.pending import Examples, Probe
 from cbp.networks import FlatLayers, initial_bounds, laid_out
 from cbp.optimizers import NORM_MARGIN, AdamState, RmspropState, SgdState
-from cbp.pending import Examples, Probe
+from cbp.plasticity.samples import LayerPlasticity
 from cbp.progress import Tally
-from cbp.replacement import DrawSource, GeneratorDraws, ReplacementSchedule
-from cbp.samples import LayerPlasticity
-from cbp.spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, RmspropSpec, SgdSpec, Utility
+from cbp.spec.learner_spec import Activation, AdamSpec, AdamWSpec, LearnerSpec, LossKind, RmspropSpec, SgdSpec, Utility
+from cbp.units.replacement import DrawSource, GeneratorDraws, ReplacementSchedule
 
 P = ParamSpec("P")
 R = TypeVar("R")

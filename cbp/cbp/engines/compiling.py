@@ -9,7 +9,15 @@ import numba
 P = ParamSpec("P")
 R = TypeVar("R")
 
-SOURCES = ("compiling.py", "lanes.py", "products.py", "kernels.py", "measuring.py", "../plasticity.py", "../samples.py")
+SOURCES = (
+    "compiling.py",
+    "lanes.py",
+    "products.py",
+    "kernels.py",
+    "measuring.py",
+    "../plasticity/measures.py",
+    "../plasticity/samples.py",
+)
 """All files with compiled code, or with constants in it, as they are found from this one's folder."""
 
 

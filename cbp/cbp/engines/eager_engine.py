@@ -19,11 +19,11 @@ from cbp.engines.eager_measures import measure_perceptron
 from cbp.engines.learner_state import CheckedState
 from cbp.engines.names import EngineName
 from cbp.engines.torch_engine import StackState, TorchEngine
-from cbp.pending import Examples, Probe
+from cbp.examples.pending import Examples, Probe
+from cbp.plasticity.samples import LayerPlasticity
 from cbp.progress import Tally
-from cbp.replacement import DrawSource
-from cbp.samples import LayerPlasticity
-from cbp.spec import LearnerSpec
+from cbp.spec.learner_spec import LearnerSpec
+from cbp.units.replacement import DrawSource
 
 
 class Work(Protocol):

@@ -8,11 +8,11 @@ from torch import Tensor
 from cbp import losses, optimizers
 from cbp.activations import NONLINEARITIES
 from cbp.engines.torch_engine import StackState, unit_layout
+from cbp.examples.pending import Probe
 from cbp.networks import Mlp, flat_layers
-from cbp.pending import Probe
-from cbp.plasticity import Probed, measure_layers
-from cbp.samples import LayerPlasticity
-from cbp.spec import LearnerSpec
+from cbp.plasticity.measures import Probed, measure_layers
+from cbp.plasticity.samples import LayerPlasticity
+from cbp.spec.learner_spec import LearnerSpec
 
 
 @torch.inference_mode()

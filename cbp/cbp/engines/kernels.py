@@ -840,7 +840,7 @@ def _evaluate(
     activity_at: int,
     corrections_at: int,
 ) -> None:
-    """`cbp.replacement.evaluate_units` for one hidden layer, whose first unit is `unit`.
+    """`cbp.units.replacement.evaluate_units` for one hidden layer, whose first unit is `unit`.
 
     By address: the layer's activations [B, units]; per unit, sums of its weights' magnitudes, and this step's draws;
     and twice room for one value per unit.
@@ -1318,7 +1318,7 @@ def _falls_due(owed: Doubles, rates: Doubles, mature: Doubles) -> int:
 
 @exactly
 def _show_to_probe(table: Integers, features: Floats, labels: Integers, values: Floats) -> None:
-    """`cbp.pending.Probe.extend`, where there is room."""
+    """`cbp.examples.pending.Probe.extend`, where there is room."""
     rows, width, outputs = table[_PROBE_ROWS], features.shape[1], values.shape[1]
     position = integers_at(table[_PROBE_POSITION], 2)
     following = position[0]
@@ -1560,10 +1560,10 @@ def run_each(tables: Integers, ahead: Integers) -> None:
 
 @exactly
 def replace(table: Integers, counts: Integers, drawn: Floats, ranges: Floats, published_order: bool) -> None:
-    """`cbp.replacement.select_units` and `replace_units`: counts[layer] units of every hidden layer.
+    """`cbp.units.replacement.select_units` and `replace_units`: counts[layer] units of every hidden layer.
 
     drawn: numbers for the incoming weights of all of them, one after another.
-    ranges: per layer [widths and bounds], a weight is number · width − bound, as `cbp.draws.draw_uniform` rounds it.
+    ranges: per layer [widths and bounds], a weight is number · width − bound, as `draw_uniform` rounds it.
 
     What it adds to the sum of the parameters' magnitudes are those of the biases: bias compensation may overflow them.
     """

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from cbp.errors import Diverged
-from cbp.spec import LearnerSpec
+from cbp.spec.learner_spec import LearnerSpec
 
 
 class CheckedState(Protocol):

@@ -1,8 +1,8 @@
 """Plasticity samples of one learner, compiled by numba: `look` sends the probe through the network and back, `measure`
 sums one layer up.
 
-What they find is what `cbp.plasticity` says, to rounding. There a sample of a small network is some three hundred
-operations, each of which costs more than all the arithmetic; here it is that arithmetic.
+What they find is what `cbp.plasticity.measures` says, to rounding. There a sample of a small network is some three
+hundred operations, each of which costs more than all the arithmetic; here it is that arithmetic.
 
 Shapes: n probe examples, I inputs, C outputs, U hidden units of all layers side by side; one linear layer is [out, in].
 What is known of the probe lies layer after layer, each [n, units].
@@ -35,8 +35,8 @@ from cbp.engines.kernels import (
     squares_of_gradient,
 )
 from cbp.engines.products import ROWS_AT_ONCE, add_bias, affine, hand_back
-from cbp.plasticity import DECIDED_BY_ROUNDING, GRADIENT_EXAMPLES, SAMPLES_PER_UNIT, SRANK_DELTA
-from cbp.samples import QUANTILES, LayerPlasticity
+from cbp.plasticity.measures import DECIDED_BY_ROUNDING, GRADIENT_EXAMPLES, SAMPLES_PER_UNIT, SRANK_DELTA
+from cbp.plasticity.samples import QUANTILES, LayerPlasticity
 
 
 class Measure(IntEnum):
@@ -222,7 +222,7 @@ def _compare(weight: Floats, drawn: Floats, columns: int) -> tuple[float, float,
 
 @exactly
 def _gradient_rank(inputs: Floats, deltas: Floats) -> float:
-    """See `cbp.plasticity.gradient_rank`."""
+    """See `cbp.plasticity.measures.gradient_rank`."""
     if len(inputs) < GRADIENT_EXAMPLES:
         return np.nan
     newest = inputs[len(inputs) - GRADIENT_EXAMPLES :].astype(np.float64)
@@ -235,7 +235,7 @@ def _gradient_rank(inputs: Floats, deltas: Floats) -> float:
 def _measure_activations(
     activations: Floats, dormant_threshold: float, low: float, high: float, found: Doubles
 ) -> None:
-    """See `cbp.plasticity.measure_activations`."""
+    """See `cbp.plasticity.measures.measure_activations`."""
     examples, units = activations.shape
     values = activations.astype(np.float64)
     if not _all_finite(values.reshape(values.size)):

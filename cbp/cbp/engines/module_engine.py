@@ -19,17 +19,17 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from cbp import losses
 from cbp.architectures.building import Network, build, found_units, own_random_numbers, seeds_of
 from cbp.continual_backprop import ContinualBackprop
-from cbp.discovery import Discovery
 from cbp.engines.eager_engine import EagerWork, Work
 from cbp.engines.names import EngineName
 from cbp.errors import Diverged, SnapshotError
+from cbp.examples.pending import Examples, Probe
 from cbp.methods import PlasticityMethod, ReDo, SelfNormalizedResets, make_methods
-from cbp.pending import Examples, Probe
-from cbp.plasticity import GroupHistory, Seen, measure_groups
-from cbp.samples import LayerPlasticity
+from cbp.plasticity.measures import GroupHistory, Seen, measure_groups
+from cbp.plasticity.samples import LayerPlasticity
 from cbp.serialization import take_tensor
-from cbp.spec import AdamSpec, AdamWSpec, Initializer, LearnerSpec, RmspropSpec, SgdSpec, goes_with_resets
-from cbp.unit_groups import activity_rows
+from cbp.spec.learner_spec import AdamSpec, AdamWSpec, Initializer, LearnerSpec, RmspropSpec, SgdSpec, goes_with_resets
+from cbp.units.discovery import Discovery
+from cbp.units.unit_groups import activity_rows
 
 _PLAIN = "plain"
 _TENSOR = "tensor"

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from cbp.spec import LearnerSpec
+from cbp.spec.learner_spec import LearnerSpec
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from cbp.engines.torch_engine import StackState, initial_stack, schedules
 from cbp.errors import SnapshotError
 from cbp.networks import FlatLayers
 from cbp.serialization import take_tensor
-from cbp.spec import LearnerSpec
+from cbp.spec.learner_spec import LearnerSpec
 
 
 class PerceptronState(StackState):

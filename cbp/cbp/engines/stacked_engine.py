@@ -25,11 +25,11 @@ from cbp import losses, optimizers
 from cbp.engines.eager_engine import EagerEngine, Work
 from cbp.engines.names import EngineName
 from cbp.engines.torch_engine import StackState, TorchEngine
+from cbp.examples.pending import Examples, Probe
 from cbp.networks import flat_layers
-from cbp.pending import Examples, Probe
 from cbp.progress import Tally
-from cbp.replacement import DrawSource, UnitState
-from cbp.spec import LearnerSpec, LossSpec, MlpSpec, SgdSpec, Utility
+from cbp.spec.learner_spec import LearnerSpec, LossSpec, MlpSpec, SgdSpec, Utility
+from cbp.units.replacement import DrawSource, UnitState
 
 _CPU_WIDTHS = (64, 32)
 """Multiples of the floats that two vector instructions take together, so that none of a row's numbers is left over for

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from cbp import optimizers
-from cbp.draws import UniformGenerator, draw_uniform
 from cbp.errors import Diverged
 from cbp.losses import output_gradient
 from cbp.networks import FlatLayers, Mlp, flat_layers, initial_bounds, laid_out, layer_shapes
 from cbp.optimizers import OptimizerState
-from cbp.replacement import (
+from cbp.spec.learner_spec import LearnerSpec, MlpSpec
+from cbp.units.draws import UniformGenerator, draw_uniform
+from cbp.units.replacement import (
     DrawSource,
     GeneratorDraws,
     ReplacementSchedule,
@@ -30,7 +31,6 @@ from cbp.replacement import (
     replace_units,
     select_units,
 )
-from cbp.spec import LearnerSpec, MlpSpec
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from cbp.methods.selective_weight_reinitialization import SelectiveWeightReiniti
 from cbp.methods.self_normalized_resets import SelfNormalizedResets
 from cbp.methods.shrink_and_perturb import ShrinkAndPerturb
 from cbp.methods.upgd import Upgd
-from cbp.spec import (
+from cbp.spec.learner_spec import (
     Initializer,
     L2InitSpec,
     MethodSpec,

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from cbp.methods.parameters import Beside, optimized_parameters, refuse_closures
 from cbp.serialization import refusing_misfits
-from cbp.spec import L2InitSpec
+from cbp.spec.learner_spec import L2InitSpec
 
 
 class L2Init:

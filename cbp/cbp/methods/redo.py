@@ -8,10 +8,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cbp.methods.unit_resets import UnitResets
-from cbp.named_units import HiddenUnits
 from cbp.serialization import refusing_misfits, take_tensor
-from cbp.spec import Initializer, ReDoSpec
-from cbp.unit_groups import mean_over_units
+from cbp.spec.learner_spec import Initializer, ReDoSpec
+from cbp.units.named_units import HiddenUnits
+from cbp.units.unit_groups import mean_over_units
 
 _SMALLEST_MEAN = 1e-12
 

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from cbp.errors import CbpError, FieldViolation, SpecError
 from cbp.methods.parameters import Beside, optimized_parameters, redrawn
-from cbp.optimizer_slots import OptimizerSlots
 from cbp.serialization import refusing_misfits, take_tensor
-from cbp.spec import SelectiveWeightReinitializationSpec
+from cbp.spec.learner_spec import SelectiveWeightReinitializationSpec
+from cbp.units.optimizer_slots import OptimizerSlots
 
 
 class SelectiveWeightReinitialization:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbp.methods.unit_resets import UnitResets
-from cbp.named_units import HiddenUnits
 from cbp.serialization import refusing_misfits, take_tensor
-from cbp.spec import Initializer, SelfNormalizedResetsSpec
-from cbp.unit_groups import mean_over_units
+from cbp.spec.learner_spec import Initializer, SelfNormalizedResetsSpec
+from cbp.units.named_units import HiddenUnits
+from cbp.units.unit_groups import mean_over_units
 
 _BINS_PER_OCTAVE = 8
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from cbp.methods.parameters import Beside, optimized_parameters, redrawn
 from cbp.serialization import refusing_misfits, take_tensor
-from cbp.spec import ShrinkAndPerturbSpec
+from cbp.spec.learner_spec import ShrinkAndPerturbSpec
 
 
 class ShrinkAndPerturb:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from cbp.module_units import ModuleUnits
-from cbp.named_units import HiddenUnits
-from cbp.spec import Initializer
-from cbp.unit_groups import Grouping
+from cbp.spec.learner_spec import Initializer
+from cbp.units.module_units import ModuleUnits
+from cbp.units.named_units import HiddenUnits
+from cbp.units.unit_groups import Grouping
 
 
 class UnitResets:

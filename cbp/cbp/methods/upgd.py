@@ -11,7 +11,7 @@ from cbp.errors import FieldViolation, SpecError
 from cbp.methods.parameters import Beside, optimized_parameters, refuse_closures
 from cbp.networks import to_device
 from cbp.serialization import refusing_misfits, take_tensor
-from cbp.spec import UpgdSpec
+from cbp.spec.learner_spec import UpgdSpec
 
 
 class Upgd:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbp import Batch, EngineName, LearnerProgress, LearnerSpec, TrainResult
-from cbp_server.samples import PackedSample
+from cbp_server.records.samples import PackedSample
 
 AnswerT_co = TypeVar("AnswerT_co", covariant=True)
 

@@ -15,7 +15,7 @@ import structlog
 from cbp_server.engine import messages
 from cbp_server.engine.connection import EngineConnection
 from cbp_server.errors import EngineUnavailable
-from cbp_server.records import EngineStatus
+from cbp_server.records.learners import EngineStatus
 
 AnswerT = TypeVar("AnswerT")
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from cbp_server.engine import messages
-from cbp_server.records import EngineStatus
+from cbp_server.records.learners import EngineStatus
 
 AnswerT = TypeVar("AnswerT")
 

@@ -52,9 +52,9 @@ from cbp_server.errors import (
     SequenceGap,
     ServerDraining,
 )
-from cbp_server.logs import configure_logging
-from cbp_server.memory import keep_freed_memory, shorten_collections
-from cbp_server.samples import PackedSample, SampleHistory, SampleRecord, pack, unpack
+from cbp_server.process.logs import configure_logging
+from cbp_server.process.memory import keep_freed_memory, shorten_collections
+from cbp_server.records.samples import PackedSample, SampleHistory, SampleRecord, pack, unpack
 from cbp_server.store.checkpoints import CheckpointFiles
 
 #: Seconds between two full progress reports of a learner that has more batches waiting.

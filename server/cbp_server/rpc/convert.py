@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cbp import Batch, BatchError, FieldViolation, LayerPlasticity, LearnerSpec, SpecError, Trainability
 from cbp.errors import shown
-from cbp.samples import QUANTILES
+from cbp.plasticity.samples import QUANTILES
 from cbp_proto import (
     TensorError,
     TensorMessage,
@@ -29,11 +29,11 @@ from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2, tensor_pb2,
 from cbp_server.engine.messages import TrainReport
 from cbp_server.errors import InvalidRequest
 from cbp_server.limits import Limits, check_prediction, check_spec, check_training
-from cbp_server.records import Durability, LearnerRecord, LearnerState, Quarantine
+from cbp_server.records.learners import Durability, LearnerRecord, LearnerState, Quarantine
+from cbp_server.records.samples import SampleRecord
 from cbp_server.rpc.errors import brief_description
-from cbp_server.samples import SampleRecord
-from cbp_server.sessions import Accepted, IncomingBatch, Rejected
 from cbp_server.store.catalog import StoredCheckpoint
+from cbp_server.streams.sessions import Accepted, IncomingBatch, Rejected
 
 _COLLECTION = "learners/"
 _PRESETS = ("all", "first", "none")

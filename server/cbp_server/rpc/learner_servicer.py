@@ -10,10 +10,10 @@ from google.protobuf.empty_pb2 import Empty
 from cbp import FieldViolation, LearnerSpec
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, learner_service_pb2_grpc
 from cbp_server.errors import InvalidRequest, ServerDraining, StreamProtocolError
-from cbp_server.host import Host
+from cbp_server.learners.host import Host
+from cbp_server.learners.paging import checkpoints_page_of
 from cbp_server.limits import Limits, check_spec
-from cbp_server.paging import checkpoints_page_of
-from cbp_server.records import Durability, LearnerRecord
+from cbp_server.records.learners import Durability, LearnerRecord
 from cbp_server.rpc import convert
 
 _DEFAULT_WATCH_SECONDS, _LEAST_WATCH_SECONDS, _LONGEST_NAP_SECONDS = 1.0, 0.05, 0.2

@@ -5,7 +5,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cbp_proto.v1 import learner_service_pb2, learner_service_pb2_grpc
-from cbp_server.host import Host
+from cbp_server.learners.host import Host
 from cbp_server.limits import Limits
 from cbp_server.rpc.interceptor import CallInterceptor, RpcObserver
 from cbp_server.rpc.learner_servicer import LearnerServicer

@@ -9,11 +9,11 @@ import grpc
 from cbp_proto import WireBatch, encode_tensor, read_train_request
 from cbp_proto.v1 import training_service_pb2
 from cbp_server.errors import MessageTooLarge, StreamProtocolError
-from cbp_server.host import Host
+from cbp_server.learners.host import Host
 from cbp_server.limits import Limits
+from cbp_server.loop.turns import Turns
 from cbp_server.rpc import convert
-from cbp_server.sessions import Accepted, Durable, Ended, Rejected, TrainSession
-from cbp_server.turns import Turns
+from cbp_server.streams.sessions import Accepted, Durable, Ended, Rejected, TrainSession
 
 TRAINING_SERVICE = training_service_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name
 

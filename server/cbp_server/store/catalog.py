@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from cbp import EngineName
 from cbp_server.errors import LearnerExists
-from cbp_server.records import Durability, Quarantine
+from cbp_server.records.learners import Durability, Quarantine
 from cbp_server.store.database import transaction
 from cbp_server.store.journal import Entry, row_of
 from cbp_server.store.tables import CHECKPOINTS, JOURNAL, LEARNERS, LIVE_NAME

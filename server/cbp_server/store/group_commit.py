@@ -14,7 +14,7 @@ import structlog
 from sqlalchemy.exc import DataError, IntegrityError
 
 from cbp_server.errors import JournalUnavailable
-from cbp_server.records import Durability, JournalStatus
+from cbp_server.records.learners import Durability, JournalStatus
 from cbp_server.store.journal import Entry
 
 #: Bounds of one transaction; more entries wait for the next one.

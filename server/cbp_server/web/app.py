@@ -12,9 +12,9 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 
-from cbp_server.exposition import Exposition, TextFormat
-from cbp_server.read_model import ReadModel
-from cbp_server.records import LearnerState
+from cbp_server.metrics.exposition import Exposition, TextFormat
+from cbp_server.records.learners import LearnerState
+from cbp_server.records.read_model import ReadModel
 from cbp_server.web import schemas
 from cbp_server.web.problems import PROBLEM_CONTENT, install_problem_handlers
 from cbp_server.web.security_headers import SecurityHeaders

@@ -8,10 +8,10 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from cbp import LayerPlasticity, LearnerProgress
 from cbp import Trainability as TrainabilityRecord
-from cbp.samples import QUANTILES
-from cbp_server.records import CheckpointRecord, LearnerRecord, ProducerRecord
-from cbp_server.records import Quarantine as QuarantineRecord
-from cbp_server.samples import SampleRecord
+from cbp.plasticity.samples import QUANTILES
+from cbp_server.records.learners import CheckpointRecord, LearnerRecord, ProducerRecord
+from cbp_server.records.learners import Quarantine as QuarantineRecord
+from cbp_server.records.samples import SampleRecord
 
 
 def _finite(value: float | None) -> float | None:

@@ -8,8 +8,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from prometheus_client import CollectorRegistry
 
-from cbp_server.host import Host
-from cbp_server.metrics import RpcMetrics
+from cbp_server.learners.host import Host
+from cbp_server.metrics.service import RpcMetrics
 from cbp_server.rpc.server import RpcServer
 from cbp_server.settings import Settings
 

@@ -9,7 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from cbp_server.errors import LearnerExists
-from cbp_server.records import Durability, Quarantine
+from cbp_server.records.learners import Durability, Quarantine
 from cbp_server.store.catalog import Catalog, StoredCheckpoint, StoredLearner
 from cbp_server.store.journal import Entry, EntryKind
 

@@ -11,7 +11,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from cbp_server.records import Durability
+from cbp_server.records.learners import Durability
 from cbp_server.store.catalog import Catalog, StoredLearner
 from cbp_server.store.database import DatabaseInUse, exclusive, open_database, transaction
 from cbp_server.store.tables import METADATA

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalErr
 from structlog.testing import capture_logs
 
 from cbp_server.errors import JournalUnavailable
-from cbp_server.records import Durability
+from cbp_server.records.learners import Durability
 from cbp_server.store.database import open_database
 from cbp_server.store.group_commit import GroupCommit
 from cbp_server.store.journal import Entry, EntryKind, Journal

@@ -9,7 +9,7 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 
 from cbp_server.errors import JournalUnavailable
-from cbp_server.records import Durability
+from cbp_server.records.learners import Durability
 from cbp_server.store.catalog import Catalog
 from cbp_server.store.database import DatabaseInUse, exclusive, open_database
 from cbp_server.store.group_commit import GroupCommit

@@ -21,10 +21,10 @@ from cbp import (
     Trainability,
 )
 from cbp_server.errors import InvalidRequest, LearnerNotFound
-from cbp_server.exposition import Exposition
-from cbp_server.learner_metrics import LearnerMetrics
-from cbp_server.metrics import HostMetrics, JournalMetrics, RpcMetrics, register_server_metrics
-from cbp_server.records import (
+from cbp_server.metrics.exposition import Exposition
+from cbp_server.metrics.learners import LearnerMetrics
+from cbp_server.metrics.service import HostMetrics, JournalMetrics, RpcMetrics, register_server_metrics
+from cbp_server.records.learners import (
     CheckpointRecord,
     EngineStatus,
     JournalStatus,
@@ -33,7 +33,7 @@ from cbp_server.records import (
     ProducerRecord,
     Quarantine,
 )
-from cbp_server.samples import SampleHistory, SampleRecord, pack
+from cbp_server.records.samples import SampleHistory, SampleRecord, pack
 from cbp_server.web.app import create_app
 
 START = datetime(2026, 11, 22, 9, 0, tzinfo=UTC)

@@ -10,7 +10,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from cbp_server.errors import EngineUnavailable
-from cbp_server.records import Durability, JournalStatus, LearnerRecord, LearnerState
+from cbp_server.records.learners import Durability, JournalStatus, LearnerRecord, LearnerState
 
 DOCS = Path(__file__).parents[3] / "docs" / "http_api.md"
 

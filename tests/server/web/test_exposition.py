@@ -15,9 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.registry import Collector
 
 from cbp import LayerPlasticity, PlasticitySample
-from cbp.samples import QUANTILES
-from cbp_server.exposition import Exposition, Family, SeriesText, TextFormat
-from cbp_server.learner_families import (
+from cbp.plasticity.samples import QUANTILES
+from cbp_server.loop.turns import Turns
+from cbp_server.metrics.exposition import Exposition, Family, SeriesText, TextFormat
+from cbp_server.metrics.learner_families import (
     LAYER_GAUGES,
     LEARNER_COUNTERS,
     LEARNER_GAUGES,
@@ -25,10 +26,9 @@ from cbp_server.learner_families import (
     UNIT_AGE,
     UNIT_UTILITY,
 )
-from cbp_server.learner_metrics import LearnerMetrics
-from cbp_server.records import LearnerRecord
-from cbp_server.samples import SampleHistory, SampleRecord, pack
-from cbp_server.turns import Turns
+from cbp_server.metrics.learners import LearnerMetrics
+from cbp_server.records.learners import LearnerRecord
+from cbp_server.records.samples import SampleHistory, SampleRecord, pack
 
 TEXT = "text/plain;version=0.0.4"
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"

@@ -12,11 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from system_tools import system_tool
 
 from cbp_server.errors import LearnerNotFound, SequenceGap
-from cbp_server.exposition import Exposition, TextFormat
-from cbp_server.learner_metrics import LearnerMetrics
-from cbp_server.metrics import HostMetrics, JournalMetrics, RpcMetrics, ServerCollector, register_server_metrics
-from cbp_server.read_model import ReadModel
-from cbp_server.records import JournalStatus, LearnerRecord, LearnerState
+from cbp_server.metrics.exposition import Exposition, TextFormat
+from cbp_server.metrics.learners import LearnerMetrics
+from cbp_server.metrics.service import HostMetrics, JournalMetrics, RpcMetrics, ServerCollector, register_server_metrics
+from cbp_server.records.learners import JournalStatus, LearnerRecord, LearnerState
+from cbp_server.records.read_model import ReadModel
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 

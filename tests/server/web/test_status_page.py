@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from system_tools import system_tool
 
 from cbp import LearnerSpec, TaskRecord
-from cbp_server.records import Durability, JournalStatus, LearnerRecord, LearnerState
+from cbp_server.records.learners import Durability, JournalStatus, LearnerRecord, LearnerState
 
 MakeLearner = Callable[..., LearnerRecord]
 

@@ -1,0 +1,1 @@
+"""How plastic a learner still is: the measures, and the samples in which they are kept."""

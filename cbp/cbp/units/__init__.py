@@ -1,0 +1,1 @@
+"""Hidden units of any module: found, watched, evaluated and replaced. Here is Continual Backprop itself."""

@@ -1,0 +1,1 @@
+"""The event loop shared: long work in turns, waiting for changes."""

@@ -1,0 +1,1 @@
+"""What Prometheus reads, of the server and of each learner, and its text."""

@@ -1,0 +1,1 @@
+"""What readers see of learners: plain values that any room may hold, and that decide nothing."""
