@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from cbp.architectures.profile import check_buildable, hidden_layer_names, profile_of
 from cbp.engines.choice import check_engine, initial_state, make_engine, resolve_engine
 from cbp.engines.eager_engine import Work
 from cbp.engines.learner_state import LearnerState
@@ -23,7 +24,7 @@ from cbp.plasticity.samples import PlasticitySample
 from cbp.progress import LearnerProgress, ProgressTracker
 from cbp.results import TrainResult
 from cbp.serialization import FORMAT_VERSION, LearnerSnapshot, take_tensor
-from cbp.spec.learner_spec import LearnerSpec
+from cbp.spec.learner_spec import LearnerSpec, hidden_layer_name
 from cbp.units.replacement import DrawSource
 
 _FLOAT32 = np.dtype(np.float32)
@@ -82,6 +83,7 @@ class Learner:
         self._install(initial_state(spec, self._device))
 
     def _adopt(self, spec: LearnerSpec) -> None:
+        check_buildable(spec)
         self._spec = spec
         # Every step needs these, and a field of a specification takes as long to read as a small step's arithmetic.
         self._batch_size, self._interval = spec.batch_size, spec.monitoring.interval
@@ -115,7 +117,7 @@ class Learner:
     @property
     def progress(self) -> LearnerProgress:
         """Where the learner stands. Within `between_steps`, loss, accuracy and tasks are those before the call."""
-        names = self._spec.layer_names[:-1]
+        names = hidden_layer_names(self._spec)
         return LearnerProgress(
             step=self._state.steps[0],
             examples=self._examples,
@@ -307,7 +309,7 @@ class Learner:
         """
         checked = validate_features(self._spec, features)
         outputs = np.empty((len(checked), self._spec.network.out_features), np.float32)
-        at_once = max(PREDICTION_VALUES // max(self._spec.network.activation_values, 1), 1)
+        at_once = max(PREDICTION_VALUES // max(profile_of(self._spec.network).activation_values, 1), 1)
         for start in range(0, len(checked), at_once):
             part = slice(start, start + at_once)
             inputs = torch.tensor(checked[part], device=self._device).unsqueeze(0)
@@ -348,13 +350,13 @@ class Learner:
         share = Decimal(repr(float(fraction)))
         wanted = [
             math.ceil(share * width) if layer in layers else 0
-            for layer, width in enumerate(self._spec.network.hidden_units)
+            for layer, width in enumerate(profile_of(self._spec.network).hidden_units)
         ]
         [counts] = self._engine.reset_units([wanted])
-        return {self._spec.layer_names[layer]: counts[layer] for layer in sorted(layers)}
+        return {hidden_layer_name(layer): counts[layer] for layer in sorted(layers)}
 
     def _check_reset(self, layers: Sequence[int], fraction: float) -> None:
-        hidden = len(self._spec.network.hidden_units)
+        hidden = len(profile_of(self._spec.network).hidden_units)
         if not hidden:
             raise SpecError([FieldViolation("layers", "The network has no hidden units that could be reset")])
         violations = [

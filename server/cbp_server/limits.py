@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cbp import BatchError, FieldViolation, LearnerSpec, SpecError
+from cbp.architectures.profile import check_buildable, profile_of
 from cbp.spec.network_spec import (
     AnyNetwork,
     ConvnetSpec,
@@ -37,7 +38,8 @@ class Limits:
 
 
 def check_spec(spec: LearnerSpec, limits: Limits) -> None:
-    """Raises `SpecError` if a learner of this spec is larger than the server hosts."""
+    """Raises `SpecError` if a learner of this spec is larger than the server hosts, or cannot be built here."""
+    check_buildable(spec)
     violations = list(_violations(spec, limits))
     if violations:
         raise SpecError(violations)
@@ -64,13 +66,14 @@ def check_prediction(spec: LearnerSpec, examples: int, limits: Limits) -> None:
 
 
 def _violations(spec: LearnerSpec, limits: Limits) -> Iterator[FieldViolation]:
-    layers = len(spec.network.hidden_units)
+    profile = profile_of(spec.network)
+    layers = len(profile.hidden_units)
     if layers > limits.max_layers:
         description = f"has {layers} layers, at most {limits.max_layers} are allowed; use fewer, or raise --max-layers"
         yield FieldViolation(_depth(spec.network), description)
-    if spec.parameter_count > limits.max_parameters:
+    if profile.parameters > limits.max_parameters:
         description = (
-            f"makes a network of {spec.parameter_count} parameters, at most {limits.max_parameters} are allowed; "
+            f"makes a network of {profile.parameters} parameters, at most {limits.max_parameters} are allowed; "
             "make it narrower, or raise --max-parameters"
         )
         yield FieldViolation(_widest(spec.network), description)
@@ -108,7 +111,7 @@ def _outer_bytes(spec: LearnerSpec) -> int:
 
 def _hidden_bytes(spec: LearnerSpec) -> int:
     """Of one example's activations in all layers but the last."""
-    return spec.network.activation_values * _FLOAT_BYTES
+    return profile_of(spec.network).activation_values * _FLOAT_BYTES
 
 
 def _bytes(spec: LearnerSpec) -> int:
@@ -150,5 +153,5 @@ def _widest(network: AnyNetwork) -> str:
         case TransformerSpec():
             widths |= {field: getattr(network, field) for field in ("width", "feed_forward", "vocabulary", "length")}
         case RegisteredSpec():
-            widths |= {"settings": network.parameter_count}
+            widths |= {"settings": profile_of(network).parameters}
     return f"network.{max(widths, key=lambda field: widths[field])}"

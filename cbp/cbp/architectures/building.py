@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cbp.architectures import image, perceptron, transformer
 from cbp.architectures.inputs import ColumnTokens, EmbeddedTokens, all_inputs, running_normalization, tabular_inputs
+from cbp.architectures.profile import profile_of
 from cbp.errors import FieldViolation, SpecError
 from cbp.networks import initial_bound
 from cbp.spec.network_spec import (
@@ -27,6 +28,8 @@ from cbp.units.discovery import Discovery, discover_units
 ENTRY_POINT_GROUP = "cbp.networks"
 """Entry points are functions (shape of one example, number of outputs, settings by name) -> module, which takes float32
 examples [N, *shape], gives [N, outputs], and starts from first values drawn from torch's own generator."""
+LARGEST_NETWORK = 2**31
+"""Parameters; a server allows far fewer."""
 _EMBEDDING_DEVIATION = 0.02
 """Of the normal distribution of embeddings' first values; that of Radford et al. 2018."""
 
@@ -107,8 +110,12 @@ def build(network: AnyNetwork, seed: int) -> Network:
     """The module of a newborn, on the CPU: what is reset is drawn as a reset draws it, biases are 0.
 
     Layers that are not reset draw from the initialiser's range for linear ones, embeddings from a normal distribution.
-    A registered architecture keeps the values that its layers draw.
+    A registered architecture keeps the values that its layers draw. Raises `SpecError` if it cannot be built.
     """
+    parameters = profile_of(network).parameters
+    if parameters > LARGEST_NETWORK:
+        text = f"It has {parameters} parameters, at most {LARGEST_NETWORK} are possible; make it narrower"
+        raise SpecError([FieldViolation("network", text)])
     with own_random_numbers(seed):
         module = assemble(network)
         if not isinstance(network, RegisteredSpec):

@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from cbp import losses
 from cbp.architectures.building import Network, build, found_units, own_random_numbers, seeds_of
+from cbp.architectures.profile import layer_names
 from cbp.continual_backprop import ContinualBackprop
 from cbp.engines.eager_engine import EagerWork, Work
 from cbp.engines.names import EngineName
@@ -161,7 +162,7 @@ class ModuleState:
             saved = self.resets.state_dict()
             history = GroupHistory(age=saved["age"][0], utility=saved["utility"][0], replacements=self.replacements[0])
         return measure_groups(
-            self.spec.layer_names,
+            layer_names(self.spec),
             self._found.groups,
             _output_layer(self.network),
             self.network,

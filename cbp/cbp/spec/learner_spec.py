@@ -40,6 +40,11 @@ def hidden_layer_name(index: int) -> str:
     return f"{_HIDDEN_PREFIX}{index}"
 
 
+def hidden_layers(count: int) -> tuple[str, ...]:
+    """`hidden_0`, `hidden_1`, …"""
+    return tuple(hidden_layer_name(index) for index in range(count))
+
+
 def _layer_name(value: object) -> str:
     """The name of the hidden layer that an index (0), a decimal index ("0") or a name ("hidden_0") means."""
     if isinstance(value, float) and value.is_integer():
@@ -441,21 +446,29 @@ class LearnerSpec(Record):
                 "Only copies of plain multilayer perceptrons in float32 without methods are tested beside their "
                 "learners; set it to 0, and call cbp.measure_trainability on a snapshot",
             )
-        misnamed = self.resets.misnamed_layer(self.layer_names[:-1])
-        if misnamed is not None:
-            raise contradiction(f"resets.{misnamed.field}", misnamed.description)
-        for place, method in enumerate(self.methods):
-            if method.kind in _RESETS_UNITS and not self.network.hidden_units:
-                raise contradiction(f"methods[{place}].kind", f"The network has no units for {method.kind}; remove it")
-        clash = method_contradiction(self.methods, self.resets, self.optimizer)
-        if clash is not None:
-            raise contradiction(clash.field, clash.description)
+        registered = isinstance(self.network, RegisteredSpec)  # its layers show when it is built
+        problem = None if registered else self.misplaced(self.layer_names[:-1])
+        problem = problem or method_contradiction(self.methods, self.resets, self.optimizer)
+        if problem is not None:
+            raise contradiction(problem.field, problem.description)
         return self
+
+    def misplaced(self, hidden_layers: Sequence[str]) -> FieldViolation | None:
+        """The first of the resets and methods for which a network of these hidden layers has no place."""
+        misnamed = self.resets.misnamed_layer(hidden_layers)
+        if misnamed is not None:
+            return FieldViolation(f"resets.{misnamed.field}", misnamed.description)
+        for place, method in enumerate(self.methods):
+            if method.kind in _RESETS_UNITS and not hidden_layers:
+                return FieldViolation(
+                    f"methods[{place}].kind", f"The network has no units for {method.kind}; remove it"
+                )
+        return None
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """`hidden_0`, `hidden_1`, … and `output`."""
-        return (*(hidden_layer_name(i) for i in range(len(self.network.hidden_units))), OUTPUT_LAYER)
+        """`hidden_0`, `hidden_1`, … and `output`; of any but a registered architecture."""
+        return (*hidden_layers(len(self.network.hidden_units)), OUTPUT_LAYER)
 
     @property
     def mlp(self) -> MlpSpec:
@@ -465,12 +478,12 @@ class LearnerSpec(Record):
 
     @property
     def parameter_count(self) -> int:
-        """All that the network learns: weights, biases and so on."""
+        """All that the network learns: weights, biases and so on; of any but a registered architecture."""
         return self.network.parameter_count
 
     @property
     def replacement_rates(self) -> tuple[float, ...]:
-        """The rate in force in each hidden layer; 0 where units are not reset."""
+        """The rate in force in each hidden layer, 0 where units are not reset; of any but a registered architecture."""
         return self.resets.rates(self.layer_names[:-1])
 
     @classmethod
@@ -482,16 +495,6 @@ class LearnerSpec(Record):
         if strangers:
             raise SpecError([FieldViolation("spec", f"Field names are strings; got {shown(strangers[0])}")])
         return cls(**plain)
-
-    @classmethod
-    def recall(cls, plain: Mapping[str, Any]) -> "LearnerSpec":
-        """The specification that `to_plain` wrote, also where its architecture is not installed. Raises `SpecError`."""
-        network = plain["network"]
-        if network["kind"] != "registered":
-            return cls.parse(plain)
-        stand_in = {"kind": "mlp", "in_features": 1, "hidden": [1], "out_features": network["out_features"]}
-        spec = cls.parse({**plain, "network": stand_in, "resets": {}})
-        return spec.model_copy(update={"network": RegisteredSpec(**network), "resets": ResetSpec(**plain["resets"])})
 
     def to_plain(self) -> dict[str, Any]:
         """A JSON object that `parse` turns back into this specification."""

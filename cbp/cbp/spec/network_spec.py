@@ -6,17 +6,15 @@ A plain multilayer perceptron runs on the engines for stacks of linear layers. E
 
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
+from cbp.errors import FieldViolation, SpecError
+from cbp.spec.network_profile import NetworkProfile, Tally
 from cbp.spec.spec_record import Real, Record, Whole, Width, contradiction
-
-if TYPE_CHECKING:
-    from cbp.architectures.profile import NetworkProfile
 
 Activation = Literal["relu", "leaky_relu", "elu", "selu", "gelu", "silu", "tanh", "sigmoid", "identity"]
 Initializer = Literal["kaiming", "xavier", "lecun", "default"]
@@ -82,6 +80,18 @@ class InputSpec(Record):
         """Values in place of the features, with categories encoded."""
         return in_features - len(self.columns) + sum(column.width for column in self.columns)
 
+    def encode(self, in_features: int, tally: Tally) -> None:
+        """Adds up what becomes of so many features in one row."""
+        if self.normalize:
+            tally.values(in_features - len(self.columns))
+        for column in self.columns:
+            if column.dimension:
+                tally.table(column.categories, column.dimension, 1)
+            else:
+                tally.values(column.categories)
+        if self.columns:
+            tally.values(self.width(in_features))  # side by side
+
     def misplaced(self, in_features: int) -> PydanticCustomError | None:
         """What is wrong about the columns of so many features."""
         seen: set[int] = set()
@@ -141,12 +151,9 @@ class _Network(Record):
         return False
 
     @cached_property
-    def profile(self) -> "NetworkProfile":
-        """What it takes, found on a module without memory. Raises `SpecError` if it cannot be built."""
-        # Imported when it is needed: what builds modules needs the records of this one.
-        from cbp.architectures.profile import profile_of
-
-        return profile_of(type(self), self.model_dump_json())
+    def profile(self) -> NetworkProfile:
+        """What it takes."""
+        raise NotImplementedError
 
     @property
     def hidden_units(self) -> tuple[int, ...]:
@@ -156,16 +163,6 @@ class _Network(Record):
     @property
     def parameter_count(self) -> int:
         return self.profile.parameters
-
-    @property
-    def multiplications(self) -> int:
-        """For one example, forwards; about."""
-        return self.profile.multiplications
-
-    @property
-    def activation_values(self) -> int:
-        """Values of all layers but the last, for one example; about."""
-        return self.profile.activation_values
 
 
 class _Tabular(_Network):
@@ -217,25 +214,20 @@ class MlpSpec(_Tabular):
         assert self.activation != "crelu"
         return self.activation
 
-    @property
-    def hidden_units(self) -> tuple[int, ...]:
-        return self.hidden
-
-    @property
-    def parameter_count(self) -> int:
-        return sum((into + 1) * out for into, out in self._layers) if self.is_plain else self.profile.parameters
-
-    @property
-    def multiplications(self) -> int:
-        return sum(into * out for into, out in self._layers) if self.is_plain else self.profile.multiplications
-
-    @property
-    def activation_values(self) -> int:
-        return sum(self.hidden) if self.is_plain else self.profile.activation_values
-
-    @property
-    def _layers(self) -> list[tuple[int, int]]:
-        return list(pairwise((self.in_features, *self.hidden, self.out_features)))
+    @cached_property
+    def profile(self) -> NetworkProfile:
+        tally = Tally()
+        self.inputs.encode(self.in_features, tally)
+        into = self.inputs.width(self.in_features)
+        for units in self.hidden:
+            tally.linear(into, units)
+            if self.normalization == "layer":
+                tally.normalization(units)
+            into = 2 * units if self.activation == "crelu" else units
+            if not self.is_plain:  # there an activation takes the place of what it is of
+                tally.values(into)
+        tally.linear(into, self.out_features)
+        return tally.profile(self.hidden, self.out_features)
 
 
 class LinearSpec(_Tabular):
@@ -244,6 +236,13 @@ class LinearSpec(_Tabular):
     kind: Literal["linear"] = "linear"
     initializer: Initializer = "kaiming"
     """Distribution of the first weights."""
+
+    @cached_property
+    def profile(self) -> NetworkProfile:
+        tally = Tally()
+        self.inputs.encode(self.in_features, tally)
+        tally.linear(self.inputs.width(self.in_features), self.out_features)
+        return tally.profile((), self.out_features)
 
 
 class _Image(_Network):
@@ -276,6 +275,10 @@ class _Image(_Network):
             raise contradiction("network.height", text)
         return self
 
+    def _normalized(self, tally: Tally) -> None:
+        if self.inputs.normalize:
+            tally.values(self.input_size)
+
 
 class ConvnetSpec(_Image):
     """Convolutions, each with an activation and a pooling behind it; then linear layers."""
@@ -306,6 +309,28 @@ class ConvnetSpec(_Image):
             raise contradiction("network.pooling", text)
         return self
 
+    @cached_property
+    def profile(self) -> NetworkProfile:
+        tally = Tally()
+        self._normalized(tally)
+        into, height, width = self.input_shape
+        for channels in self.channels:
+            tally.linear(into * self.kernel_size**2, channels, height * width)
+            if self.normalization != "none":
+                tally.normalization(channels, height * width)
+            tally.values(channels * height * width)
+            if self.pooling > 1:
+                height, width = height // self.pooling, width // self.pooling
+                tally.values(channels * height * width)
+            into = channels
+        into *= height * width
+        for units in self.hidden:
+            tally.linear(into, units)
+            tally.values(units)
+            into = units
+        tally.linear(into, self.out_features)
+        return tally.profile((*self.channels, *self.hidden), self.out_features)
+
 
 class ResnetSpec(_Image):
     """A residual network for small images (He et al. 2016): a convolution, stages of blocks of two convolutions each,
@@ -320,6 +345,36 @@ class ResnetSpec(_Image):
     normalization: Normalization = "group"
     """Behind every convolution. group by default, since online learning has steps of few examples; batch, as published,
     needs steps of several."""
+
+    @cached_property
+    def profile(self) -> NetworkProfile:
+        tally = Tally()
+        self._normalized(tally)
+        _, height, width = self.input_shape
+        self._convolve(tally, self.in_channels * 9, self.channels[0], height * width)
+        tally.values(self.channels[0] * height * width)
+        into = self.channels[0]
+        for stage, channels in enumerate(self.channels):
+            for block in range(self.blocks):
+                halved = bool(stage) and not block
+                if halved:
+                    height, width = (height + 1) // 2, (width + 1) // 2
+                self._convolve(tally, into * 9, channels, height * width)
+                self._convolve(tally, channels * 9, channels, height * width)
+                if halved or into != channels:
+                    self._convolve(tally, into, channels, height * width)
+                tally.values(3 * channels * height * width)  # two activations and a sum
+                into = channels
+        tally.values(into)  # the mean over positions
+        tally.linear(into, self.out_features)
+        # What a stage's shortcuts carry is one group, what is within each block another.
+        units = tuple(channels for channels in self.channels for _ in range(self.blocks + 1))
+        return tally.profile(units, self.out_features)
+
+    def _convolve(self, tally: Tally, into: int, channels: int, positions: int) -> None:
+        tally.linear(into, channels, positions, bias=self.normalization == "none")
+        if self.normalization != "none":
+            tally.normalization(channels, positions)
 
 
 class TransformerSpec(_Network):
@@ -395,9 +450,50 @@ class TransformerSpec(_Network):
                 raise contradiction(f"network.inputs.columns[{place}].dimension", text)
         return self
 
+    @cached_property
+    def profile(self) -> NetworkProfile:
+        tally = Tally()
+        width = self.width
+        match self.input:
+            case "tokens":
+                tokens = self.length
+                tally.table(self.vocabulary, width, tokens)
+            case "sequence":
+                tokens = self.length
+                if self.inputs.normalize:
+                    tally.values(self.input_size)
+                tally.linear(self.in_features, width, tokens)
+            case "tabular":
+                tokens, quantities = self.in_features, self.in_features - len(self.inputs.columns)
+                tally.table(2 * max(quantities, 1), width, quantities)  # a direction and an offset for each
+                for column in self.inputs.columns:
+                    tally.table(column.categories, width, 1)
+                tally.values(tokens * width + (quantities if self.inputs.normalize else 0))
+        if self.length:
+            tally.parameters(tokens * width)  # of places
+            tally.values(tokens * width)
+        for _ in range(self.depth):
+            tally.normalization(width, tokens)
+            for _ in ("queries", "keys", "values", "output"):
+                tally.linear(width, width, tokens)
+            # Every token with every other, in every head: scores, their shares, and what they attend to.
+            tally.product(tokens * tokens * width, tokens * tokens * self.heads)
+            tally.product(tokens * tokens * width, tokens * tokens * self.heads + tokens * width)
+            tally.normalization(width, tokens)
+            tally.linear(width, self.feed_forward, tokens)
+            tally.values((self.feed_forward + 2 * width) * tokens)  # an activation and two sums
+            tally.linear(self.feed_forward, width, tokens)
+        tally.normalization(width, tokens)
+        tally.values(width)  # the mean over tokens
+        tally.linear(width, self.out_features)
+        return tally.profile((self.feed_forward,) * self.depth, self.out_features)
+
 
 class RegisteredSpec(_Network):
-    """An architecture that the operator has installed, by an entry point in the group `cbp.networks`."""
+    """An architecture that the operator has installed, by an entry point in the group `cbp.networks`.
+
+    What it takes shows only when it is built: `cbp.architectures.profile.profile_of` tells.
+    """
 
     kind: Literal["registered"] = "registered"
     name: Annotated[str, Field(min_length=1, max_length=128)]
@@ -423,6 +519,11 @@ class RegisteredSpec(_Network):
     @property
     def input_shape(self) -> tuple[int, ...]:
         return self.shape
+
+    @cached_property
+    def profile(self) -> NetworkProfile:
+        text = "What it takes shows only when it is built; ask cbp.architectures.profile.profile_of"
+        raise SpecError([FieldViolation("network.name", text)])
 
     @property
     def vocabulary_size(self) -> int | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cbp import Batch, DivergenceError, Learner, LearnerSpec, TrainResult, train_together
+from cbp.architectures.profile import profile_of
 
 #: Multiplications of one slice, about; some 30 ms on one core.
 _SLICE_WORK = 2e8
@@ -161,7 +162,7 @@ class Pace:
     @classmethod
     def of(cls, spec: LearnerSpec) -> "Pace":
         """What no update of a learner changes."""
-        work = spec.network.multiplications
+        work = profile_of(spec.network).multiplications
         if spec.batch_size == 0:
             return cls(work, 0)
         steps = _SLICE_WORK / (work * spec.batch_size)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import structlog
 
 from cbp import FieldViolation, LearnerSpec, SpecError
+from cbp.architectures.profile import check_buildable, replacement_rates
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
 from cbp_server.errors import (
@@ -250,9 +251,10 @@ def _layer_indices(spec: LearnerSpec, layers: Sequence[str]) -> tuple[int, ...]:
     named: str | list[str] = layers[0] if len(layers) == 1 and layers[0] in ("all", "first", "none") else list(layers)
     try:
         chosen = LearnerSpec.parse({**spec.to_plain(), "resets": {"layers": named, "replacement_rate": 1.0}})
+        check_buildable(chosen)
     except SpecError as error:
         raise InvalidRequest(FieldViolation("layers", error.violations[0].description)) from error
-    indices = tuple(index for index, rate in enumerate(chosen.replacement_rates) if rate)
+    indices = tuple(index for index, rate in enumerate(replacement_rates(chosen)) if rate)
     if not indices:
         raise InvalidRequest(FieldViolation("layers", "names no layer; write 'all', 'first', or layers"))
     return indices

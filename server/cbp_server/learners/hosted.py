@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cbp import EngineName, LearnerProgress, LearnerSpec, SpecError
+from cbp.architectures.profile import hidden_layer_names
 from cbp_server.engine import messages
 from cbp_server.records.learners import CheckpointRecord, LearnerRecord, LearnerState, Quarantine
 from cbp_server.records.samples import SampleHistory
@@ -113,7 +114,7 @@ def hosted_from_catalog(
     stored: StoredLearner, checkpoint: StoredCheckpoint | None, state: LearnerState, history_samples: int
 ) -> Hosted:
     """A learner as its newest checkpoint leaves it, not in the engine."""
-    spec = LearnerSpec.recall(stored.spec)
+    spec = LearnerSpec.parse(stored.spec)
     engine, update_time, progress, producers = stored.engine, stored.create_time, newborn_progress(spec), {}
     if checkpoint is not None:
         summary = Summary.from_plain(checkpoint.summary)
@@ -179,7 +180,7 @@ class Summary:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Summary":
         return cls(
-            LearnerSpec.recall(plain["spec"]),
+            LearnerSpec.parse(plain["spec"]),
             plain["engine"],
             plain["update_time"],
             LearnerProgress.from_plain(plain["progress"]),
@@ -190,7 +191,7 @@ class Summary:
 def newborn_progress(spec: LearnerSpec) -> LearnerProgress:
     """Of a learner that has learnt nothing yet."""
     try:
-        hidden_layers = spec.layer_names[:-1]
+        hidden_layers = hidden_layer_names(spec)
     except SpecError:  # its architecture is not installed any more; that is said where the engine cannot make it
         hidden_layers = ()
     return LearnerProgress(

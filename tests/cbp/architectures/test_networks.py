@@ -21,6 +21,7 @@ from torch import nn
 from cbp import Batch, Learner, LearnerSpec, SnapshotError, SpecError
 from cbp.architectures.building import build, found_units
 from cbp.architectures.inputs import RunningNormalization, tabular_inputs
+from cbp.architectures.profile import layer_names, profile_of, replacement_rates
 from cbp.export import to_module, to_onnx, to_torch_export
 from cbp.spec.network_spec import InputSpec
 
@@ -41,8 +42,6 @@ def test_the_module_is_what_the_specification_says(name: str) -> None:
     assert len(spec.layer_names) == len(groups) + 1
     features = torch.from_numpy(batch_for(spec, 5).features)
     assert module(features).shape == (5, 3)
-    assert spec.network.multiplications >= spec.parameter_count
-    assert spec.network.activation_values > 0
     for group in groups:  # a newborn unit is drawn from what the first ones were drawn from
         for part in group.incoming:
             weight = getattr(part.layer, part.weight)
@@ -203,7 +202,6 @@ def test_hashed_categories_spread_over_their_buckets() -> None:
             "network.inputs.columns[1].column",
             "twice",
         ),
-        ({"kind": "registered", "name": "unknown", "shape": [3]}, "network.name", "No architecture 'unknown'"),
         (
             {"kind": "registered", "name": "unknown", "shape": [3], "inputs": {"normalize": True}},
             "network.inputs",
@@ -230,7 +228,7 @@ def test_networks_beyond_all_memory_are_counted_and_not_built() -> None:
     tokens = {"kind": "transformer", "input": "tokens", "length": 8, "vocabulary": 2**20, "width": 1024}
     assert spec_of(tokens).parameter_count > 2**30
     with pytest.raises(SpecError, match=r"network: It has \d+ parameters, at most"):
-        spec_of({"in_features": 4, "hidden": [2**16] * 4, "activation": "crelu"}).parameter_count  # noqa: B018
+        Learner(spec_of({"in_features": 4, "hidden": [2**16] * 4, "activation": "crelu"}), engine="module")
 
 
 # -- architectures of the operator --
@@ -252,7 +250,9 @@ def registered(name: str, **settings: float) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "units"), [("small", 10), ("recurrent", 6)])
 def test_an_operator_adds_architectures(name: str, units: int) -> None:
     spec = spec_of(registered(name, units=10), resets={"replacement_rate": 0.05, "maturity_threshold": 3})
-    assert spec.network.hidden_units == (units,)
+    assert profile_of(spec.network).hidden_units == (units,)
+    assert layer_names(spec) == ("hidden_0", "output")
+    assert replacement_rates(spec) == (0.05,)
     assert LearnerSpec.parse(spec.to_plain()) == spec
     learner, other = Learner(spec, engine="auto"), Learner(spec, engine="auto")
     torch.manual_seed(4)
@@ -276,25 +276,39 @@ def test_an_operator_adds_architectures(name: str, units: int) -> None:
         ("small", "network.settings", "KeyError: 'units'"),
         ("nothing", "network.settings", "made a NoneType"),
         ("wrong", "network.name", "does not take examples [1, 3, 4]"),
-        ("other", "network.name", "there are nothing, recurrent, small, wrong"),
+        ("other", "network.name", "No architecture 'other' is installed here; there are nothing, recurrent, small"),
     ],
 )
 def test_an_operators_mistakes_are_named(name: str, field: str, says: str) -> None:
     with pytest.raises(SpecError) as caught:
-        spec_of(registered(name))
+        Learner(spec_of(registered(name)), engine="auto")
     assert [violation.field for violation in caught.value.violations] == [field]
     assert says in caught.value.violations[0].description
 
 
 @pytest.mark.usefixtures("architectures")
-def test_a_specification_is_recalled_without_its_architecture() -> None:
-    settings: dict[str, Any] = {"resets": {"layers": [0]}, "methods": [{"kind": "l2_init", "strength": 0.5}]}
-    plain = spec_of(registered("small", units=10), **settings).to_plain()
-    gone = plain | {"network": plain["network"] | {"name": "gone"}}
-    with pytest.raises(SpecError, match="No architecture 'gone' is installed"):
-        LearnerSpec.parse(gone)
-    assert LearnerSpec.recall(gone).to_plain() == gone
-    assert LearnerSpec.recall(plain) == LearnerSpec.parse(plain)
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"resets": {"layers": [1]}}, "resets.layers"),
+        ({"resets": {"layer_replacement_rates": {"hidden_1": 0.1}}}, "resets.layer_replacement_rates.hidden_1"),
+    ],
+)
+def test_layers_that_a_registered_architecture_does_not_have_are_named(settings: dict[str, Any], field: str) -> None:
+    spec = spec_of(registered("small", units=10), **settings)
+    with pytest.raises(SpecError, match=r"No hidden layer 'hidden_1'; there are hidden_0") as caught:
+        Learner(spec, engine="auto")
+    assert [violation.field for violation in caught.value.violations] == [field]
+    learner = Learner(spec_of(registered("small", units=10)), engine="auto")
+    with pytest.raises(SpecError, match="No hidden layer"):
+        learner.update(spec)
+
+
+def test_a_specification_needs_no_architecture_and_says_that_it_does_not_count_it() -> None:
+    spec = spec_of(registered("gone"), resets={"layers": [0]}, methods=[{"kind": "l2_init", "strength": 0.5}])
+    assert LearnerSpec.parse(spec.to_plain()) == spec
+    with pytest.raises(SpecError, match="shows only when it is built"):
+        spec.layer_names  # noqa: B018
 
 
 # -- elsewhere --
