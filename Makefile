@@ -31,10 +31,11 @@ torture: .venv/installed ## the longer tests: kills at every point, power losses
 	$(BIN)/pytest -m torture
 	PYTHONPATH=tests $(BIN)/python tests/torture.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(if $(POWER),--power)
 
-check: .venv/installed ## format, lint, types, proto drift, Dockerfile, proto style
+check: .venv/installed ## format, lint, types, walls between packages, proto drift, Dockerfile, proto style
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_protos.py --check
 	$(BIN)/hadolint Dockerfile
 	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from cbp.architectures import image, perceptron, transformer
 from cbp.architectures.inputs import ColumnTokens, EmbeddedTokens, all_inputs, running_normalization, tabular_inputs
-from cbp.architectures.profile import profile_of
 from cbp.errors import FieldViolation, SpecError
 from cbp.networks import initial_bound
 from cbp.spec.network_spec import (
@@ -112,9 +111,8 @@ def build(network: AnyNetwork, seed: int) -> Network:
     Layers that are not reset draw from the initialiser's range for linear ones, embeddings from a normal distribution.
     A registered architecture keeps the values that its layers draw. Raises `SpecError` if it cannot be built.
     """
-    parameters = profile_of(network).parameters
-    if parameters > LARGEST_NETWORK:
-        text = f"It has {parameters} parameters, at most {LARGEST_NETWORK} are possible; make it narrower"
+    if not isinstance(network, RegisteredSpec) and network.parameter_count > LARGEST_NETWORK:
+        text = f"It has {network.parameter_count} parameters, at most {LARGEST_NETWORK} are possible; make it narrower"
         raise SpecError([FieldViolation("network", text)])
     with own_random_numbers(seed):
         module = assemble(network)
