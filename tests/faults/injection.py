@@ -21,7 +21,7 @@ from faults.processes import children, command
 from faults.sqlite_vfs import SQLITE_OK, SqliteWatcher, install_vfs
 from faults.storage import FailingStorage
 
-_ROLES: dict[str, Role] = {"cbp_server": "front", "cbp_server.engine.worker": "engine"}
+_ROLES: dict[str, Role] = {"cbp_server": "front", "cbp_server.engine": "engine"}
 
 
 def install() -> None:

@@ -4,11 +4,17 @@ import threading
 import time
 from collections.abc import Callable
 
-from cbp_server.engine.messages import Answer, Answers
+import structlog
+
+from cbp import CbpError
+from cbp_server.engine.messages import Answer, Answers, Call
+from cbp_server.errors import EngineFault
 
 #: Answers that go together at most, and seconds that one is held back.
 _MOST_TOGETHER = 16
 _LONGEST_HOLD = 1e-3
+
+log = structlog.get_logger("cbp_server.engine")
 
 
 class Outbox:
@@ -41,6 +47,28 @@ class Outbox:
         with self._lock:
             self._held.append(answer)
             self._flush()
+
+    def reply(self, call: Call, action: Callable[[], object]) -> None:
+        """Answers with what the action returns or raises."""
+        try:
+            value = action()
+        except Exception as error:
+            self.refuse(call, error)
+            return
+        if not call.quiet:
+            self.put(Answer(call.number, value=value))
+
+    def refuse(self, call: Call, error: Exception) -> None:
+        """Answers with an error of any kind; one that is not of the service's vocabulary is logged, and named
+        briefly."""
+        if not isinstance(error, CbpError):
+            request = type(call.request).__name__
+            log.exception("request failed", request=request, learner=call.request.learner, exc_info=error)
+            error = EngineFault(f"{request} failed in the engine: {type(error).__name__}: {error}")
+        self.fail(call, error)
+
+    def fail(self, call: Call, error: CbpError) -> None:
+        self.put(Answer(call.number, error=error))
 
     def count(self, seconds: float, steps: int) -> None:
         """Notes time spent in steps."""

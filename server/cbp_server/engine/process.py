@@ -181,7 +181,7 @@ class EngineProcess:
         with theirs:
             # A session of its own, so that Ctrl-C in a terminal reaches the front alone.
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "cbp_server.engine.worker", str(theirs.fileno()),
+                sys.executable, "-m", "cbp_server.engine", str(theirs.fileno()),
                 pass_fds=[theirs.fileno()], start_new_session=True, env=_REPEATABLE_PRODUCTS | os.environ,
             )  # fmt: skip
         connection = self._connection = EngineConnection(ours, partial(self._take, first_up))

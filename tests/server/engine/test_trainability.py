@@ -12,8 +12,8 @@ from server_process import wait_until
 
 from cbp import Batch, Learner, LearnerSpec, Trainability
 from cbp_server.engine import trainability
+from cbp_server.engine.hosted_learner import HostedLearner
 from cbp_server.engine.trainability import TrainabilityTests
-from cbp_server.engine.worker import HostedLearner
 from cbp_server.records.samples import unpack
 
 RESULT = Trainability(step=1, loss=1.0, fresh_loss=1.0, chance_loss=2.0)

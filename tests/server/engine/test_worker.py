@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cbp import Batch, Learner, LearnerSpec, train_together
-from cbp_server.engine import messages, training, worker
+from cbp_server.engine import learning, messages, training
 from cbp_server.engine.inbox import Inbox
 from cbp_server.engine.worker import EngineWorker
 from cbp_server.errors import BatchNotLearnt, EngineFault, NotInEngine, SequenceGap, ServerDraining
@@ -157,7 +157,7 @@ def test_quiet_calls_are_answered_only_if_they_fail(tmp_path):
 
 @pytest.mark.parametrize(("longest_turn", "order"), [(60.0, "aaabbb"), (0.0, "ababab")])
 def test_a_learner_goes_on_with_its_next_batches_while_its_turn_lasts(tmp_path, monkeypatch, longest_turn, order):
-    monkeypatch.setattr(worker, "_LONGEST_TURN", longest_turn)
+    monkeypatch.setattr(learning, "_LONGEST_TURN", longest_turn)
     learnt = []
     watch_engine_calls(monkeypatch, lambda pairs: learnt.append(" ab"[int(pairs[0][1].features[0, 0])]))
     with Front(tmp_path) as front:
@@ -182,7 +182,7 @@ def test_a_batch_that_fails_behind_others_takes_nothing_from_them(tmp_path, monk
             raise RuntimeError("unforeseen")
 
     watch_engine_calls(monkeypatch, fail_for_the_unlucky)
-    monkeypatch.setattr(worker, "_LONGEST_TURN", 60.0)
+    monkeypatch.setattr(learning, "_LONGEST_TURN", 60.0)
     with Front(tmp_path) as front:
         front.ask(messages.Create("a", SPEC, "torch"))
         good, unlucky, behind = front.ask(train("a", 1.0, 1), train("a", 13.0, 2), train("a", 1.0, 3))
@@ -194,7 +194,7 @@ def test_a_batch_that_fails_behind_others_takes_nothing_from_them(tmp_path, monk
 
 
 def test_a_batch_out_of_order_behind_others_is_refused_and_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "_LONGEST_TURN", 60.0)
+    monkeypatch.setattr(learning, "_LONGEST_TURN", 60.0)
     with Front(tmp_path) as front:
         front.ask(messages.Create("a", SPEC, "torch"))
         first, gap, second = front.ask(train("a", 1.0, 1), train("a", 1.0, 2, sequence_sent=7), train("a", 1.0, 2))
@@ -204,7 +204,7 @@ def test_a_batch_out_of_order_behind_others_is_refused_and_changes_nothing(tmp_p
 
 
 def test_giving_up_ends_a_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "_LONGEST_TURN", 60.0)
+    monkeypatch.setattr(learning, "_LONGEST_TURN", 60.0)
     abort = messages.AbortTraining()
 
     def give_up_at_the_second(pairs):
@@ -228,7 +228,7 @@ def test_results_do_not_wait_for_what_comes_behind_them(tmp_path, monkeypatch):
     inbox = Inbox()
     options = messages.EngineOptions(str(tmp_path), "cpu", "torch", 1, 0.0, "info", "json")
     engine = EngineWorker(options, inbox, sent.append)
-    monkeypatch.setattr(engine, "_engine_at_hand", lambda name: at_hand.append(len(sent)) or name)
+    monkeypatch.setattr(engine._roster, "engine_at_hand", lambda name: at_hand.append(len(sent)) or name)
     requests = [messages.Create("a", SPEC, "torch"), train("a", 1.0), messages.Create("a", SPEC, "torch")]
     inbox.put(*(messages.Call(number, request) for number, request in enumerate(requests)))
     thread = threading.Thread(target=engine.run)
