@@ -1,38 +1,36 @@
 """The host: owns the live learners, decides what may happen to them, and in which order."""
 
 import asyncio
-import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from cbp import Batch, CbpError, FieldViolation, LearnerSpec, SnapshotError
+from cbp import Batch, CbpError, LearnerSpec, SnapshotError
 from cbp.examples.batches import validate_features
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
 from cbp_server.errors import (
     EngineUnavailable,
-    InvalidRequest,
-    LearnerReplaced,
     NotInEngine,
-    ProducerFenced,
     ServerDraining,
 )
 from cbp_server.learners.alterations import Alterations
 from cbp_server.learners.checkpointing import Checkpointer, CheckpointObserver, CheckpointPolicy
 from cbp_server.learners.engine_choice import EngineChoice
+from cbp_server.learners.engine_switch import EngineSwitch
 from cbp_server.learners.hosted import Hosted, hosted_from_catalog
 from cbp_server.learners.lifecycle import Lifecycle
+from cbp_server.learners.operations import Operations
 from cbp_server.learners.paging import page_of
 from cbp_server.learners.recovery import Recovery, ReplayObserver
 from cbp_server.learners.registry import Registry
 from cbp_server.learners.residence import Residence, ResidenceObserver
+from cbp_server.learners.training import Training
 from cbp_server.records.learners import (
     Durability,
     EngineStatus,
@@ -43,18 +41,11 @@ from cbp_server.records.learners import (
 from cbp_server.records.samples import SampleRecord, unpack
 from cbp_server.settings import EngineSetting
 from cbp_server.store.catalog import StoredCheckpoint, StoredLearner
-from cbp_server.store.journal import EntryKind
 from cbp_server.store.storage import Storage
-from cbp_server.streams.byte_budget import ByteBudget
-from cbp_server.streams.change_log import ChangeLog, NewEntry, pass_on
-from cbp_server.streams.producers import Producer
-from cbp_server.streams.sessions import IncomingBatch, TrainSession
+from cbp_server.streams.change_log import ChangeLog
+from cbp_server.streams.sessions import TrainSession
 
 AnswerT = TypeVar("AnswerT")
-
-_LONGEST_PRODUCER = 128
-_LONGEST_STREAM_ID = 64
-_MOST_PRODUCERS = 1000  # of one learner: each is in every checkpoint and every view of the learner
 
 log = structlog.get_logger("cbp_server.learners.host")
 
@@ -110,10 +101,10 @@ class Host:
         self._options = options
         self._observer = observer
         self._on_readiness = on_readiness
-        self._queued = ByteBudget(options.max_queued_bytes)
         self._registry = Registry()
-        self._changes = ChangeLog(engine, storage.commit)
-        self._engines = EngineChoice(options.engine)
+        self._operations = Operations()
+        changes = ChangeLog(engine, storage.commit)
+        choice = EngineChoice(options.engine)
         self._checkpointer = Checkpointer(engine, storage, self._registry, options.checkpoints, observer)
         recovery = Recovery(engine, storage, decode_batch, observer)
         self._residence = Residence(
@@ -124,11 +115,23 @@ class Host:
             most=options.max_live_learners,
             idle_seconds=options.evict_after,
             on_change=self._registry.touch,
-            on_ready=self._choose_engine,
+            on_ready=lambda hosted: self._switch.choose(hosted),
             observer=observer,
         )
+        self._switch = EngineSwitch(engine, choice, self._registry, changes, self._checkpointer, self._residence)
+        self._training = Training(
+            self._registry,
+            changes,
+            self._checkpointer,
+            self._residence,
+            self._operations,
+            credits=options.stream_credits,
+            max_message_bytes=options.max_message_bytes,
+            max_queued_bytes=options.max_queued_bytes,
+            on_rejected=observer.batch_rejected,
+        )
         self._alterations = Alterations(
-            engine, storage, self._changes, self._registry, recovery, self._checkpointer, self._residence
+            engine, storage, changes, self._registry, recovery, self._checkpointer, self._residence
         )
         self._lifecycle = Lifecycle(
             engine,
@@ -136,15 +139,13 @@ class Host:
             self._registry,
             self._checkpointer,
             self._residence,
-            self._engines,
+            choice,
             max_learners=options.max_learners,
             deleted_seconds=options.deleted_retention,
             history_samples=options.history_samples,
         )
         self._restored = False  # once
         self._serving = False
-        self._draining = False
-        self._operations: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
         """Learns from the catalog which learners there are; before the engine starts.
@@ -202,7 +203,7 @@ class Host:
     def readiness(self) -> list[str]:
         """Why the host is not ready; empty if it is."""
         reasons = []
-        if self._draining:
+        if self._operations.draining:
             reasons.append("the server is shutting down")
         if not self._engine.status.up:
             reasons.append("the engine process is down")
@@ -217,7 +218,7 @@ class Host:
     @property
     def draining(self) -> bool:
         """Whether the server is on its way down."""
-        return self._draining
+        return self._operations.draining
 
     def engine_status(self) -> EngineStatus:
         return self._engine.status
@@ -243,7 +244,7 @@ class Host:
         durability: Durability = Durability.FSYNC,
         request_id: str = "",
     ) -> LearnerRecord:
-        return await self._complete(self._lifecycle.create(learner_id, spec, durability, request_id))
+        return await self._operations.complete(self._lifecycle.create(learner_id, spec, durability, request_id))
 
     async def update(
         self,
@@ -254,22 +255,22 @@ class Host:
         etag: str = "",
     ) -> LearnerRecord:
         hosted = self._registry.get(learner_id)
-        return await self._complete(self._alterations.update(hosted, revise, durability, etag))
+        return await self._operations.complete(self._alterations.update(hosted, revise, durability, etag))
 
     async def delete(self, learner_id: str, *, etag: str = "") -> LearnerRecord:
-        return await self._complete(self._lifecycle.delete(self._registry.get(learner_id), etag))
+        return await self._operations.complete(self._lifecycle.delete(self._registry.get(learner_id), etag))
 
     async def undelete(self, learner_id: str, uid: str) -> LearnerRecord:
-        return await self._complete(self._lifecycle.undelete(learner_id, uid))
+        return await self._operations.complete(self._lifecycle.undelete(learner_id, uid))
 
     async def purge(self, learner_id: str, uid: str) -> None:
-        await self._complete(self._lifecycle.purge(learner_id, uid))
+        await self._operations.complete(self._lifecycle.purge(learner_id, uid))
 
     async def fork(
         self, source: str, learner_id: str, *, durability: Durability | None, request_id: str
     ) -> LearnerRecord:
         hosted = self._registry.get(source)
-        return await self._complete(self._lifecycle.fork(hosted, learner_id, durability, request_id))
+        return await self._operations.complete(self._lifecycle.fork(hosted, learner_id, durability, request_id))
 
     async def import_(
         self,
@@ -281,47 +282,32 @@ class Host:
         check_spec: Callable[[LearnerSpec], None],
     ) -> LearnerRecord:
         operation = self._lifecycle.import_(learner_id, data, durability, request_id, check_spec)
-        return await self._complete(operation)
+        return await self._operations.complete(operation)
 
     async def export(self, learner_id: str, format_name: str) -> bytes:
         return await self._lifecycle.export(self._registry.get(learner_id), format_name)
 
     async def create_checkpoint(self, learner_id: str) -> StoredCheckpoint:
-        return await self._complete(self._alterations.create_checkpoint(self._registry.get(learner_id)))
+        return await self._operations.complete(self._alterations.create_checkpoint(self._registry.get(learner_id)))
 
     async def checkpoints(self, learner_id: str) -> tuple[list[StoredCheckpoint], int, int]:
         return await self._alterations.checkpoints(self._registry.get(learner_id))
 
     async def delete_checkpoint(self, learner_id: str, number: int) -> None:
-        await self._complete(self._alterations.delete_checkpoint(self._registry.get(learner_id), number))
+        await self._operations.complete(self._alterations.delete_checkpoint(self._registry.get(learner_id), number))
 
     async def restore(self, learner_id: str, *, number: int | None, position: int | None, etag: str) -> LearnerRecord:
         hosted = self._registry.get(learner_id)
         operation = self._alterations.restore(hosted, number=number, position=position, expected_etag=etag)
-        return await self._complete(operation)
+        return await self._operations.complete(operation)
 
     async def resume(self, learner_id: str, lr: float | None, *, skip_batch: bool) -> LearnerRecord:
         hosted = self._registry.get(learner_id)
-        return await self._complete(self._alterations.resume(hosted, lr, skip_batch=skip_batch))
+        return await self._operations.complete(self._alterations.resume(hosted, lr, skip_batch=skip_batch))
 
     async def reset_units(self, learner_id: str, layers: Sequence[str], fraction: float) -> dict[str, int]:
         hosted = self._registry.get(learner_id)
-        return await self._complete(self._alterations.reset_units(hosted, layers, fraction))
-
-    async def _complete(self, operation: Coroutine[Any, Any, AnswerT]) -> AnswerT:
-        """Carries an operation through even if its caller goes away half-way: engine and records must agree."""
-        if self._draining:
-            operation.close()
-            raise ServerDraining
-        task = asyncio.create_task(operation)
-        self._operations.add(task)
-        task.add_done_callback(self._forget_operation)
-        return await asyncio.shield(task)
-
-    def _forget_operation(self, task: asyncio.Task[Any]) -> None:
-        self._operations.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever waited has it; if nobody does any more, it is nobody's
+        return await self._operations.complete(self._alterations.reset_units(hosted, layers, fraction))
 
     # -- learning and predicting --
 
@@ -334,75 +320,10 @@ class Host:
         resumed_epoch: int = 0,
         learner_uid: str = "",
     ) -> TrainSession:
-        """A stream of one producer; an earlier one of the same producer is fenced.
-
-        It begins when what it begins with is in the journal: what an earlier process sent and nobody acknowledged will
-        not be sent again once the next process has been told that it is here.
-
-        Args:
-            stream_id: names the stream through its reconnections.
-            resumed_epoch: the epoch that this stream had before; 0 if it takes the producer over.
-            learner_uid: if given, the uid that the learner must have.
-
-        Raises:
-            ProducerFenced: the stream is resumed, but another one has been opened since.
-            LearnerReplaced: the learner is another one.
-            JournalUnavailable: the opening could not be written.
-        """
-        _check_opening(producer, stream_id, resumed_epoch)
-        if self._draining:
-            raise ServerDraining
-        hosted = self._registry.get(learner_id)
-        if learner_uid and learner_uid != hosted.uid:
-            raise LearnerReplaced(learner_id, hosted.uid)
-        await self._residence.use(hosted)
-        if not self._registry.has(hosted) or self._draining:
-            raise ServerDraining if self._draining else NotInEngine
-        self._residence.check_trains(hosted)
-        if producer not in hosted.producers and len(hosted.producers) >= _MOST_PRODUCERS:
-            description = f"would be one more than the {_MOST_PRODUCERS} that one learner may have; use the names again"
-            raise InvalidRequest(FieldViolation("open.producer", description))
-        session, written = self._opened_stream(hosted, producer, stream_id, resumed_epoch)
-        try:
-            await written
-        except BaseException:
-            session.close()
-            raise
-        return session
-
-    def _opened_stream(
-        self, hosted: Hosted, producer: str, stream_id: str, resumed_epoch: int
-    ) -> tuple[TrainSession, "asyncio.Future[None]"]:
-        """The stream, and when its opening, with all that was accepted before it, is in the journal."""
-        state = hosted.producers.setdefault(producer, Producer(producer))
-        epoch = state.open(stream_id, resumed_epoch)
-        earlier = hosted.sessions.pop(producer, None)
-        if earlier is not None:
-            earlier.end(ProducerFenced(producer, epoch))
-        session = hosted.sessions[producer] = TrainSession(
-            hosted.record,
-            state,
-            credits=self._options.stream_credits,
-            max_message_bytes=self._options.max_message_bytes,
-            sink=partial(self._send, hosted),
-            wait_for_room=self._queued.wait_for_room,
-            on_rejected=self._observer.batch_rejected,
-            on_close=partial(self._forget_session, hosted),
+        """See `Training.open`."""
+        return await self._training.open(
+            learner_id, producer, stream_id=stream_id, resumed_epoch=resumed_epoch, learner_uid=learner_uid
         )
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def request(position: int) -> messages.OpenProducer:
-            if not written.done():
-                written.set_result(None)
-            return messages.OpenProducer(hosted.uid, position, producer, epoch, stream_id)
-
-        entry = NewEntry(kind=EntryKind.OPEN, payload=stream_id.encode(), producer=producer, epoch=epoch)
-        opened = self._changes.record(hosted.log, entry, request)
-        pass_on(opened, written)  # also if it cannot be written
-        self._residence.watch(hosted, opened)  # if it fails, so does the stream's first batch
-        self._checkpointer.note_change(hosted)
-        self._show_producer(hosted, state)
-        return session, written
 
     async def predict(self, learner_id: str, features: NDArray[np.generic]) -> messages.PredictReport:
         """Raw outputs of the live network between two of its steps, for features [N, …]."""
@@ -427,118 +348,23 @@ class Host:
             await self._residence.use(hosted)
             return await self._engine.call(request)
 
-    def _send(
-        self, hosted: Hosted, producer: Producer, epoch: int, incoming: IncomingBatch, batch: Batch
-    ) -> asyncio.Future[messages.TrainReport]:
-        self._residence.check_trains(hosted)
-        journaled = hosted.log.journals_batches
-
-        def request(position: int) -> messages.Train:
-            if journaled:
-                producer.make_durable(incoming.sequence)
-                self._show_producer(hosted, producer)
-            return messages.Train(
-                hosted.uid,
-                position,
-                producer.name,
-                epoch,
-                incoming.sequence,
-                incoming.payload_hash,
-                batch,
-                incoming.return_outputs,
-                journaled,
-            )
-
-        entry = NewEntry(
-            kind=EntryKind.BATCH,
-            payload=incoming.payload,
-            payload_hash=incoming.payload_hash,
-            producer=producer.name,
-            epoch=epoch,
-            sequence=incoming.sequence,
-        )
-        applied = self._changes.record(hosted.log, entry, request)
-        hosted.used = time.monotonic()
-        hosted.record.queued_batches += 1
-        # Arrays that need no conversion are views of the payload.
-        size = max(len(incoming.payload), batch.features.nbytes + batch.targets.nbytes)
-        self._queued.take(size)
-        # Registered first, so whoever awaits the future finds the record and the positions up to date.
-        applied.add_done_callback(partial(self._applied, hosted, producer, incoming, size))
-        return applied
-
-    def _applied(
-        self,
-        hosted: Hosted,
-        producer: Producer,
-        incoming: IncomingBatch,
-        size: int,
-        applied: asyncio.Future[messages.TrainReport],
-    ) -> None:
-        self._queued.give_back(size)
-        record = hosted.record
-        record.queued_batches -= 1
-        if applied.cancelled() or applied.exception() is not None:
-            producer.retract(incoming.sequence)
-            self._residence.settle(hosted, applied)
-            return
-        report = applied.result()
-        producer.settle(incoming.sequence)
-        if report.progress is not None:
-            record.progress = report.progress
-        record.samples.extend(report.samples)
-        journal_bytes = len(incoming.payload) if hosted.log.journals_batches else 0
-        self._checkpointer.note_change(hosted, steps=report.result.steps, journal_bytes=journal_bytes)
-        self._show_producer(hosted, producer)
-
     # -- time, start, failure and end --
 
     async def maintain(self) -> None:
         """What time brings: checkpoints that are due, idle learners, deleted ones whose time is over."""
         learners = self._registry.present()
         self._checkpointer.save_due(learners)
-        if self._serving and not self._draining:
+        if self._serving and not self._operations.draining:
             await self._residence.evict_idle(learners)
             await self._lifecycle.purge_expired()
 
     async def engine_up(self, ready: messages.EngineReady) -> None:
         """Restores the learners into a new engine process; each one serves as soon as it is ready."""
         self._announce_readiness()
-        self._engines.device, self._engines.compiled = ready.device, ready.compiled
-        if not ready.compiled:
-            self._engine.submit(messages.Prepare()).add_done_callback(self._prepared)
+        self._switch.engine_up(ready)
         await self._residence.engine_up(self._registry.present())
         self._serving = self._restored = True
         self._announce_readiness()
-
-    def _prepared(self, prepared: "asyncio.Future[messages.PrepareReport]") -> None:
-        if prepared.cancelled() or prepared.exception() is not None or not prepared.result().compiled:
-            return
-        self._engines.compiled = True
-        for hosted in self._registry.present():
-            if hosted.recovery is None:
-                self._choose_engine(hosted)
-
-    def _choose_engine(self, hosted: Hosted) -> None:
-        """Has the learner go on with the engine that it should have; from which entry on, its journal says."""
-        wanted = self._engines.of(hosted.record.spec)
-        if wanted == hosted.record.engine or not hosted.in_engine or hosted.stored.quarantine is not None:
-            return
-
-        def switched(applied: "asyncio.Future[None]") -> None:
-            if not applied.cancelled() and applied.exception() is None:
-                hosted.record.engine = wanted
-                self._registry.touch(hosted)
-                log.info("learner goes on with another engine", learner=hosted.learner_id, engine=wanted)
-
-        applied = self._changes.record(
-            hosted.log,
-            NewEntry(kind=EntryKind.ENGINE, payload=wanted.encode()),
-            lambda position: messages.SwitchEngine(hosted.uid, position, wanted),
-        )
-        applied.add_done_callback(switched)
-        self._residence.watch(hosted, applied)
-        self._checkpointer.note_change(hosted)
 
     def engine_down(self) -> None:
         """The engine process has died: nothing is served until another one has restored the learners."""
@@ -551,7 +377,7 @@ class Host:
 
         Returns the number of learners that could not be saved.
         """
-        self._draining = True
+        self._operations.draining = True
         self._announce_readiness()
         self._registry.changed.announce()  # watchers look up and leave
         self._residence.stop()
@@ -559,7 +385,7 @@ class Host:
         for hosted in self._registry.present():
             hosted.end_sessions(ServerDraining())
             under_way += [future for producer in hosted.producers.values() for future in producer.under_way.values()]
-        under_way += self._operations
+        under_way += self._operations.under_way
         if under_way:
             log.info("finishing what was accepted", operations=len(under_way))
             _, unfinished = await asyncio.wait(under_way, timeout=timeout_seconds)
@@ -570,28 +396,5 @@ class Host:
                 await asyncio.wait(unfinished)
         return await self._checkpointer.save_all(self._registry.present())
 
-    # -- helpers --
-
-    def _forget_session(self, hosted: Hosted, session: TrainSession) -> None:
-        if hosted.sessions.get(session.producer.name) is session:
-            del hosted.sessions[session.producer.name]
-
-    def _show_producer(self, hosted: Hosted, producer: Producer) -> None:
-        if hosted.producers.get(producer.name) is producer:  # not one of before a recovery
-            # In place: there may be many, and this is per batch.
-            hosted.record.producers[producer.name] = producer.record
-        self._registry.touch(hosted)
-
     def _announce_readiness(self) -> None:
         self._on_readiness(self.readiness())
-
-
-def _check_opening(producer: str, stream_id: str, resumed_epoch: int) -> None:
-    if not (1 <= len(producer) <= _LONGEST_PRODUCER and producer.isprintable()):
-        description = f"must be 1 to {_LONGEST_PRODUCER} printable characters"
-        raise InvalidRequest(FieldViolation("open.producer", description))
-    if len(stream_id) > _LONGEST_STREAM_ID or not stream_id.isprintable():
-        description = f"must be at most {_LONGEST_STREAM_ID} printable characters"
-        raise InvalidRequest(FieldViolation("open.stream_id", description))
-    if resumed_epoch < 0:
-        raise InvalidRequest(FieldViolation("open.resumed_epoch", f"must not be negative, is {resumed_epoch}"))
