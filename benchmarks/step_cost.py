@@ -39,8 +39,8 @@ from workloads import (
 )
 
 from cbp import Batch, Learner, compile_ahead
-from cbp.engines.compiled_engine import CompiledEngine
-from cbp.engines.kernels import Table
+from cbp.engines.compiled.engine import CompiledEngine
+from cbp.engines.compiled.table import Table
 from cbp.engines.names import EngineName
 
 PLAIN, LITERAL, TORCH = "plain", "literal", "torch engine"

@@ -21,7 +21,8 @@ from cbp import (
     TrainResult,
     train_together,
 )
-from cbp.engines import compiled_engine, stacked_engine
+from cbp.engines import stacked_engine
+from cbp.engines.compiled import engine as compiled_engine
 from cbp.engines.names import EngineName
 from cbp.engines.stacked_engine import stack_width
 from cbp.spec.learner_spec import Activation, LossKind, Utility

@@ -76,7 +76,7 @@ def make_engine(
             return StackedEngine(spec, state, device, draws, published_order=published_order)
         case "compiled":
             # Imported when it is needed: numba takes half a second.
-            from cbp.engines.compiled_engine import CompiledEngine
+            from cbp.engines.compiled.engine import CompiledEngine
 
             return CompiledEngine(spec, state, draws, published_order=published_order)
 
@@ -96,13 +96,13 @@ def compile_ahead() -> None:
     Takes about half a minute the first time. The code is kept on disk, beside the package or where `NUMBA_CACHE_DIR`
     says; with it there, the next process takes about a second. Other threads run meanwhile, but not on the same core.
     """
-    from cbp.engines.compiled_engine import compile_kernels
+    from cbp.engines.compiled.on_disk import compile_kernels
 
     compile_kernels()
 
 
 def compiled_before() -> bool:
     """Whether `compile_ahead` finds the code on disk, for this processor, and so takes about a second."""
-    from cbp.engines.compiled_engine import kernels_on_disk
+    from cbp.engines.compiled.on_disk import kernels_on_disk
 
     return kernels_on_disk()

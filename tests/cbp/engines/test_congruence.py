@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cbp import Batch, CbpError, Learner, LearnerSnapshot, LearnerSpec, compile_ahead
-from cbp.engines import kernels
+from cbp.engines.compiled.replacing import replace
+from cbp.engines.compiled.steps import run
 from cbp.engines.names import EngineName, PerceptronEngineName, choose_engine
 from cbp.spec.learner_spec import Activation, LossKind, Utility
 
@@ -365,7 +366,7 @@ def test_somebody_may_look_between_runs_of_steps(make_spec: MakeSpec, make_batch
 
 def test_arrays_of_any_kind_need_no_other_code(make_spec: MakeSpec, make_batch: MakeBatch) -> None:
     compile_ahead()
-    compiled = [len(kernel.signatures) for kernel in (kernels.run, kernels.replace)]
+    compiled = [len(kernel.signatures) for kernel in (run, replace)]
     spec = make_spec(loss="mse")
     plain = make_batch(spec, 40)
     features, targets = np.asfortranarray(plain.features), plain.targets.copy()
@@ -375,7 +376,7 @@ def test_arrays_of_any_kind_need_no_other_code(make_spec: MakeSpec, make_batch: 
     learner.train(plain)
     other.train(awkward)
     assert torch.equal(learner._state.parameters.flat, other._state.parameters.flat)
-    assert [len(kernel.signatures) for kernel in (kernels.run, kernels.replace)] == compiled == [1, 1]
+    assert [len(kernel.signatures) for kernel in (run, replace)] == compiled == [1, 1]
 
 
 def test_an_engine_that_cannot_run_there_is_refused(make_spec: MakeSpec) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cbp.engines import products
+from cbp.engines.compiled import products
 
 SIZES = [
     (2, 5, 3),

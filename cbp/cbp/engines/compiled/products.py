@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cbp.engines.compiling import exactly, in_any_order
-from cbp.engines.lanes import (
+from cbp.engines.compiled.compiling import exactly, in_any_order
+from cbp.engines.compiled.lanes import (
     LANE_BYTES,
     LANES,
     Lanes,

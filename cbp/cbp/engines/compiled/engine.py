@@ -22,11 +22,26 @@ from numpy.typing import NDArray
 
 from cbp import losses
 from cbp.activations import NONLINEARITIES
-from cbp.engines import kernels, measuring
+from cbp.engines.compiled import measuring, steps
+from cbp.engines.compiled.averages import fill_corrections
+from cbp.engines.compiled.large_layers import LARGE, is_turned
+from cbp.engines.compiled.replacing import replace
+from cbp.engines.compiled.table import (
+    ADAM,
+    ADAMW,
+    MOMENTUM_RMSPROP,
+    MOMENTUM_SGD,
+    NESTEROV_SGD,
+    RELU,
+    RMSPROP,
+    SGD,
+    Real,
+    Sum,
+    Table,
+)
 from cbp.engines.eager_engine import EagerEngine, Work
-from cbp.engines.kernels import Real, Sum, Table
 from cbp.engines.names import EngineName
-from cbp.engines.torch_engine import StackState, initial_stack
+from cbp.engines.torch_engine import StackState
 from cbp.examples.pending import Examples, Probe
 from cbp.networks import FlatLayers, initial_bounds, laid_out
 from cbp.optimizers import NORM_MARGIN, AdamState, RmspropState, SgdState
@@ -75,8 +90,8 @@ class CompiledEngine(EagerEngine):
     def configure(self, specs: Sequence[LearnerSpec]) -> None:
         super().configure(specs)
         widths = (self.spec.mlp.in_features, *self.spec.mlp.hidden, self.spec.mlp.out_features)
-        self.run_kernel, self.point_kernel = _direct(kernels.run), _direct(kernels.point_to)
-        self._replace_kernel = _direct(kernels.replace)
+        self.run_kernel, self.point_kernel = _direct(steps.run), _direct(steps.point_to)
+        self._replace_kernel = _direct(replace)
         self._step_nanoseconds: dict[int, float] = {}  # by step size
         self.table = np.zeros(Table.WIDTHS + len(widths), np.int64)
         self.table_address = self.table.ctypes.data
@@ -94,7 +109,7 @@ class CompiledEngine(EagerEngine):
         log_decay = float(self.reals[Real.LOG_DECAY])
         corrections = min(int(_CORRECTED / -log_decay) + 2, _KNOWN_CORRECTIONS)
         self._corrections = np.zeros(corrections, np.float32)
-        kernels.fill_corrections(self.reals[Real.LOG_DECAY], self._corrections)
+        fill_corrections(self.reals[Real.LOG_DECAY], self._corrections)
         self._weights: NDArray[np.float32] | None = None
         self._versions: list[int] = []
         self._schedule_of: ReplacementSchedule | None = None
@@ -123,18 +138,18 @@ class CompiledEngine(EagerEngine):
         table[Table.PARAMETERS] = _address(state.parameters)
         match state.optimizer:
             case SgdState(momentum=None):
-                table[Table.OPTIMIZER] = kernels.SGD
+                table[Table.OPTIMIZER] = SGD
             case SgdState(momentum=FlatLayers() as momentum):
                 nesterov = isinstance(optimizer, SgdSpec) and optimizer.nesterov
-                table[Table.OPTIMIZER] = kernels.NESTEROV_SGD if nesterov else kernels.MOMENTUM_SGD
+                table[Table.OPTIMIZER] = NESTEROV_SGD if nesterov else MOMENTUM_SGD
                 table[Table.MOMENTUM] = _address(momentum)
             case RmspropState():
                 running = state.optimizer.momentum
-                table[Table.OPTIMIZER] = kernels.RMSPROP if running is None else kernels.MOMENTUM_RMSPROP
+                table[Table.OPTIMIZER] = RMSPROP if running is None else MOMENTUM_RMSPROP
                 table[Table.MOMENTUM] = 0 if running is None else _address(running)
                 table[Table.SECOND_MOMENT] = _address(state.optimizer.square_average)
             case AdamState():
-                table[Table.OPTIMIZER] = kernels.ADAMW if optimizer.kind == "adamw" else kernels.ADAM
+                table[Table.OPTIMIZER] = ADAMW if optimizer.kind == "adamw" else ADAM
                 table[Table.MOMENTUM] = _address(state.optimizer.first_moment)
                 table[Table.SECOND_MOMENT] = _address(state.optimizer.second_moment)
                 table[Table.COUNTS] = _address(state.optimizer.steps)
@@ -167,10 +182,10 @@ class CompiledEngine(EagerEngine):
             and not optimizer.weight_decay
         )
         self.table[Table.REMEMBERS] = remembers
-        remembered = remembers and max(widths[:-2]) >= kernels.LARGE
+        remembered = remembers and max(widths[:-2]) >= LARGE
         self._assumes = remembered or isinstance(optimizer, AdamSpec | AdamWSpec)
         turned = [
-            bool(kernels.is_turned(int(remembers), depth, layer, before, after))
+            bool(is_turned(int(remembers), depth, layer, before, after))
             for layer, (before, after) in enumerate(itertools.pairwise(widths))
         ]
         self.state.parameters = laid_out(self.state.parameters, turned)
@@ -206,7 +221,7 @@ class CompiledEngine(EagerEngine):
         nanoseconds = 500.0 + (0.25 + 0.05 * step_size) * parameters
         if self.spec.optimizer.clip_norm is not None:
             nanoseconds += (0.1 + 0.05 * step_size) * parameters
-        if self.table[Table.OPTIMIZER] >= kernels.RMSPROP:
+        if self.table[Table.OPTIMIZER] >= RMSPROP:
             nanoseconds += 2.0 * parameters
         self._step_nanoseconds[step_size] = nanoseconds
         return nanoseconds
@@ -278,8 +293,8 @@ class CompiledEngine(EagerEngine):
         table[Table.FLOATS] = self._room.ctypes.data
         table[Table.SKIPS] = (
             step_size == 1
-            and table[Table.ACTIVATION] == kernels.RELU
-            and table[Table.OPTIMIZER] == kernels.SGD
+            and table[Table.ACTIVATION] == RELU
+            and table[Table.OPTIMIZER] == SGD
             and not table[Table.DECAYS_WEIGHTS]
         )
         table[Table.BATCH] = step_size
@@ -418,13 +433,13 @@ class CompiledWork:
         nanoseconds = sum(work.nanoseconds(steps) for work, steps in turns)
         if min(threads, len(turns)) == 1 or nanoseconds < _WORTH_THREADS:
             if nanoseconds < _WORTH_A_CALL * len(turns):
-                _run_each(turns)
+                run_each(turns)
             else:
                 for work, steps in turns:
                     work.run(steps)
             return
         pool = _threads(os.getpid(), threads)
-        shares = [pool.submit(_run_each, turns[thread::threads]) for thread in range(min(threads, len(turns)))]
+        shares = [pool.submit(run_each, turns[thread::threads]) for thread in range(min(threads, len(turns)))]
         try:
             for share in shares:
                 share.result()
@@ -473,14 +488,14 @@ class CompiledWork:
         return losses, accuracies if self._engine.scores_accuracy else None
 
 
-def _run_each(turns: Sequence[tuple[CompiledWork, int]]) -> None:
+def run_each(turns: Sequence[tuple[CompiledWork, int]]) -> None:
     """All steps up to the next replacement of units are one call of compiled code; other threads run meanwhile."""
     for work, _ in turns:
         work.lay_open()
     left = list(turns)
     while left := [(work, count) for work, count in left if count]:
         ahead = np.array([work.steps_ahead(count) for work, count in left])
-        kernels.run_each(np.array([work.table_address for work, _ in left]), ahead)
+        steps.run_each(np.array([work.table_address for work, _ in left]), ahead)
         taken = ahead[:, 1].tolist()
         left = [(work, count - work.account_for(took)) for (work, count), took in zip(left, taken, strict=True)]
 
@@ -553,37 +568,3 @@ def _keep_to_one_thread() -> None:
     of_scipy = [library for library in products if "scipy.libs" in library.filepath]
     for library in of_scipy or products:
         library.set_num_threads(1)
-
-
-def compile_kernels() -> None:
-    """Compiles what every specification needs, or loads it from disk."""
-    spec = LearnerSpec.parse(
-        {
-            "network": {"kind": "mlp", "in_features": 1, "hidden": [1], "out_features": 1},
-            "loss": "mse",
-            "optimizer": {"kind": "sgd", "lr": 0.1},
-            "resets": {"replacement_rate": 1.0, "maturity_threshold": 0},
-        }
-    )
-    engine = CompiledEngine(spec, initial_stack([spec], torch.device("cpu")))
-    rows = np.ones((2, 1), np.float32)
-    examples = Examples(rows, rows, None, (("", 2),))
-    work = CompiledWork(engine, examples, 1)
-    probe = Probe(1, rows, rows)
-    engine.begin(examples, 1, probe).run(1)
-    engine.measure(probe, None)
-    _run_each([(work, 1)])
-
-
-def kernels_on_disk() -> bool:
-    """Whether numba finds on disk what `compile_kernels` compiles, made from this source for this processor."""
-    return all(map(_is_on_disk, kernels.ENTRY_POINTS + measuring.ENTRY_POINTS))
-
-
-def _is_on_disk(kernel: Any) -> bool:
-    """Numba has no public way to ask."""
-    file = getattr(kernel._cache, "_cache_file", None)  # none if there is no place on disk
-    if file is None:
-        return False
-    processor = kernel.targetctx.codegen().magic_tuple()
-    return any(key[1] == processor for key in file._load_index())

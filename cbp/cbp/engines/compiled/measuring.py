@@ -14,8 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from cbp.engines.compiling import as_written, exactly, in_any_order
-from cbp.engines.kernels import (
+from cbp.engines.compiled.averages import bias_correction
+from cbp.engines.compiled.clipping import squares_of_gradient
+from cbp.engines.compiled.compiling import as_written, exactly, in_any_order
+from cbp.engines.compiled.large_layers import is_turned
+from cbp.engines.compiled.nonlinearities import activate, differentiate
+from cbp.engines.compiled.products import ROWS_AT_ONCE, add_bias, affine, hand_back
+from cbp.engines.compiled.scores import cross_entropy, regression
+from cbp.engines.compiled.table import (
     CROSS_ENTROPY,
     Doubles,
     Floats,
@@ -23,18 +29,10 @@ from cbp.engines.kernels import (
     Number,
     Real,
     Table,
-    activate,
-    bias_correction,
-    cross_entropy,
-    differentiate,
     integers_at,
-    is_turned,
-    regression,
     row_at,
     rows_at,
-    squares_of_gradient,
 )
-from cbp.engines.products import ROWS_AT_ONCE, add_bias, affine, hand_back
 from cbp.plasticity.measures import DECIDED_BY_ROUNDING, GRADIENT_EXAMPLES, SAMPLES_PER_UNIT, SRANK_DELTA
 from cbp.plasticity.samples import QUANTILES, LayerPlasticity
 
@@ -61,18 +59,6 @@ class Measure(IntEnum):
     COUNT = 18
 
 
-_MEAN_ABS_WEIGHT, _WEIGHT_NORM = int(Measure.MEAN_ABS_WEIGHT), int(Measure.WEIGHT_NORM)
-_DISTANCE_FROM_INIT, _GRADIENT_NORM = int(Measure.DISTANCE_FROM_INIT), int(Measure.GRADIENT_NORM)
-_GRADIENT_RANK, _DORMANT_FRACTION = int(Measure.GRADIENT_RANK), int(Measure.DORMANT_FRACTION)
-_DEAD_FRACTION, _SATURATED_FRACTION = int(Measure.DEAD_FRACTION), int(Measure.SATURATED_FRACTION)
-_FEATURE_NORM, _EFFECTIVE_RANK = int(Measure.FEATURE_NORM), int(Measure.EFFECTIVE_RANK)
-_STABLE_RANK, _SRANK = int(Measure.STABLE_RANK), int(Measure.SRANK)
-_AGES_AT, _UTILITIES_AT, _COUNT = int(Measure.AGES), int(Measure.UTILITIES), int(Measure.COUNT)
-_DEPTH, _ACTIVATION, _LOSS = int(Table.DEPTH), int(Table.ACTIVATION), int(Table.LOSS)
-_PARAMETERS, _REMEMBERS, _WIDTHS = int(Table.PARAMETERS), int(Table.REMEMBERS), int(Table.WIDTHS)
-_REALS, _UTILITIES, _AGES = int(Table.REALS), int(Table.UTILITIES), int(Table.AGES)
-_DELTA, _LOG_DECAY, _REAL_COUNT = int(Real.DELTA), int(Real.LOG_DECAY), int(Real.COUNT)
-
 _ZERO = np.float32(0.0)
 _CACHE_LINE = 16
 """Columns of turned weights that are compared at a time: what was drawn is then read in whole cache lines, too."""
@@ -89,46 +75,46 @@ def look(
     loss's residual of one of them is multiplied by.
     """
     examples = len(features)
-    depth, reals = table[_DEPTH], row_at(table[_REALS], _REAL_COUNT)
+    depth, reals = table[Table.DEPTH], row_at(table[Table.REALS], Real.COUNT)
     pre = np.empty_like(post)
-    address = table[_PARAMETERS]
+    address = table[Table.PARAMETERS]
     unit = 0
     for layer in range(depth):
-        before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+        before, after = table[Table.WIDTHS + layer], table[Table.WIDTHS + layer + 1]
         layer_input = _inputs(features, post, unit, before, layer)
         layer_output = (
             _units(pre, examples, unit, after) if layer < depth - 1 else np.empty((examples, after), np.float32)
         )
         bias = row_at(address + 4 * after * before, after)
-        if is_turned(table[_REMEMBERS], depth, layer, before, after):
+        if is_turned(table[Table.REMEMBERS], depth, layer, before, after):
             np.dot(layer_input, rows_at(address, before, after), layer_output)
             add_bias(bias, layer_output)
         else:
             affine(rows_at(address, after, before), bias, layer_input, layer_output)
         if layer < depth - 1:
             of_layer = slice(examples * unit, examples * (unit + after))
-            activate(table[_ACTIVATION], pre[of_layer], post[of_layer])
+            activate(table[Table.ACTIVATION], pre[of_layer], post[of_layer])
             unit += after
         else:
             factor, residual = np.float32(scale), _units(delta, examples, unit, after)
             for n in range(examples):
-                if table[_LOSS] == CROSS_ENTROPY:
+                if table[Table.LOSS] == CROSS_ENTROPY:
                     cross_entropy(layer_output[n], labels[n], factor, residual[n])
                 else:
-                    regression(table[_LOSS], layer_output[n], values[n], factor, reals[_DELTA], residual[n])
+                    regression(table[Table.LOSS], layer_output[n], values[n], factor, reals[Real.DELTA], residual[n])
         address += 4 * after * (before + 1)
 
     for layer in range(depth - 1, 0, -1):
-        before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+        before, after = table[Table.WIDTHS + layer], table[Table.WIDTHS + layer + 1]
         address -= 4 * after * (before + 1)
         of_outputs, of_inputs = _units(delta, examples, unit, after), _units(delta, examples, unit - before, before)
-        if is_turned(table[_REMEMBERS], depth, layer, before, after):
+        if is_turned(table[Table.REMEMBERS], depth, layer, before, after):
             np.dot(of_outputs, rows_at(address, before, after).T, of_inputs)
         else:
             hand_back(of_outputs, rows_at(address, after, before), of_inputs)
         unit -= before
         of_layer = slice(examples * unit, examples * (unit + before))
-        differentiate(table[_ACTIVATION], pre[of_layer], post[of_layer], delta[of_layer])
+        differentiate(table[Table.ACTIVATION], pre[of_layer], post[of_layer], delta[of_layer])
 
 
 @exactly
@@ -149,36 +135,36 @@ def measure(
     first [P]: the parameters as they were drawn, [out, in] in every layer. Post and delta are of `look`, and empty if
     there are no examples. Activations outside of low and high are saturated.
     """
-    examples, depth = len(features), table[_DEPTH]
+    examples, depth = len(features), table[Table.DEPTH]
     place = unit = 0
     for earlier in range(layer):
-        place += table[_WIDTHS + earlier + 1] * (table[_WIDTHS + earlier] + 1)
-        unit += table[_WIDTHS + earlier + 1]
-    before, after = table[_WIDTHS + layer], table[_WIDTHS + layer + 1]
+        place += table[Table.WIDTHS + earlier + 1] * (table[Table.WIDTHS + earlier] + 1)
+        unit += table[Table.WIDTHS + earlier + 1]
+    before, after = table[Table.WIDTHS + layer], table[Table.WIDTHS + layer + 1]
     found[:] = np.nan
 
     drawn = first[place : place + after * before].reshape(after, before)
-    address = table[_PARAMETERS] + 4 * place
-    if is_turned(table[_REMEMBERS], depth, layer, before, after):
+    address = table[Table.PARAMETERS] + 4 * place
+    if is_turned(table[Table.REMEMBERS], depth, layer, before, after):
         magnitudes, squares, moved = _compare(rows_at(address, before, after).T, drawn, _CACHE_LINE)
     else:
         magnitudes, squares, moved = _compare(rows_at(address, after, before), drawn, before)
-    found[_MEAN_ABS_WEIGHT] = magnitudes / (before * after)
-    found[_WEIGHT_NORM], found[_DISTANCE_FROM_INIT] = math.sqrt(squares), math.sqrt(moved)
+    found[Measure.MEAN_ABS_WEIGHT] = magnitudes / (before * after)
+    found[Measure.WEIGHT_NORM], found[Measure.DISTANCE_FROM_INIT] = math.sqrt(squares), math.sqrt(moved)
 
     if examples:
         layer_input = _inputs(features, post, unit, before, layer)
         deltas = _units(delta, examples, unit, after)
         room = np.empty(max(after, ROWS_AT_ONCE) * max(before, 1), np.float32)
-        found[_GRADIENT_NORM] = math.sqrt(squares_of_gradient(deltas, layer_input, room.ctypes.data))
-        found[_GRADIENT_RANK] = _gradient_rank(layer_input, deltas)
+        found[Measure.GRADIENT_NORM] = math.sqrt(squares_of_gradient(deltas, layer_input, room.ctypes.data))
+        found[Measure.GRADIENT_RANK] = _gradient_rank(layer_input, deltas)
     if layer < depth - 1:
         if examples:
             _measure_activations(_units(post, examples, unit, after), dormant_threshold, low, high, found)
         _measure_units(
-            integers_at(table[_AGES] + 8 * unit, after),
-            row_at(table[_UTILITIES] + 4 * unit, after),
-            row_at(table[_REALS], _REAL_COUNT)[_LOG_DECAY],
+            integers_at(table[Table.AGES] + 8 * unit, after),
+            row_at(table[Table.UTILITIES] + 4 * unit, after),
+            row_at(table[Table.REALS], Real.COUNT)[Real.LOG_DECAY],
             found,
         )
 
@@ -256,26 +242,26 @@ def _measure_activations(
     for u in range(units):
         dormant += activity[u] <= most
         dead += alive[u] == 0.0
-    found[_DORMANT_FRACTION], found[_DEAD_FRACTION] = dormant / units, dead / units
-    found[_SATURATED_FRACTION] = saturated / (examples * units)
-    found[_FEATURE_NORM] = lengths / examples
+    found[Measure.DORMANT_FRACTION], found[Measure.DEAD_FRACTION] = dormant / units, dead / units
+    found[Measure.SATURATED_FRACTION] = saturated / (examples * units)
+    found[Measure.FEATURE_NORM] = lengths / examples
     if examples >= SAMPLES_PER_UNIT * units:
         spectrum = _spectrum(np.dot(values.T, values))
-        found[_EFFECTIVE_RANK] = _effective_rank(spectrum)
-        found[_STABLE_RANK] = _stable_rank(spectrum)
-        found[_SRANK] = _srank(spectrum)
+        found[Measure.EFFECTIVE_RANK] = _effective_rank(spectrum)
+        found[Measure.STABLE_RANK] = _stable_rank(spectrum)
+        found[Measure.SRANK] = _srank(spectrum)
 
 
 @exactly
 def _measure_units(ages: Integers, utilities: Floats, log_decay: Number, found: Doubles) -> None:
-    _quantiles(ages.astype(np.float64), found[_AGES_AT:_UTILITIES_AT])
+    _quantiles(ages.astype(np.float64), found[Measure.AGES : Measure.UTILITIES])
     corrected = np.empty(len(ages))
     count = 0
     for u in range(len(ages)):
         if ages[u] > 0:  # a unit born at this very step has no utility yet; it must not hide the others'
             corrected[count] = utilities[u] / bias_correction(ages[u], log_decay)
             count += 1
-    _quantiles(corrected[:count], found[_UTILITIES_AT:_COUNT])
+    _quantiles(corrected[:count], found[Measure.UTILITIES : Measure.COUNT])
 
 
 @exactly

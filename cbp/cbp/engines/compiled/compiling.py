@@ -9,16 +9,12 @@ import numba
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_HERE = Path(__file__).parent
 SOURCES = (
-    "compiling.py",
-    "lanes.py",
-    "products.py",
-    "kernels.py",
-    "measuring.py",
-    "../plasticity/measures.py",
-    "../plasticity/samples.py",
+    *sorted(_HERE.glob("*.py")),
+    *(_HERE.parents[1] / "plasticity" / name for name in ("measures.py", "samples.py")),
 )
-"""All files with compiled code, or with constants in it, as they are found from this one's folder."""
+"""All files with compiled code, or with constants in it: those of this wing, and of the measures that it follows."""
 
 
 def _compiled(*fastmath: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -44,7 +40,7 @@ def _look_at_all_sources(compiled: Any) -> None:
     the functions that it calls; it has no public way to say so."""
     file = getattr(compiled._cache, "_cache_file", None)
     if file is not None:
-        sources = [(Path(__file__).parent / name).stat() for name in SOURCES]
+        sources = [source.stat() for source in SOURCES]
         file._source_stamp = tuple((source.st_mtime, source.st_size) for source in sources)
 
 
