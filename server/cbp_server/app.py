@@ -147,7 +147,7 @@ class _Server:
         )
         self._http = _HttpServer(
             uvicorn.Config(
-                create_app(self._host, Exposition(registry, learner_metrics)),
+                create_app(self._host, Exposition(registry, learner_metrics), root_path=settings.root_path),
                 log_config=None,
                 access_log=False,
                 lifespan="off",

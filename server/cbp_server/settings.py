@@ -2,10 +2,11 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from cbp_server.limits import Limits
@@ -16,6 +17,12 @@ _CLIENT_VARIABLES = {"CBP_SERVER"}
 
 EngineSetting = Literal["auto", "compiled", "torch", "stacked"]
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def _root_path(value: str) -> str:
+    if value and not re.fullmatch(r"(/[\w.~-]+)+", value, re.ASCII):
+        raise ValueError("must be a path such as /cbp: begin with a slash, end without one, no query")
+    return value
 
 
 class Settings(BaseSettings):
@@ -35,6 +42,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     grpc_port: Port = Field(50051, description="port of the gRPC services; 0 picks a free one")
     http_port: Port = Field(8080, description="port of status page, HTTP API and metrics; 0 picks a free one")
+    root_path: Annotated[str, AfterValidator(_root_path)] = Field(
+        "", description="path under which a proxy serves the HTTP port, such as /cbp; empty: it has a host of its own"
+    )
     data_dir: Path = Field(Path("data"), description="directory that keeps the learners; made if missing")
     store_url: str = Field(
         "", description="database of the journal, such as postgresql+psycopg://…; empty: SQLite in the data directory"

@@ -17,6 +17,7 @@ from cbp_server.records.learners import LearnerState
 from cbp_server.records.read_model import ReadModel
 from cbp_server.web import schemas
 from cbp_server.web.problems import PROBLEM_CONTENT, install_problem_handlers
+from cbp_server.web.root_path import RootPath
 from cbp_server.web.security_headers import SecurityHeaders
 
 _STATIC = Path(__file__).parent / "static"
@@ -37,8 +38,12 @@ _INVALID: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: ReadModel, exposition: Exposition) -> FastAPI:
-    """The application that shows `service` and its metrics."""
+def create_app(service: ReadModel, exposition: Exposition, *, root_path: str = "") -> FastAPI:
+    """The application that shows `service` and its metrics.
+
+    Args:
+        root_path: path under which a proxy serves it, whether or not the proxy takes it off what it passes on.
+    """
     server_version, torch_version = version("cbp-server"), version("torch")
     start_time = datetime.now(UTC)
 
@@ -53,6 +58,8 @@ def create_app(service: ReadModel, exposition: Exposition) -> FastAPI:
         openapi_tags=[{"name": "learners"}, {"name": "server"}],
     )
     app.add_middleware(SecurityHeaders)
+    if root_path:
+        app.add_middleware(RootPath, root_path=root_path)
     install_problem_handlers(app)
 
     @app.get("/v1/learners", tags=["learners"], summary="List learners", responses=_INVALID)

@@ -21,7 +21,7 @@ class SecurityHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        policy = _DOCS_POLICY if scope["path"] == "/docs" else _POLICY
+        policy = _DOCS_POLICY if scope["path"].removeprefix(scope.get("root_path", "")) == "/docs" else _POLICY
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

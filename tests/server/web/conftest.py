@@ -5,10 +5,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import uvicorn
+from browsing import chromium, watched_page
+from playwright.sync_api import Browser, Page
 from prometheus_client import CollectorRegistry
 
 from cbp import (
@@ -94,17 +96,46 @@ def host() -> FakeHost:
     return FakeHost()
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
 @pytest.fixture
-def http(host: FakeHost) -> Iterator["HttpServer"]:
+def page(browser: Browser, http: "HttpServer") -> Iterator[Page]:
+    with watched_page(browser, http.url) as page:
+        yield page
+
+
+@pytest.fixture
+def http(serve: "Serve") -> "HttpServer":
     """The application over `host`, on a real port."""
-    registry = CollectorRegistry()
-    RpcMetrics(registry)
-    HostMetrics(registry)
-    JournalMetrics(registry)
-    register_server_metrics(registry, host)
-    running = HttpServer(create_app(host, Exposition(registry, LearnerMetrics(host, max_learners=100))))
-    yield running
-    running.stop()
+    return serve()
+
+
+@pytest.fixture
+def serve(host: FakeHost) -> Iterator["Serve"]:
+    """Serves the application over `host` on a real port, as if a proxy had it at `root_path`."""
+    started: list[HttpServer] = []
+
+    def start(root_path: str = "") -> HttpServer:
+        registry = CollectorRegistry()
+        RpcMetrics(registry)
+        HostMetrics(registry)
+        JournalMetrics(registry)
+        register_server_metrics(registry, host)
+        exposition = Exposition(registry, LearnerMetrics(host, max_learners=100))
+        started.append(HttpServer(create_app(host, exposition, root_path=root_path)))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.stop()
+
+
+class Serve(Protocol):
+    def __call__(self, root_path: str = "") -> "HttpServer": ...
 
 
 class HttpServer:

@@ -1,53 +1,18 @@
 """The status page and /docs, as a person with a browser meets them."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
 from network_kinds import NETWORKS, plain_spec
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-from system_tools import system_tool
+from playwright.sync_api import Locator, Page, expect
 
 from cbp import LearnerSpec, TaskRecord
 from cbp_server.records.learners import Durability, JournalStatus, LearnerRecord, LearnerState
 
 MakeLearner = Callable[..., LearnerRecord]
-
-_CHROMIUM_FLAGS = (
-    "--no-sandbox",  # tests may run as root
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=system_tool("chromium"), args=list(_CHROMIUM_FLAGS))
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser, http: Any) -> Iterator[Page]:
-    """A page that must not log an error or ask any other server."""
-    page = browser.new_page(base_url=http.url)
-    complaints: list[str] = []
-    page.on(
-        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
-    )
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(http.url) else complaints.append(request.url))
-    yield page
-    page.close()
-    # That is the browser's own note of an answer that is not a success, as some tests want it.
-    assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
 
 
 def row(page: Page, name: str) -> Locator:

@@ -1,6 +1,6 @@
 // Line charts as inline SVG, with a cursor for mouse, touch and arrow keys.
 
-import { h, setText, svg } from "/static/dom.js";
+import { h, setText, svg } from "./dom.js";
 
 const HEIGHT = 220;
 const MARGIN = { top: 12, right: 14, bottom: 26, left: 52 };
