@@ -113,6 +113,13 @@ class ContinualBackprop:
 
         return self._module_units.explain(verdict)
 
+    def use_optimizer(self, optimizer: Optimizer) -> None:
+        """Goes on with another optimizer of the same parameters: newborns' weights start afresh in that one.
+
+        Raises `SpecError` if it does not move them all or is not supported; then nothing has changed.
+        """
+        self._module_units.use_optimizer(optimizer)
+
     def remove(self) -> None:
         """Takes the hooks off the module and the optimizer; the object is of no more use."""
         self._module_units.remove()
@@ -121,16 +128,24 @@ class ContinualBackprop:
     def step(self) -> None:
         """One generate-and-test step; call it after `optimizer.step()`.
 
-        Raises `CbpError` if no forward and backward pass in training mode has happened since the last one.
+        It does nothing if the optimizer has not taken its step, as where a gradient scaler skips one.
+
+        Raises `CbpError` if no forward and backward pass in training mode has happened since the last one, or if
+        another optimizer moves the parameters.
         """
         taps = self._module_units.activations.take()
+        if taps is None:
+            return
         if self._module_units.settle():
             device = self._module_units.grouping.device
             self._settings, self._units = ResetSettings.of([self._resets], device), self._units.to(device)
         grouping, draws = self._module_units.grouping, self._module_units.draws
-        evaluate_groups(self._units, self._settings, grouping, taps, draws)
+        step = self._module_units.seen(taps)
+        evaluate_groups(self._units, self._settings, grouping, step, draws)
         self._step += 1
-        due = self._schedule.advance(self._step)
+        if step.resting:
+            self._schedule.rest(step.resting)
+        due = self._schedule.advance(self._step, step.resting + self._module_units.frozen)
         if due is not None:
             self._replace(due)
 
@@ -138,8 +153,10 @@ class ContinualBackprop:
     def reset_units(self, wanted: Sequence[int]) -> tuple[int, ...]:
         """Resets so many units of each group now, those of least utility, or as many as are mature; returns how many.
 
-        What the rates still owe stays owed.
+        What the rates still owe stays owed. Groups in which something is frozen are left alone.
         """
+        frozen = self._module_units.frozen
+        wanted = [0 if group in frozen else count for group, count in enumerate(wanted)]
         counts = self._schedule.replace(wanted, self._step)
         self._replace(counts)
         return counts

@@ -55,9 +55,12 @@ class ReDo(UnitResets):
         Raises `CbpError` if no forward and backward pass in training mode has happened since the last one.
         """
         taps = self._units.activations.take()
+        if taps is None:
+            return
         if self._units.settle():
             self._activity = self._activity.to(self._grouping.device)
-        self._activity += mean_over_units(self._grouping, taps, torch.Tensor.abs)
+        activity = mean_over_units(self._grouping, self._units.seen(taps), torch.Tensor.abs)
+        self._activity += torch.where(torch.isfinite(activity), activity, 0.0)
         self._step += 1
         if self._step % self._spec.interval:
             return

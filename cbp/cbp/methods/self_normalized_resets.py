@@ -64,21 +64,23 @@ class SelfNormalizedResets(UnitResets):
         Raises `CbpError` if no forward and backward pass in training mode has happened since the last one.
         """
         taps = self._units.activations.take()
+        if taps is None:
+            return
         if self._units.settle():
             device = self._grouping.device
             self._bins = self._bins.to(device)
             self._silence, self._times = self._silence.to(device), self._times.to(device)
-        fires = mean_over_units(self._grouping, taps, lambda h: (h > 0).to(h.dtype)) > 0
-        self._silence += 1
-        self._times.scatter_add_(1, self._bin_of(self._silence), fires.to(torch.int64).unsqueeze(1))
+        firing = mean_over_units(self._grouping, self._units.seen(taps), lambda h: (h > 0).to(h.dtype))
+        fires = firing > 0
+        self._silence += ~firing.isnan()  # a unit that nobody saw was not silent
+        self._times.scatter_add_(1, self._bin_of(self._silence.clamp_min(1)), fires.to(torch.int64).unsqueeze(1))
         self._silence.masked_fill_(fires, 0)
         silent_for_too_long = self._has_evidence() | (self._silence >= self._spec.longest_silence)
         lost = silent_for_too_long.nonzero()[:, 0].cpu()
         if len(lost):
-            at = lost.to(self._grouping.device)
+            at = self._units.renew(lost).to(self._grouping.device)
             self._silence[at] = 0
             self._times[at] = 0
-            self._units.renew(lost)
 
     def _has_evidence(self) -> Tensor:
         """[U] whether P(A ≥ a) ≤ η, by at least 1/η times."""

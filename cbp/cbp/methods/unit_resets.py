@@ -33,6 +33,11 @@ class UnitResets:
         """A table of all groups of units, and of what is left alone."""
         return self._units.explain(lambda _index, row: row.verdict)
 
+    def use_optimizer(self, optimizer: Optimizer) -> None:
+        """Goes on with another optimizer of the same parameters. Raises `SpecError` if it does not move them all or is
+        not supported; then nothing has changed."""
+        self._units.use_optimizer(optimizer)
+
     def remove(self) -> None:
         """Takes the hooks off the module and the optimizer; the object is of no more use."""
         self._units.remove()

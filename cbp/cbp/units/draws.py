@@ -27,6 +27,13 @@ class UniformGenerator:
         self._taken = 0  # of those
         self._before: Tensor | None = None  # the generator's state before it drew them
 
+    def __getstate__(self) -> Tensor:
+        return self.get_state()
+
+    def __setstate__(self, state: Tensor) -> None:
+        self._generator = torch.Generator()
+        self.set_state(state)
+
     def take(self, count: int) -> NDArray[np.float32]:
         """[count] from U[0, 1); not to be changed."""
         end = self._taken + count

@@ -146,6 +146,8 @@ def transpose(value: Features, one: int, other: int) -> Features:
 
 def reduce(value: Features, axes: Sequence[int], *, keep: bool) -> Features:
     if value.rank is None and value.axis == -1 and all(axis >= 0 for axis in axes):
+        if keep and any(axis > 0 for axis in axes):  # where it has two axes, they are the units' and stay beside them
+            raise UnknownPlacesError("it may be averaged over the units: count the axis from the right")
         return value  # positions before the features; the layer that reads it tells if that was wrong
     gone = {value.position(axis) for axis in axes}
     if value.axis in gone:
@@ -166,7 +168,7 @@ def unsqueeze(value: Features, axis: int) -> Features:
         if value.rank is None:
             raise UnknownPlacesError("an axis is put into a value whose number of axes is not known")
         axis -= value.rank + 1
-    return replace(value, axis=value.axis - 1 if axis > value.axis else value.axis, rank=rank)
+    return replace(value, axis=value.axis - 1 if axis >= value.axis else value.axis, rank=rank)
 
 
 def index(value: Features, at: object) -> Features:
@@ -177,7 +179,8 @@ def index(value: Features, at: object) -> Features:
     whole = [isinstance(entry, slice) and entry == slice(None) for entry in entries]
     gone = [place for place, entry in enumerate(entries) if isinstance(entry, int)]
     if value.rank is None:
-        if value.axis != -1 or (len(entries) > 2 and not whole[-1]):
+        of_units = any(isinstance(entry, slice) and entry != slice(None) for entry in entries[1:])
+        if value.axis != -1 or of_units or (len(entries) > 2 and not whole[-1]):
             raise UnknownPlacesError("a value whose number of axes is not known is indexed")
         return value
     place = value.axis + value.rank

@@ -17,7 +17,8 @@ from cbp.units.draws import UniformGenerator
 from cbp.units.named_units import HiddenUnits, named_units
 from cbp.units.optimizer_slots import OptimizerSlots
 from cbp.units.replacement import DrawSource
-from cbp.units.unit_groups import GroupDraws, Grouping, renew_units
+from cbp.units.replicas import ProcessReplicas, draw_alike
+from cbp.units.unit_groups import GroupDraws, Grouping, Step, renew_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class ModuleUnits:
         self._parameters: dict[str, nn.Parameter] = {}
         for group in self.found.groups:
             self._parameters |= group.parameters()
+        self._of_groups = [tuple(group.parameters().values()) for group in self.found.groups]
         device = self._device()
         self.slots = OptimizerSlots(optimizer, self._parameters)
         self.replaced = [0] * len(self.names)
@@ -68,6 +70,8 @@ class ModuleUnits:
         self._generator = UniformGenerator(seed)
         self._given_draws = draws
         self._settle_on(device)
+        self._may_rest = units is not None
+        self._draws_alike = False
         self.activations = ActivationTaps(self.found.taps, optimizer)
 
     @property
@@ -90,6 +94,37 @@ class ModuleUnits:
         named += [("-", row, row.verdict) for row in self.found.left_alone]
         return _table(named)
 
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        """Groups in which something does not train now, by number."""
+        if all(parameter.requires_grad for parameter in self._parameters.values()):
+            return ()
+        return tuple(
+            index
+            for index, parameters in enumerate(self._of_groups)
+            if not all(parameter.requires_grad for parameter in parameters)
+        )
+
+    def seen(self, taps: Sequence[Sequence[Tensor]]) -> Step:
+        """The step of whose activations these are, in all processes that hold replicas of the module."""
+        group = self.activations.parallel
+        if group is None:
+            return Step(self.grouping, taps)
+        if not self._draws_alike:
+            draw_alike(self._generator, group, self.grouping.device)
+            self._draws_alike = True
+        return Step(self.grouping, taps, ProcessReplicas(group, may_rest=self._may_rest))
+
+    def use_optimizer(self, optimizer: Optimizer) -> None:
+        """Goes on with another optimizer of the same parameters. Raises `SpecError` if it is none of the same; then
+        nothing has changed."""
+        moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, parameter in self._parameters.items() if parameter not in moved]
+        if missing:
+            raise _unsupported("optimizer", f"It does not move {', '.join(missing[:5])}, whose units are reset")
+        self.slots.use(optimizer)
+        self.activations.use(optimizer)
+
     def settle(self) -> bool:
         """Brings what lives beside the weights to their device; says whether the module has been moved since."""
         device = self._device()
@@ -98,16 +133,21 @@ class ModuleUnits:
             self._settle_on(device)
         return moved
 
-    def renew(self, lost: Tensor) -> None:
+    def renew(self, lost: Tensor) -> Tensor:
         """Puts newborns in the place of units, given by their numbers [R] among those of all groups, ascending, on the
-        host; hands no means on."""
+        host; hands no means on. Those of frozen groups stay; returns the others."""
+        layout = self.grouping.layout
+        for index in self.frozen:
+            columns = layout.slices[index]
+            lost = lost[(lost < columns.start) | (lost >= columns.stop)]
         chosen = []
-        for index, columns in enumerate(self.grouping.layout.slices):
+        for index, columns in enumerate(layout.slices):
             of_group = lost[(lost >= columns.start) & (lost < columns.stop)] - columns.start
             if len(of_group):
                 chosen.append((index, of_group.to(self.grouping.device)))
                 self.replaced[index] += len(of_group)
         renew_units(chosen, None, self.grouping, self.slots, self.draws)
+        return lost
 
     def remove(self) -> None:
         """Takes the hooks off the module and the optimizer."""

@@ -1,6 +1,7 @@
 """What the optimizers of `torch.optim` remember of single weights, and how a fresh weight starts afresh in them."""
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -36,20 +37,42 @@ class OptimizerSlots:
 
     def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
         """The parameters by name. Raises `SpecError` if the optimizer is none of SGD, Adam, AdamW and RMSprop."""
-        kinds = [kind for kind in _SLOTS if isinstance(optimizer, kind)]
-        if not kinds:
-            text = f"{type(optimizer).__name__} is not supported; use SGD, Adam, AdamW or RMSprop"
-            raise SpecError([FieldViolation("optimizer", text)])
-        self._optimizer = optimizer
-        self._names = _SLOTS[kinds[0]]
+        _kind(optimizer)
         self._parameters = dict(parameters)
         self._known = frozenset(self._parameters.values())
         self._has_fresh_weights = False
         self.adam_steps: dict[Tensor, Tensor] = {}
         """Per parameter, float32 of its shape: updates of each weight since it was last drawn. Empty but for Adam."""
+        self._common: dict[Tensor, Tensor | float] = {}
+        """Per parameter, Adam's own count of its updates when it was last seen."""
+        self._attach(optimizer)
+
+    def use(self, optimizer: Optimizer) -> None:
+        """Goes on with another optimizer. Raises `SpecError` as the constructor does; then nothing has changed."""
+        _kind(optimizer)
+        self.remove()
+        self._attach(optimizer)
+
+    def _attach(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._names = _SLOTS[_kind(optimizer)]
         self._hook: RemovableHandle | None = None
         if isinstance(optimizer, Adam | AdamW):
-            self._hook = optimizer.register_step_post_hook(self._correct_fresh_weights)
+            # The hook does not keep this object.
+            me = weakref.ref(self)
+
+            def stepped(stepping: Optimizer, _args: Any, _kwargs: Any) -> None:
+                if (slots := me()) is not None:
+                    slots.correct_fresh_weights(stepping)
+
+            self._hook = optimizer.register_step_post_hook(stepped)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_hook"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._attach(self._optimizer)
 
     def remove(self) -> None:
         """Takes the hook off the optimizer."""
@@ -93,10 +116,11 @@ class OptimizerSlots:
     def resume(self, adam_steps: dict[Tensor, Tensor]) -> None:
         """Goes on from counts that were saved."""
         self.adam_steps = adam_steps
+        self._common = {}
         self._has_fresh_weights = True
 
     @torch.no_grad()
-    def _correct_fresh_weights(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    def correct_fresh_weights(self, optimizer: Optimizer) -> None:
         """Turns Adam's update by its one step count t into that by every weight's own count.
 
         Both updates follow from the moments, which do not depend on the count: θ gains lr · (d(t) − d(own)), with
@@ -108,14 +132,23 @@ class OptimizerSlots:
                     self._correct(parameter, optimizer.state[parameter], group)
 
     def _correct(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        common = to_device(torch.as_tensor(state["step"], dtype=torch.float32), parameter.device)
-        own = self.adam_steps.get(parameter)
+        step = state["step"]
+        # On the host it is a number; a tensor of the device must not be waited for.
+        counted = step.clone() if isinstance(step, Tensor) and step.device.type != "cpu" else float(step)
+        common = to_device(torch.as_tensor(step, dtype=torch.float32), parameter.device)
+        own, before = self.adam_steps.get(parameter), self._common.get(parameter)
+        self._common[parameter] = counted
         if own is None:
             self.adam_steps[parameter] = torch.empty_like(parameter).copy_(common)
             return
         if own.device != parameter.device:
             own = self.adam_steps[parameter] = own.to(parameter.device)
         own.add_(1)
+        # The optimizer's state may have been cleared, or loaded, since.
+        if isinstance(before, Tensor):
+            own.copy_(torch.where(common == before.to(common.device) + 1, own, common))
+        elif before is not None and counted != before + 1:
+            own.copy_(common)
         if not self._has_fresh_weights:
             return
         second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
@@ -126,3 +159,11 @@ class OptimizerSlots:
             return adam_direction(state["exp_avg"], second, steps, log_beta1, log_beta2, group["eps"])
 
         parameter.add_((direction(common.expand_as(own)) - direction(own)) * group["lr"])
+
+
+def _kind(optimizer: Optimizer) -> type[Optimizer]:
+    for kind in _SLOTS:
+        if isinstance(optimizer, kind):
+            return kind
+    text = f"{type(optimizer).__name__} is not supported; use SGD, Adam, AdamW or RMSprop"
+    raise SpecError([FieldViolation("optimizer", text)])

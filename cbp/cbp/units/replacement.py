@@ -11,7 +11,7 @@ Nothing here reads from the device. How many units go at a step follows from cou
 
 from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from types import MappingProxyType
@@ -455,13 +455,16 @@ class ReplacementSchedule:
             schedule._young[layer].extend(zip(births.tolist(), counts.tolist(), strict=True))
         return schedule
 
-    def advance(self, step: int) -> tuple[int, ...] | None:
-        """Units to replace per hidden layer at this step, counted from 1; None if there are none."""
+    def advance(self, step: int, spared: Collection[int] = ()) -> tuple[int, ...] | None:
+        """Units to replace per hidden layer at this step, counted from 1; None if there are none.
+
+        In layers that are `spared`, none goes, and none is owed for this step.
+        """
         any_due = False
         due = [0] * len(self._rates)
         self._ripen(step)
         for layer, rate in enumerate(self._rates):
-            if rate == 0.0:
+            if rate == 0.0 or layer in spared:
                 continue
             owed = self.accumulated[layer] + rate * self._mature[layer]
             whole = min(int(owed), self._mature[layer])  # a rate of 1 could round up past what is there
@@ -473,6 +476,13 @@ class ReplacementSchedule:
                 due[layer] = whole
                 self._rejuvenate(layer, whole, step)
         return tuple(due) if any_due else None
+
+    def rest(self, layers: Collection[int]) -> None:
+        """The units of these layers do not age in the step that comes next."""
+        for layer in layers:
+            young = self._young[layer]
+            for place, (birth, count) in enumerate(young):
+                young[place] = (birth + 1, count)
 
     def replaced(self, step: int) -> list[int]:
         """Per hidden layer, units that have gone by the rates in the window of this step; 0 if there is no limit."""

@@ -11,7 +11,7 @@ replaced at once, M readings: the units of every group, once for each different 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from math import prod
+from math import isfinite, prod
 from typing import Literal
 
 import torch
@@ -255,60 +255,105 @@ def activity_rows(activations: Tensor, part: Reading) -> Tensor:
     return look.values.movedim(look.axis, -1).flatten(0, -2)
 
 
+class Replicas:
+    """The processes that hold replicas of a module, each with examples of its own. Here there is one."""
+
+    def resting(self, here: Sequence[int], _grouping: "Grouping") -> tuple[int, ...]:
+        """Groups that rest in all processes, of those that rest in this one."""
+        return tuple(here)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes of what each has, the same on all of them."""
+        return values
+
+
+class Step:
+    """The activations of one step, as groups of units see them.
+
+    taps: per tap the activations of all passes of the step, each with examples and positions on any axes but one; none
+    where the layer took no part in it.
+    """
+
+    def __init__(self, grouping: Grouping, taps: Sequence[Sequence[Tensor]], replicas: Replicas | None = None) -> None:
+        self._grouping = grouping
+        self._replicas = replicas or Replicas()
+        # Per group, reading and pass.
+        self._looks = [
+            [[_look(activations, part) for activations in taps[part.tap]] for part in group.readings]
+            for group in grouping.groups
+        ]
+        self._missing = [index for index, of_group in enumerate(self._looks) if not any(of_group)]
+        self.resting = self._replicas.resting(self._missing, grouping)
+        """Groups whose units nobody saw in this step."""
+
+    def means(self, of: Callable[[_Look, slice], Tensor], otherwise: Tensor) -> Tensor:
+        """[M] mean of a function of looks, and of where their reading is among the M, over all examples and positions.
+
+        A reader that took no part would have seen what the others see: it has the mean over those. `otherwise` [M] is
+        taken where none took part.
+        """
+        found: list[Tensor] = []
+        for index, of_group in enumerate(self._looks):
+            columns = self._grouping.reading_slices[index]
+            if index in self._missing:
+                found += [otherwise[places] for places in columns]
+                continue
+            seen = [_mean(passes, of, places) for passes, places in zip(of_group, columns, strict=True) if passes]
+            others = _sum(seen) / len(seen) if len(seen) < len(of_group) else None
+            left = iter(seen)
+            found += [next(left) if passes or others is None else others for passes in of_group]
+        return self._replicas.mean(torch.cat(found))
+
+
 def evaluate_groups(
-    units: UnitState,
-    settings: ResetSettings,
-    grouping: Grouping,
-    taps: Sequence[Sequence[Tensor]],
-    draws: DrawSource,
+    units: UnitState, settings: ResetSettings, grouping: Grouping, step: Step, draws: DrawSource
 ) -> None:
     """Ages every unit by one update and brings its mean activations and utility up to date, in place.
 
-    taps: per tap the activations of all passes of the step, each with examples and positions on any axes but one.
     Where a unit is seen in several values, its utility is the sum over its readers of activity times weights; the
-    activity in `feature_by_input`, which no weight follows, is the mean over the values.
+    activity in `feature_by_input`, which no weight follows, is the mean over the values. Units of groups that rest
+    stay as they are. What is not finite changes no average.
     """
-    looks = _looks(grouping, taps)
     units.age.add_(1)
-    means = torch.cat([_mean(passes, lambda look: look.values) for of_group in looks for passes in of_group])
-    units.mean_activation.lerp_(means.unsqueeze(0), settings.one_minus_decay)
-    units.utility.lerp_(_instantaneous_utility(units, settings, grouping, looks, draws), settings.one_minus_decay)
+    for index in step.resting:
+        units.age[0, grouping.layout.slices[index]].sub_(1)
+    means = step.means(lambda look, _places: look.values, units.mean_activation[0])
+    _approach_average(units.mean_activation, means.unsqueeze(0), settings)
+    utility = _instantaneous_utility(units, settings, grouping, step, draws)
+    for index in step.resting:
+        columns = grouping.layout.slices[index]
+        utility[0, columns] = units.utility[0, columns]
+    _approach_average(units.utility, utility, settings)
 
 
-def mean_over_units(grouping: Grouping, taps: Sequence[Sequence[Tensor]], of: Callable[[Tensor], Tensor]) -> Tensor:
-    """[U of all groups] mean of a function of activations over the examples and positions of a step.
-
-    taps: as for `evaluate_groups`. Where a unit is seen in several values, the mean over them.
-    """
-    return torch.cat(
-        [
-            _sum([_mean(passes, lambda look: of(look.values)) for passes in of_group]) / len(of_group)
-            for of_group in _looks(grouping, taps)
-        ]
-    )
+def _approach_average(average: Tensor, values: Tensor, settings: ResetSettings) -> None:
+    # On the host a sum is looked at for much less than it takes to look at every value.
+    if not (values.device.type == "cpu" and isfinite(values.numpy().sum())):
+        values = torch.where(torch.isfinite(values), values, average)
+    average.lerp_(values, settings.one_minus_decay)
 
 
-def _looks(grouping: Grouping, taps: Sequence[Sequence[Tensor]]) -> list[list[list[_Look]]]:
-    """Per group, reading and pass."""
-    return [
-        [[_look(activations, part) for activations in taps[part.tap]] for part in group.readings]
-        for group in grouping.groups
-    ]
+def mean_over_units(grouping: Grouping, step: Step, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """[U of all groups] mean of a function of activations over the examples and positions of a step; NaN in groups that
+    rest. Where a unit is seen in several values, the mean over them."""
+    nothing = torch.full((grouping.readings,), torch.nan, device=grouping.device)
+    means = step.means(lambda look, _places: of(look.values), nothing)
+    return torch.cat([_sum([means[places] for places in slices]) / len(slices) for slices in grouping.reading_slices])
 
 
-def _mean(passes: Sequence[_Look], of: Callable[[_Look], Tensor]) -> Tensor:
+def _mean(passes: Sequence[_Look], of: Callable[[_Look, slice], Tensor], places: slice) -> Tensor:
     """[U] mean over the examples and positions of all passes."""
     if len(passes) == 1:
-        return passes[0].mean(of(passes[0]))
+        return passes[0].mean(of(passes[0], places))
     total = sum(look.examples for look in passes)
-    return torch.stack([look.mean(of(look)) * (look.examples / total) for look in passes]).sum(dim=0)
+    return torch.stack([look.mean(of(look, places)) * (look.examples / total) for look in passes]).sum(dim=0)
 
 
 def _instantaneous_utility(
     units: UnitState,
     settings: ResetSettings,
     grouping: Grouping,
-    looks: Sequence[Sequence[Sequence[_Look]]],
+    step: Step,
     draws: DrawSource,
 ) -> Tensor:
     """[1, U of all groups]"""
@@ -316,14 +361,12 @@ def _instantaneous_utility(
         return to_device(draws.utilities(), grouping.device)
     factors = UTILITY_FACTORS[settings.utility]
     means = mean_activations(units, settings, grouping)
+    active = _activity(step, factors.activity, means)
     utilities = []
     layout = grouping.layout
-    parts = zip(grouping.groups, looks, grouping.reading_slices, layout.fan_in, layout.fan_out, strict=True)
-    for group, of_group, slices, fan_in, fan_out in parts:
-        activity = [
-            _activity(passes, factors.activity, means[columns])
-            for passes, columns in zip(of_group, slices, strict=True)
-        ]
+    parts = zip(grouping.groups, grouping.reading_slices, layout.fan_in, layout.fan_out, strict=True)
+    for group, slices, fan_in, fan_out in parts:
+        activity = [active[places] for places in slices]
         if factors.outgoing:
             utility = _sum([_read_magnitude(part) * activity[part.reading] for part in group.outgoing])
             utility = utility / fan_out
@@ -340,12 +383,13 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([first, *others]).sum(dim=0) if others else first
 
 
-def _activity(passes: Sequence[_Look], kind: Literal["mean", "mean_corrected"] | None, mean: Tensor) -> Tensor:
+def _activity(step: Step, kind: Literal["mean", "mean_corrected"] | None, means: Tensor) -> Tensor:
+    """[M]"""
     if kind is None:
-        return torch.ones_like(mean)
+        return torch.ones_like(means)
     if kind == "mean":
-        return _mean(passes, lambda look: look.values.abs())
-    return _mean(passes, lambda look: (look.values - _along(mean, look)).abs_())
+        return step.means(lambda look, _places: look.values.abs(), means)  # what rests is worth what it was
+    return step.means(lambda look, places: (look.values - _along(means[places], look)).abs_(), means)
 
 
 def _along(values: Tensor, look: _Look) -> Tensor:

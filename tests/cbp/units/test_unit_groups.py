@@ -493,10 +493,12 @@ def test_memory_format_plays_no_role() -> None:
 def test_passes_of_several_sizes_count_by_their_positions() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    resets = ContinualBackprop(module, SGD(module.parameters(), lr=0.0), decay_rate=0.0)
+    optimizer = SGD(module.parameters(), lr=0.0)
+    resets = ContinualBackprop(module, optimizer, decay_rate=0.0)
     small, large = torch.randn(2, 1, 2, 2), torch.randn(3, 1, 4, 4)
     for example in (small, large):
         module(example).sum().backward()
+    optimizer.step()
     resets.step()
     seen = torch.cat([torch.relu(module[0](example)).transpose(0, 1).flatten(1) for example in (small, large)], dim=1)
     torch.testing.assert_close(resets._units.mean_activation[0], seen.mean(dim=1).detach())
