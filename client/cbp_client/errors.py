@@ -25,6 +25,7 @@ CbpClientError
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
@@ -71,9 +72,17 @@ class CbpClientError(Exception):
         self.metadata = dict(metadata or {})
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross to other processes. They are made again without __init__, which differs from class to class.
+        return _remade, (type(self), self.args), self.__dict__
+
     def __str__(self) -> str:
         unsaid = [violation for violation in self.violations if violation.description not in self.message]
         return "; ".join([self.message, *(f"{violation.field}: {violation.description}" for violation in unsaid)])
+
+
+def _remade(error_type: type[CbpClientError], arguments: tuple[Any, ...]) -> CbpClientError:
+    return error_type.__new__(error_type, *arguments)
 
 
 class InvalidArgument(CbpClientError):
