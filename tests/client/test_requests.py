@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cbp_client import AlreadyExists, AsyncClient, InvalidArgument, Prediction
-from cbp_client.convert import features_tensor, targets_tensor
+from cbp_client.examples import examples_of, features_tensor
 from cbp_proto import decode_tensor, to_plain
 from tests.client.scripted_server import ScriptedServer, error
 
@@ -112,7 +112,7 @@ def test_what_float32_cannot_hold_is_left_to_the_server_to_name() -> None:
     [([1, 2], np.int64), (np.array([1, 2], np.uint8), np.int64), ([True, False], np.int64), ([1.5], np.float32)],
 )
 def test_labels_go_as_integers_and_numbers_as_floats(targets: Any, sent: type[np.generic]) -> None:
-    assert decode_tensor(targets_tensor(targets)).dtype == sent
+    assert examples_of([[0.0]] * len(targets), targets, None).targets.dtype == sent
 
 
 def test_a_prediction_knows_labels_and_probabilities() -> None:
@@ -131,5 +131,5 @@ async def test_existing_learners_are_taken_only_if_they_are_the_same(scripted: S
         with pytest.raises(AlreadyExists):
             await client.create_learner("clicks", network=NETWORK)
         scripted.unary_errors = [exists]
-        with pytest.raises(AlreadyExists, match="exists with network None"):
+        with pytest.raises(AlreadyExists, match="exists with network None, not"):
             await client.create_learner("clicks", network=NETWORK, exist_ok=True)

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from cbp_client.aio import DEFAULT_TARGET
 from cbp_client.cli import learners, lifecycle, predict, train, watch
 from cbp_client.cli.session import CommandError, Session, explained, print_error
 from cbp_client.errors import CbpClientError
+from cbp_client.target import DEFAULT_TARGET
 
 app = typer.Typer(
     name="cbp",
