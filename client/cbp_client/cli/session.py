@@ -64,8 +64,9 @@ def explained(error: CbpClientError) -> str:
 
 
 def print_error(text: str) -> None:
-    """One line on stderr."""
-    typer.echo(f"cbp: {' '.join(text.split())}", err=True)
+    """One line on stderr, of characters that a terminal prints."""
+    line = " ".join(text.split())
+    typer.echo(f"cbp: {''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)}", err=True)
 
 
 def as_json(value: Any) -> str:
