@@ -281,8 +281,8 @@ class AsyncClient:
 
 def _with_kind(network: Plain) -> Plain:
     """A network that names no kind is a perceptron, here as in `cbp.LearnerSpec`."""
-    has_kind = not isinstance(network, Mapping) or network.get("kind") is not None
-    return network if has_kind else {**network, "kind": "mlp"}
+    given = arguments.entries("network", network)
+    return given if given.get("kind") is not None else {**given, "kind": "mlp"}
 
 
 def _check_same(wanted: Plain, info: LearnerInfo) -> None:

@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 
 from cbp_client.errors import FieldViolation, InvalidArgument
+from cbp_proto.plain import shown
 
 #: Longest wait in seconds, some 30 years: what operating systems and gRPC can count.
 MOST_SECONDS: Final = 1e9
@@ -24,17 +25,6 @@ def invalid(field: str, description: str, reason: str = "INVALID_REQUEST") -> In
     """The error for one field of a request that is not even sent."""
     violation = FieldViolation(field, description)
     return InvalidArgument(f"{field}: {description}", reason=reason, violations=[violation])
-
-
-def shown(value: object, longest: int = 60) -> str:
-    """A value as an error may repeat it: on one line, and clipped."""
-    if not isinstance(value, str | bytes | bool | int | float | None):
-        return f"a value of type {type(value).__name__}"
-    try:
-        text = repr(value[: longest + 1] if isinstance(value, str | bytes) else value)
-    except ValueError:  # an integer of thousands of digits
-        return "a very large number"
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def text(argument: str, value: object) -> str:

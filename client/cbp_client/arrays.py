@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cbp_client.arguments import invalid, shown
+from cbp_client.arguments import invalid
 from cbp_client.errors import InvalidArgument
+from cbp_proto.plain import shown
 
 
 def numbers(argument: str, values: Any) -> NDArray[np.generic]:

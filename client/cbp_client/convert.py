@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from numpy.typing import NDArray
 
-from cbp_client.arguments import invalid, shown, text
+from cbp_client.arguments import invalid, text
 from cbp_client.errors import ServerError
 from cbp_client.types import (
     BatchResult,
@@ -30,6 +30,7 @@ from cbp_client.types import (
     WatchUpdate,
 )
 from cbp_proto import TensorError, decode_tensor, to_plain
+from cbp_proto.plain import shown
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, tensor_pb2, training_service_pb2
 
 NumberT = TypeVar("NumberT", bound=int)

@@ -5,7 +5,8 @@ import os
 import re
 from urllib.parse import urlsplit
 
-from cbp_client.arguments import invalid, shown
+from cbp_client.arguments import invalid
+from cbp_proto.plain import shown
 
 DEFAULT_PORT = 50051
 DEFAULT_TARGET = f"localhost:{DEFAULT_PORT}"

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cbp_client.arguments import shown
 from cbp_client.cli.session import CommandError
+from cbp_proto.plain import shown
 
 _FIXES = {
     ".csv": "it must be UTF-8 text, not compressed, with a header and as many cells in each row",
