@@ -10,9 +10,20 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from cbp_client.errors import CbpClientError
 from cbp_client.sync import Client
+
+
+class WholeHelp(TyperGroup):
+    """Lists commands with all that they say of themselves, at any width of the terminal; others cut it to one line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """As click does, but for the cut."""
+        rows = [(name, " ".join((self.commands[name].help or "").split())) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 class CommandError(Exception):
