@@ -13,7 +13,7 @@ from typing import Any, Self
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from cbp_client import arguments, convert
+from cbp_client import arguments, convert, forks
 from cbp_client.errors import AlreadyExists, DeadlineExceeded, Unavailable
 from cbp_client.learner import TRANSFER_TIMEOUT, AsyncLearner, Plain, learner_info, spec_message
 from cbp_client.rpc import Connection, backoff
@@ -28,7 +28,7 @@ _PAGE_SIZE = 200
 _IMMUTABLE = ("network", "loss", "batch_size", "seed", "precision", "methods")
 
 
-class AsyncClient:
+class AsyncClient(forks.InOneProcess):
     """A client of one server, for use on one event loop at a time: that of its first call. May be made before there is
     one, such as at the top of an application's module.
 

@@ -21,26 +21,31 @@ def numbers(argument: str, values: Any) -> NDArray[np.generic]:
     Raises:
         InvalidArgument: they are something else, or some are missing.
     """
+    array = values if type(values) is np.ndarray else _array(argument, values)
+    if array.dtype.kind in "biuf":
+        return array
+    if array.dtype.name == "bfloat16":  # numpy's, as JAX and ml_dtypes register it
+        return array.astype(np.float32)
+    raise _refused(argument, _problem(array))
+
+
+def _array(argument: str, values: Any) -> NDArray[Any]:
     if _masked(values):
         raise _refused(argument, "has masked values; fill them, such as with filled(0.0), or leave their examples out")
     try:
-        array: NDArray[np.generic] = np.asarray(_without_tensors(values))
+        return np.asarray(_without_tensors(values))
     except Exception as error:  # ragged nesting, or whatever the conversion of somebody's own type raises
         raise _refused(argument, f"is not an array of numbers: {' '.join(str(error).split())}") from error
-    if array.dtype.name == "bfloat16":  # numpy's, as JAX and ml_dtypes register it
-        return array.astype(np.float32)
-    if array.dtype.kind not in "biuf":
-        raise _refused(argument, _problem(array))
-    return array
 
 
 def _masked(values: Any) -> bool:
     """Whether anything is masked, which numpy would take with the number behind the mask."""
     if isinstance(values, np.ma.MaskedArray):
         return bool(np.ma.is_masked(values))
-    return isinstance(values, list | tuple) and any(
-        isinstance(item, np.ma.MaskedArray | list | tuple) and _masked(item) for item in values
-    )
+    if not isinstance(values, list | tuple):
+        return False
+    kinds = set(map(type, values))  # of a row of numbers at the speed of C
+    return any(issubclass(kind, np.ma.MaskedArray | list | tuple) for kind in kinds) and any(map(_masked, values))
 
 
 def _without_tensors(values: Any) -> Any:

@@ -4,10 +4,20 @@ So the process in which gRPC was first used is noted, and every call says at onc
 """
 
 import os
+from typing import NoReturn
 
 from cbp_client.errors import ClientUnusable
 
 _used_in: int | None = None
+
+
+class InOneProcess:
+    """Mixed into what belongs to the process in which it was made."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} can't be copied or sent to another process; make a client there, of the same target"
+        )
 
 
 def forked() -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Never, Self, Unpack
 from google.protobuf.field_mask_pb2 import FieldMask
 from numpy.typing import ArrayLike
 
-from cbp_client import arguments, convert
+from cbp_client import arguments, convert, forks
 from cbp_client.errors import error_from_plain
 from cbp_client.examples import features_tensor
 from cbp_client.rpc import Connection, RequestT, UnaryMethod
@@ -35,7 +35,7 @@ _UPDATABLE = ("resets", "optimizer", "monitoring", "durability")
 Plain = Mapping[str, Any]
 
 
-class AsyncLearner:
+class AsyncLearner(forks.InOneProcess):
     """A learner on the server. Holds nothing but its name and what the server last said of it."""
 
     def __init__(self, connection: Connection, info: LearnerInfo) -> None:

@@ -67,7 +67,7 @@ class StreamOptions(TypedDict, total=False):
     on_rejection: Callable[[RejectedBatch], None] | None
 
 
-class Ticket:
+class Ticket(forks.InOneProcess):
     """Stands for a batch that was sent. May be dropped: the stream keeps it only until the batch has its result.
 
     Attributes:
@@ -140,7 +140,7 @@ class Ticket:
             self._awaited.set_result(self._outcome)
 
 
-class AsyncTrainingStream:
+class AsyncTrainingStream(forks.InOneProcess):
     """Sends one producer's batches to one learner, each applied exactly once. Made by `AsyncLearner.stream`.
 
     Leaving `async with` normally closes the stream, which waits until every batch is applied; leaving it by an

@@ -129,7 +129,7 @@ async def _cancel_tasks() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class TrainingStream:
+class TrainingStream(forks.InOneProcess):
     """Sends one producer's batches to one learner, each applied exactly once. Made by `Learner.stream`.
 
     Leaving `with` normally closes the stream, which waits until every batch is applied; leaving it by an exception
@@ -226,7 +226,7 @@ class TrainingStream:
             self.abort()
 
 
-class Learner:
+class Learner(forks.InOneProcess):
     """A learner on the server; the synchronous `AsyncLearner`."""
 
     def __init__(self, loop: _LoopThread, learner: AsyncLearner) -> None:
@@ -327,7 +327,7 @@ class Learner:
         return f"<{type(self).__name__} {self.id}>"
 
 
-class Client:
+class Client(forks.InOneProcess):
     """A client of one server; may be used by several threads.
 
     Args:

@@ -1,13 +1,17 @@
 """A process that was forked after a client had been used says so at once: gRPC would hang or crash in it."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import Protocol
 
-from cbp_client import Client
+import pytest
 
+from cbp_client import AsyncClient, Client
+
+_NETWORK = {"in_features": 4, "hidden": [4], "out_features": 2}
 _PROGRAM = Path(__file__).with_name("forking.py")
 
 
@@ -15,10 +19,20 @@ class Server(Protocol):
     grpc_target: str
 
 
-def test_forks_are_told_at_once_and_harm_nobody(server: Server, learner_id: str) -> None:
-    network = {"in_features": 4, "hidden": [4], "out_features": 2}
+def test_what_belongs_to_a_process_says_so_when_it_is_pickled(server: Server, learner_id: str) -> None:
     with Client(server.grpc_target) as client:
-        client.create_learner(learner_id, network=network, loss="cross_entropy", optimizer={"kind": "sgd", "lr": 0.1})
+        learner = client.create_learner(learner_id, network=_NETWORK, loss="mse", optimizer={"kind": "sgd", "lr": 0.1})
+        with learner.stream("web") as stream:
+            ticket = stream.send([[0.0] * 4], [[0.0] * 2])
+            for item in (client, learner, stream, ticket, AsyncClient()):
+                with pytest.raises(TypeError, match=f"^{type(item).__name__} can't be .* make a client there"):
+                    pickle.dumps(item)
+        pickle.loads(pickle.dumps([learner.info, ticket.result(), learner.predict([[0.0] * 4])]))
+
+
+def test_forks_are_told_at_once_and_harm_nobody(server: Server, learner_id: str) -> None:
+    with Client(server.grpc_target) as client:
+        client.create_learner(learner_id, network=_NETWORK, loss="cross_entropy", optimizer={"kind": "sgd", "lr": 0.1})
 
     ended = subprocess.run(
         [sys.executable, str(_PROGRAM), server.grpc_target, learner_id], capture_output=True, text=True, timeout=120
