@@ -88,8 +88,10 @@ def test_all_that_the_documentation_shows(
     assert variables["learner"].info.spec["resets"]["layers"] == ["all"]
     assert "StreamSummary(batches=50, examples=1000" in capfd.readouterr().out
 
-    exec(second.replace("localhost:50051", own_server.grpc_target), {"Client": Client})
+    exec(second.replace("localhost:50051", own_server.grpc_target), variables)
 
+    assert variables["found"][0].number == variables["saved"].number
+    assert variables["learner"].info.durability == "fsync"
     assert (tmp_path / "ads.safetensors").stat().st_size > 0
 
     cbp = command(own_server.grpc_target, monkeypatch, capfd)

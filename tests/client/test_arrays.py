@@ -33,6 +33,14 @@ def test_tensors_are_taken(name: str) -> None:
     np.testing.assert_array_equal(numbers("features", _TENSORS[name](torch, torch.tensor(ROWS))), ROWS)
 
 
+@pytest.mark.gpu
+def test_a_tensor_on_a_gpu_is_taken() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    np.testing.assert_array_equal(numbers("features", torch.tensor(ROWS, device="cuda", requires_grad=True)), ROWS)
+
+
 def test_bfloat16_keeps_every_number() -> None:
     torch = pytest.importorskip("torch")
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
