@@ -56,7 +56,13 @@ class _LoopThread:
     @property
     def usable(self) -> bool:
         """Whether coroutines still run here."""
-        return not self._stopped and not forks.forked()
+        ended = self._stopped or (self._running is not None and not self._running.stop.alive)
+        return not ended and not forks.forked()
+
+    @property
+    def started(self) -> bool:
+        """Whether any coroutine ever ran here."""
+        return self._running is not None
 
     def run(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
         """Run to the end on the loop; an interrupt of the waiting thread cancels."""
@@ -75,7 +81,7 @@ class _LoopThread:
     def _started(self) -> _Running:
         forks.note_use()  # before the lock, which a fork may leave locked
         with self._starting:
-            if self._stopped or (self._running is not None and not self._running.stop.alive):
+            if not self.usable:
                 raise ClientUnusable("the client is closed; make a new one", reason="CLIENT_CLOSED")
             if self._running is None:
                 self._running = _Running()
@@ -354,7 +360,8 @@ class Client(forks.InOneProcess):
         """Close the connection and end the background thread. Streams still open are aborted. In a forked process
         nothing happens: the connection is that of the process before."""
         if self._loop.usable:
-            self._loop.run(self._client.close())
+            if self._loop.started:
+                self._loop.run(self._client.close())
             self._loop.stop()
 
     def __enter__(self) -> Self:

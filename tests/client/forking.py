@@ -63,6 +63,7 @@ async def count_async(client: AsyncClient) -> int:
 def main(target: str, learner_id: str) -> None:
     warnings.simplefilter("ignore")  # Python has its own to say of forks beside threads
     found: dict[str, Any] = {}
+    Client(target).close()
     unused, unused_async = Client(target, timeout=5), AsyncClient(target, timeout=5)
     found["made before the fork, used behind it"] = in_fork(
         {"Client": lambda: count(unused), "AsyncClient": lambda: asyncio.run(count_async(unused_async))}
