@@ -41,7 +41,7 @@ from workloads import (
 )
 
 from cbp_client import AsyncClient
-from cbp_client.convert import examples_of
+from cbp_client.examples import examples_of
 
 NONE, FSYNC, HERE, ECHO = "service, none", "service, fsync", "in process", "bare echo"
 TARGET = 0.8

@@ -1,5 +1,8 @@
 """Python client of a cbp server: train learners on a stream, ask them for predictions, watch their plasticity."""
 
+import cbp_client.loading  # noqa: F401 - before anything loads gRPC
+
+# isort: split
 from cbp_client.aio import AsyncClient
 from cbp_client.errors import (
     Aborted,
@@ -7,6 +10,7 @@ from cbp_client.errors import (
     BatchesLost,
     BatchRejected,
     CbpClientError,
+    ClientUnusable,
     DeadlineExceeded,
     EtagMismatch,
     FailedPrecondition,
@@ -61,6 +65,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointList",
     "Client",
+    "ClientUnusable",
     "DeadlineExceeded",
     "EtagMismatch",
     "FailedPrecondition",

@@ -4,6 +4,7 @@
 
 import asyncio
 import contextlib
+import math
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -12,41 +13,47 @@ from typing import Any, Self
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from cbp_client import convert
+from cbp_client import arguments, convert, forks
 from cbp_client.errors import AlreadyExists, DeadlineExceeded, Unavailable
 from cbp_client.learner import TRANSFER_TIMEOUT, AsyncLearner, Plain, learner_info, spec_message
 from cbp_client.rpc import Connection, backoff
+from cbp_client.target import DEFAULT_TARGET
 from cbp_client.transfer import PathOrFile, upload
 from cbp_client.types import Durability, LearnerInfo, WatchUpdate
 from cbp_proto import to_plain
 from cbp_proto.v1 import learner_pb2, learner_service_pb2
 
-DEFAULT_TARGET = "localhost:50051"
 DEFAULT_TIMEOUT = 30.0
 _PAGE_SIZE = 200
 _IMMUTABLE = ("network", "loss", "batch_size", "seed", "precision", "methods")
 
 
-class AsyncClient:
-    """A client of one server, for use on one event loop.
+class AsyncClient(forks.InOneProcess):
+    """A client of one server, for use on one event loop at a time: that of its first call. May be made before there is
+    one, such as at the top of an application's module.
 
     Args:
-        target: host:port of the server's gRPC endpoint.
-        timeout: seconds that a call may take, with its retries, unless it says otherwise.
+        target: host and port of the server's gRPC endpoint; the port is 50051 if there is none.
+        timeout: seconds that a call may take, with its retries, unless it says otherwise; None for no limit.
         credentials: for a server behind TLS.
+
+    Raises:
+        InvalidArgument: an argument is wrong.
+        ClientUnusable: the process was forked after a client had been used; see docs/client.md.
     """
 
     def __init__(
         self,
         target: str = DEFAULT_TARGET,
         *,
-        timeout: float = DEFAULT_TIMEOUT,
+        timeout: float | None = DEFAULT_TIMEOUT,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._connection = Connection(target, timeout=timeout, credentials=credentials)
 
     async def close(self) -> None:
-        """Close the connection. Streams still open are aborted."""
+        """Close the connection. Streams still open are aborted. In a forked process nothing happens: the connection is
+        that of the process before."""
         await self._connection.close()
 
     async def __aenter__(self) -> Self:
@@ -57,18 +64,22 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
-        """Return as soon as the server answers.
+    async def wait_until_ready(self, timeout: float | None = DEFAULT_TIMEOUT) -> None:
+        """Return as soon as the server answers; None waits for ever.
 
         Raises:
             Unavailable: it does not within `timeout` seconds.
         """
         request = learner_service_pb2.ListLearnersRequest(page_size=1)
-        deadline = _now() + timeout
+        timeout = arguments.seconds("timeout", timeout, none="to wait for ever")
+        deadline = math.inf if timeout is None else _now() + timeout
         for delay in backoff(most=1.0):
             try:
                 await self._connection.call(
-                    self._connection.learners.ListLearners, request, retry=False, timeout=max(0.1, deadline - _now())
+                    self._connection.learners.ListLearners,
+                    request,
+                    retry=False,
+                    timeout=min(max(0.1, deadline - _now()), DEFAULT_TIMEOUT),
                 )
             except (Unavailable, DeadlineExceeded) as error:
                 if _now() + delay >= deadline:
@@ -97,7 +108,7 @@ class AsyncClient:
 
         Args:
             learner_id: 1 to 63 characters of a-z, 0-9 and hyphen, a letter first, no hyphen last.
-            network: of any kind, see docs/networks.md; such as
+            network: of any kind, see docs/networks.md, an "mlp" if it names none; such as
                 `{"kind": "mlp", "in_features": 64, "hidden": [100, 100], "out_features": 10,
                 "activation": "relu"}`.
             loss: "cross_entropy", "mse", "huber" or "binary_cross_entropy", or such as `{"kind": "huber", "delta": 2}`.
@@ -112,14 +123,15 @@ class AsyncClient:
             durability: what an acknowledged batch survives: "fsync" power loss, "os" a crash of the server, "none"
                 nothing before the next checkpoint.
             exist_ok: return a learner that exists already, unless what it is can't be changed and differs from what
-                is given here: network, loss, batch_size, seed, precision or methods. Other settings stay as they are.
+                is given here: network, loss, optimizer's kind, batch_size, seed, precision or methods. Other settings
+                stay as they are.
 
         Raises:
             AlreadyExists: the id is taken.
             InvalidArgument: the id or an entry is wrong; `violations` names them.
         """
         plain = {
-            "network": network,
+            "network": _with_kind(network),
             "loss": loss,
             "optimizer": optimizer,
             "batch_size": batch_size,
@@ -130,8 +142,9 @@ class AsyncClient:
             "monitoring": monitoring,
         }
         spec = spec_message(plain)
+        exist_ok = arguments.flag("exist_ok", exist_ok)
         request = learner_service_pb2.CreateLearnerRequest(
-            learner_id=learner_id,
+            learner_id=arguments.text("learner_id", learner_id),
             learner=learner_pb2.Learner(spec=spec, durability=convert.durability(durability)),
             request_id=str(uuid.uuid4()),
         )
@@ -155,7 +168,9 @@ class AsyncClient:
 
     async def list_learners(self, *, show_deleted: bool = False) -> AsyncGenerator[AsyncLearner]:
         """All learners, in the order of their ids; if `show_deleted` also those that can be undeleted."""
-        request = learner_service_pb2.ListLearnersRequest(page_size=_PAGE_SIZE, show_deleted=show_deleted)
+        request = learner_service_pb2.ListLearnersRequest(
+            page_size=_PAGE_SIZE, show_deleted=arguments.flag("show_deleted", show_deleted)
+        )
         while True:
             answer = await self._connection.call(self._connection.learners.ListLearners, request, retry=True)
             for learner in answer.learners:
@@ -185,7 +200,9 @@ class AsyncClient:
             NotFound: there is none, or it has been purged.
             AlreadyExists: the id has been taken meanwhile.
         """
-        request = learner_service_pb2.UndeleteLearnerRequest(name=convert.learner_name(learner_id), uid=uid or "")
+        request = learner_service_pb2.UndeleteLearnerRequest(
+            name=convert.learner_name(learner_id), uid=arguments.optional_text("uid", uid) or ""
+        )
         answer = await self._connection.call(self._connection.learners.UndeleteLearner, request, retry=False)
         return AsyncLearner(self._connection, convert.learner_info(answer))
 
@@ -200,7 +217,9 @@ class AsyncClient:
             NotFound: there is none.
             FailedPrecondition: the learner is not deleted.
         """
-        request = learner_service_pb2.PurgeLearnerRequest(name=convert.learner_name(learner_id), uid=uid or "")
+        request = learner_service_pb2.PurgeLearnerRequest(
+            name=convert.learner_name(learner_id), uid=arguments.optional_text("uid", uid) or ""
+        )
         await self._connection.call(self._connection.learners.PurgeLearner, request, retry=False)
 
     async def import_learner(
@@ -209,7 +228,7 @@ class AsyncClient:
         source: PathOrFile,
         *,
         durability: Durability | None = None,
-        timeout: float = TRANSFER_TIMEOUT,
+        timeout: float | None = TRANSFER_TIMEOUT,
     ) -> AsyncLearner:
         """Create a learner from a file that `export` made with the format "safetensors".
 
@@ -217,14 +236,18 @@ class AsyncClient:
             learner_id: of the new learner.
             source: a path, or a file opened in binary mode.
             durability: as in `create_learner`.
-            timeout: seconds for all of it.
+            timeout: seconds for all of it; None for the client's.
 
         Raises:
             AlreadyExists: the id is taken.
             InvalidArgument: the file is something else, or damaged.
         """
+        arguments.path_or_file("source", source, "read")
+        timeout = arguments.seconds("timeout", timeout, none="for the client's")
         header = learner_service_pb2.ImportHeader(
-            learner_id=learner_id, request_id=str(uuid.uuid4()), durability=convert.durability(durability)
+            learner_id=arguments.text("learner_id", learner_id),
+            request_id=str(uuid.uuid4()),
+            durability=convert.durability(durability),
         )
         return AsyncLearner(
             self._connection,
@@ -232,18 +255,19 @@ class AsyncClient:
         )
 
     async def watch(
-        self, learner_ids: Iterable[str] | None = None, *, interval: float = 1.0
+        self, learner_ids: str | Iterable[str] | None = None, *, interval: float = 1.0
     ) -> AsyncGenerator[WatchUpdate]:
         """What happens to learners: all watched ones at once, then those that have changed, as they change.
 
         Args:
-            learner_ids: which; None means all, also those created later.
+            learner_ids: which, one or several; None means all, also those created later.
             interval: least seconds between two updates.
         """
+        watched = [] if learner_ids is None else arguments.texts("learner_ids", learner_ids)
         period = Duration()
-        period.FromNanoseconds(round(interval * 1e9))
+        period.FromNanoseconds(round(arguments.period("interval", interval) * 1e9))
         request = learner_service_pb2.WatchLearnersRequest(
-            names=[convert.learner_name(learner_id) for learner_id in learner_ids or ()], interval=period
+            names=[convert.learner_name(learner_id) for learner_id in watched], interval=period
         )
         responses = self._connection.learners.WatchLearners(request)
         async with contextlib.aclosing(self._connection.stream(responses)) as messages:
@@ -255,14 +279,26 @@ class AsyncClient:
                     collected = learner_service_pb2.WatchLearnersResponse()
 
 
+def _with_kind(network: Plain) -> Plain:
+    """A network that names no kind is a perceptron, here as in `cbp.LearnerSpec`."""
+    given = arguments.entries("network", network)
+    return given if given.get("kind") is not None else {**given, "kind": "mlp"}
+
+
 def _check_same(wanted: Plain, info: LearnerInfo) -> None:
+    kinds = [spec.get("optimizer", {}).get("kind") for spec in (wanted, info.spec)]
+    if kinds[0] not in (None, kinds[1]):
+        raise _differs(info, "optimizer", kinds[1], kinds[0])
     for part in _IMMUTABLE:
         if part in wanted and not _agrees(wanted[part], info.spec.get(part)):
-            raise AlreadyExists(
-                f"learner {info.id} exists with {part} {info.spec.get(part)}, not {wanted[part]}; "
-                "choose another id or delete it",
-                reason="LEARNER_EXISTS",
-            )
+            raise _differs(info, part, info.spec.get(part), wanted[part])
+
+
+def _differs(info: LearnerInfo, part: str, existing: object, wanted: object) -> AlreadyExists:
+    return AlreadyExists(
+        f"learner {info.id} exists with {part} {existing}, not {wanted}; choose another id or delete it",
+        reason="LEARNER_EXISTS",
+    )
 
 
 def _agrees(wanted: Any, existing: Any) -> bool:

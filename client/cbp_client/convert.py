@@ -1,16 +1,16 @@
 """Between wire messages and what users see: pure functions, nothing else knows both."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from cbp_client.errors import FieldViolation, InvalidArgument
+from cbp_client.arguments import invalid, text
+from cbp_client.errors import ServerError
 from cbp_client.types import (
     BatchResult,
     Checkpoint,
@@ -29,7 +29,8 @@ from cbp_client.types import (
     WatchedLearner,
     WatchUpdate,
 )
-from cbp_proto import TensorError, decode_tensor, encode_batch, encode_tensor, to_plain
+from cbp_proto import TensorError, decode_tensor, to_plain
+from cbp_proto.plain import shown
 from cbp_proto.v1 import learner_pb2, learner_service_pb2, tensor_pb2, training_service_pb2
 
 NumberT = TypeVar("NumberT", bound=int)
@@ -53,13 +54,14 @@ _FORMATS: dict[learner_service_pb2.ExportLearnerRequest.Format.ValueType, Export
     learner_service_pb2.ExportLearnerRequest.FORMAT_TORCH_EXPORT: "torch_export",
 }
 
-# Where unsigned integers of so many bytes go, since the wire has none beyond one byte.
-_SIGNED: dict[int, type[np.generic]] = {2: np.int32, 4: np.int64, 8: np.float32}
-
 
 def learner_name(learner_id: str) -> str:
-    """The wire name of the learner that users call `learner_id`."""
-    return _NAME_PREFIX + learner_id
+    """The wire name of the learner that users call `learner_id`.
+
+    Raises:
+        InvalidArgument: that is no text.
+    """
+    return _NAME_PREFIX + text("learner_id", learner_id)
 
 
 def learner_id(name: str) -> str:
@@ -88,11 +90,6 @@ def export_format(value: ExportFormat) -> learner_service_pb2.ExportLearnerReque
         InvalidArgument: there is no such format.
     """
     return _wire_value("format", _FORMATS, value)
-
-
-def layers(given: str | int | Sequence[str | int]) -> list[str]:
-    """Hidden layers as the wire names them: `all`, `first`, indices and names."""
-    return [str(layer) for layer in ([given] if isinstance(given, str | int) else given)]
 
 
 def by_layer(counts: Mapping[str, int]) -> dict[str, int]:
@@ -184,137 +181,18 @@ def batch_result(result: training_service_pb2.BatchResult, *, number: int, task:
     )
 
 
-def invalid(field: str, description: str, reason: str = "INVALID_REQUEST") -> InvalidArgument:
-    """The error for one field of a request that is not even sent."""
-    violation = FieldViolation(field, description)
-    return InvalidArgument(f"{field}: {description}", reason=reason, violations=[violation])
-
-
-def features_tensor(features: ArrayLike) -> tensor_pb2.Tensor:
-    """Features [N, …]. Floats beyond single precision go as float32, which is what learners compute with;
-    half precision, booleans and integers go as they are, or in the next type that the wire has."""
-    return encode_tensor(_features(features))
-
-
-def targets_tensor(targets: ArrayLike) -> tensor_pb2.Tensor:
-    """Targets: integers and booleans as int64 labels, all other numbers as float32."""
-    return encode_tensor(_targets(targets))
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Arrays as they go into batches; made by `examples_of`."""
-
-    features: NDArray[np.generic]
-    targets: NDArray[np.generic]
-    weights: NDArray[np.generic] | None
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    @property
-    def nbytes(self) -> int:
-        """Of the arrays."""
-        return self.features.nbytes + self.targets.nbytes + (0 if self.weights is None else self.weights.nbytes)
-
-    def parts(self, count: int) -> Iterator["Examples"]:
-        """Parts of so many examples; the last may have fewer."""
-        for start in range(0, len(self), count):
-            rows = slice(start, start + count)
-            yield Examples(
-                self.features[rows], self.targets[rows], None if self.weights is None else self.weights[rows]
-            )
-
-    def encode(self, *, task: str, return_outputs: bool) -> "EncodedBatch":
-        """The message of one batch, which shares nothing with the arrays."""
-        encoded = encode_batch(self.features, self.targets, self.weights, task=task, return_outputs=return_outputs)
-        return EncodedBatch(encoded, len(self), task)
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """A `TrainBatch` on its way.
-
-    Attributes:
-        encoded: serialised, without the sequence.
-        examples: in it.
-        task: in it.
-    """
-
-    encoded: bytes
-    examples: int
-    task: str
-
-
-def examples_of(features: ArrayLike, targets: ArrayLike, weights: ArrayLike | None) -> Examples:
-    """What is sent for the arrays that a user gives.
-
-    Raises:
-        InvalidArgument: something is not an array of numbers, or the lengths differ.
-    """
-    examples = Examples(_features(features), _targets(targets), None if weights is None else _weights(weights))
-    for field, array in (("targets", examples.targets), ("weights", examples.weights)):
-        if array is not None and len(array) != len(examples):
-            raise _invalid(field, f"{len(array)} {field} for {len(examples)} examples")
-    return examples
-
-
-def _features(features: ArrayLike) -> NDArray[np.generic]:
-    array = _numbers(features, "features")
-    if array.ndim < 2:
-        raise _invalid("features", f"must be [N, …], one row for each example, not {list(array.shape)}")
-    if array.dtype.kind == "u":
-        return array.astype(_SIGNED.get(array.dtype.itemsize, array.dtype), copy=False)
-    return array if array.dtype == np.float16 else _narrowed(array)
-
-
-def _targets(targets: ArrayLike) -> NDArray[np.generic]:
-    array = _numbers(targets, "targets")
-    if array.ndim < 1:
-        raise _invalid("targets", "must be [N] or [N, out_features], one row for each example, not a single value")
-    return array.astype(np.int64, copy=False) if array.dtype.kind in "iub" else _narrowed(array)
-
-
-def _weights(weights: ArrayLike) -> NDArray[np.generic]:
-    array = _numbers(weights, "weights")
-    if array.ndim != 1:
-        raise _invalid("weights", f"must be [N], one for each example, not {list(array.shape)}")
-    return array.astype(np.float32, copy=False)
-
-
-def _numbers(values: ArrayLike, field: str) -> NDArray[np.generic]:
-    try:
-        array: NDArray[np.generic] = np.asarray(values)
-    except ValueError as error:  # ragged nesting
-        raise _invalid(field, f"is not an array: {error}") from error
-    if array.dtype.kind not in "biuf":
-        raise _invalid(field, f"must be numbers, not {array.dtype}")
-    return array
-
-
-def _narrowed(array: NDArray[np.generic]) -> NDArray[np.generic]:
-    if array.dtype.kind != "f" or array.dtype == np.float32:
-        return array
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and the server names it
-        return array.astype(np.float32, copy=False)
-
-
 def _float32(tensor: tensor_pb2.Tensor) -> NDArray[np.float32]:
     try:
         return decode_tensor(tensor).astype(np.float32, copy=False)
     except TensorError as error:
-        raise _invalid("outputs", f"the server sent no tensor: {error}") from error
+        raise ServerError(f"outputs: the server sent no tensor: {error}", reason="INVALID_TENSOR") from error
 
 
-def _invalid(field: str, description: str) -> InvalidArgument:
-    return invalid(field, description, reason="INVALID_BATCH")
-
-
-def _wire_value(field: str, words: Mapping[NumberT, str], word: str) -> NumberT:
+def _wire_value(field: str, words: Mapping[NumberT, str], word: object) -> NumberT:
     for number, known in words.items():
         if word == known:
             return number
-    raise invalid(field, f"must be one of {', '.join(words.values())}, not {word}")
+    raise invalid(field, f"must be one of {', '.join(words.values())}, not {shown(word)}")
 
 
 def _quarantine(quarantine: learner_pb2.Quarantine) -> Quarantine:

@@ -3,7 +3,7 @@
 CbpClientError
 ├── InvalidArgument
 │   ├── BatchRejected          batches of a stream that the server did not accept
-│   └── MessageTooLarge        a batch larger than one message may be
+│   └── MessageTooLarge        a request or an answer larger than one message may be
 ├── NotFound
 ├── AlreadyExists
 ├── PermissionDenied           also for a missing or wrong credential
@@ -20,11 +20,13 @@ CbpClientError
 ├── DeadlineExceeded
 ├── Unimplemented
 ├── ServerError                a fault of the server, not of the call
-└── StreamClosed               a stream was used after it was closed
+├── StreamClosed               a stream was used after it was closed
+└── ClientUnusable             a client was used where it can't be, such as after it was closed, or in a forked process
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
@@ -71,9 +73,17 @@ class CbpClientError(Exception):
         self.metadata = dict(metadata or {})
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross to other processes. They are made again without __init__, which differs from class to class.
+        return _remade, (type(self), self.args), self.__dict__
+
     def __str__(self) -> str:
         unsaid = [violation for violation in self.violations if violation.description not in self.message]
         return "; ".join([self.message, *(f"{violation.field}: {violation.description}" for violation in unsaid)])
+
+
+def _remade(error_type: type[CbpClientError], arguments: tuple[Any, ...]) -> CbpClientError:
+    return error_type.__new__(error_type, *arguments)
 
 
 class InvalidArgument(CbpClientError):
@@ -113,7 +123,7 @@ class BatchRejected(InvalidArgument):
 
 
 class MessageTooLarge(InvalidArgument):
-    """A message is larger than the server or the channel takes."""
+    """A request, or the answer to it, is larger than one message may be."""
 
 
 class NotFound(CbpClientError):
@@ -229,6 +239,14 @@ class StreamClosed(CbpClientError):
     """The stream is closed."""
 
 
+class ClientUnusable(CbpClientError, RuntimeError):
+    """The client can't be used here, whatever the server says.
+
+    `reason` is CLIENT_CLOSED; CLIENT_FORKED in a process that was forked after a client had been used; CLIENT_LOOP on
+    another event loop than the client's; or CLIENT_CALLBACK in a callback that runs on the client's own thread.
+    """
+
+
 _BY_CODE: dict[grpc.StatusCode, type[CbpClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.OUT_OF_RANGE: InvalidArgument,
@@ -260,6 +278,14 @@ _BY_REASON: dict[str, type[CbpClientError]] = {
 # call that ended while a message was being written to it: grpc.aio then loses the status that the server ended it with.
 _CONNECTION_LOST = ("RST_STREAM", "Stream removed", "Connection reset", "Socket closed", "Internal error from Core")
 
+# How gRPC words, under the status RESOURCE_EXHAUSTED, a message beyond a limit of the side that is named.
+_TOO_LARGE = {
+    "CLIENT: Received message larger than max": "the answer",
+    "SERVER: Sent message larger than max": "the answer",
+    "CLIENT: Sent message larger than max": "the request",
+    "SERVER: Received message larger than max": "the request",
+}
+
 
 def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> CbpClientError:
     """The error of this package that says what `rpc_error` and its google.rpc details say."""
@@ -275,6 +301,8 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> CbpClientError:
             case error_details_pb2.RetryInfo():
                 retry_after = detail.retry_delay.ToTimedelta().total_seconds()
     message = rpc_error.details() or rpc_error.code().name.lower().replace("_", " ")
+    if not reason and (what := next((what for sign, what in _TOO_LARGE.items() if sign in message), None)):
+        return MessageTooLarge(f"{what} is too large for one message, give fewer examples in one call: {message}")
     error_type = _BY_REASON.get(reason) or _BY_CODE[rpc_error.code()]
     if not reason and error_type is ServerError and any(sign in message for sign in _CONNECTION_LOST):
         error_type = Unavailable

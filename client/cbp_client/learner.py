@@ -4,16 +4,17 @@
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, Unpack
+from typing import Any, Never, Self, Unpack
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from numpy.typing import ArrayLike
 
-from cbp_client import convert
+from cbp_client import arguments, convert, forks
 from cbp_client.errors import error_from_plain
+from cbp_client.examples import features_tensor
 from cbp_client.rpc import Connection, RequestT, UnaryMethod
 from cbp_client.stream import AsyncTrainingStream, StreamOptions
-from cbp_client.transfer import PathOrFile, download
+from cbp_client.transfer import PathOrFile, download, export_format
 from cbp_client.types import (
     Checkpoint,
     CheckpointList,
@@ -29,11 +30,12 @@ from cbp_proto.v1 import learner_pb2, learner_service_pb2, spec_pb2, training_se
 #: Seconds that an export or import may take, unless it says otherwise.
 TRANSFER_TIMEOUT = 600.0
 _PAGE_SIZE = 200
+_UPDATABLE = ("resets", "optimizer", "monitoring", "durability")
 
 Plain = Mapping[str, Any]
 
 
-class AsyncLearner:
+class AsyncLearner(forks.InOneProcess):
     """A learner on the server. Holds nothing but its name and what the server last said of it."""
 
     def __init__(self, connection: Connection, info: LearnerInfo) -> None:
@@ -63,6 +65,7 @@ class AsyncLearner:
         monitoring: Plain | None = None,
         durability: Durability | None = None,
         if_unchanged: bool = False,
+        **unchangeable: Never,
     ) -> LearnerInfo:
         """Change exactly the given entries of a live learner, between two steps; an entry that is None goes back to
         its default.
@@ -78,8 +81,15 @@ class AsyncLearner:
             EtagMismatch: somebody has.
             InvalidArgument: an entry does not exist, can't be changed, or has a wrong value.
         """
+        for part in unchangeable:
+            raise arguments.invalid(
+                part,
+                f"can't be changed on a live learner, as can {', '.join(_UPDATABLE)}; create another one"
+                if part in spec_pb2.LearnerSpec.DESCRIPTOR.fields_by_name
+                else f"is no part of a learner; there are {', '.join(_UPDATABLE)}",
+            )
         parts = {"resets": resets, "optimizer": optimizer, "monitoring": monitoring}
-        given = {part: entries for part, entries in parts.items() if entries is not None}
+        given = {part: arguments.entries(part, entries) for part, entries in parts.items() if entries is not None}
         learner = learner_pb2.Learner(
             name=self._name,
             spec=spec_message(given),
@@ -92,7 +102,7 @@ class AsyncLearner:
             return await self.refresh()
         request = learner_service_pb2.UpdateLearnerRequest(learner=learner, update_mask=FieldMask(paths=paths))
         # With an etag a second attempt could fail for the first one's success.
-        answer = await self._connection.call(self._connection.learners.UpdateLearner, request, retry=not if_unchanged)
+        answer = await self._connection.call(self._connection.learners.UpdateLearner, request, retry=not learner.etag)
         self._info = convert.learner_info(answer)
         return self._info
 
@@ -117,7 +127,7 @@ class AsyncLearner:
         """
         request = learner_service_pb2.ForkLearnerRequest(
             name=self._name,
-            learner_id=learner_id,
+            learner_id=arguments.text("learner_id", learner_id),
             request_id=str(uuid.uuid4()),
             durability=convert.durability(durability),
         )
@@ -148,6 +158,7 @@ class AsyncLearner:
             NotFound: there is none of that number.
             FailedPrecondition: recovery may need it.
         """
+        number = arguments.whole("number", number, least=1)
         request = learner_service_pb2.DeleteCheckpointRequest(name=convert.checkpoint_name(self.id, number))
         await self._connection.call(self._connection.learners.DeleteCheckpoint, request, retry=False)
 
@@ -169,11 +180,12 @@ class AsyncLearner:
         """
         request = learner_service_pb2.RestoreLearnerRequest(name=self._name, etag=self._etag(if_unchanged))
         if (checkpoint is None) == (position is None):
-            raise convert.invalid("checkpoint", "give either the number of a checkpoint or a position")
+            raise arguments.invalid("checkpoint", "give either the number of a checkpoint or a position")
         if checkpoint is not None:
-            request.checkpoint = convert.checkpoint_name(self.id, checkpoint)
+            number = arguments.whole("checkpoint", checkpoint, least=1)
+            request.checkpoint = convert.checkpoint_name(self.id, number)
         elif position is not None:
-            request.journal_position = position
+            request.journal_position = arguments.whole("position", position)
         return await self._changed_by(self._connection.learners.RestoreLearner, request)
 
     async def resume(self, *, lr: float | None = None, skip_batch: bool = False) -> LearnerInfo:
@@ -186,7 +198,11 @@ class AsyncLearner:
         Raises:
             FailedPrecondition: the learner is not quarantined.
         """
-        request = learner_service_pb2.ResumeLearnerRequest(name=self._name, lr=lr, skip_batch=skip_batch)
+        request = learner_service_pb2.ResumeLearnerRequest(
+            name=self._name,
+            lr=None if lr is None else arguments.number("lr", lr),
+            skip_batch=arguments.flag("skip_batch", skip_batch),
+        )
         return await self._changed_by(self._connection.learners.ResumeLearner, request)
 
     async def reset_units(self, layers: str | int | Sequence[str | int], fraction: float) -> dict[str, int]:
@@ -197,28 +213,46 @@ class AsyncLearner:
             fraction: share of each layer's units, more than 0 and at most 1. Only mature units are reset.
         """
         request = learner_service_pb2.ResetUnitsRequest(
-            name=self._name, layers=convert.layers(layers), fraction=fraction
+            name=self._name,
+            layers=arguments.layers("layers", layers),
+            fraction=arguments.number("fraction", fraction),
         )
         answer = await self._connection.call(self._connection.learners.ResetUnits, request, retry=False)
         return convert.by_layer(answer.replacements)
 
     async def export(
-        self, target: PathOrFile, *, format: ExportFormat = "safetensors", timeout: float = TRANSFER_TIMEOUT
+        self, target: PathOrFile, *, format: ExportFormat | None = None, timeout: float | None = TRANSFER_TIMEOUT
     ) -> int:
         """Write the learner to a file; returns its size in bytes.
 
         Args:
             target: a path, which is replaced once the file is whole, or a file opened in binary mode.
             format: "safetensors" is the whole state, which `import_learner` takes; "onnx" and "torch_export" are the
-                network alone, for use elsewhere.
-            timeout: seconds for all of it.
+                network alone, for use elsewhere. None for what the path's end says: .safetensors, .onnx or .pt2; for a
+                file without a path it is "safetensors".
+            timeout: seconds for all of it; None for the client's.
+
+        Raises:
+            InvalidArgument: there is no such format, or neither it nor the path's end says which.
         """
-        request = learner_service_pb2.ExportLearnerRequest(name=self._name, format=convert.export_format(format))
+        arguments.path_or_file("target", target, "write")
+        timeout = arguments.seconds("timeout", timeout, none="for the client's")
+        chosen = convert.export_format(export_format(target, format))
+        request = learner_service_pb2.ExportLearnerRequest(name=self._name, format=chosen)
         return await download(self._connection, request, target, timeout=timeout)
 
     async def predict(self, features: ArrayLike, *, timeout: float | None = None) -> Prediction:
-        """Predict for features [N, …] with the learner's state between two steps; changes nothing."""
-        request = training_service_pb2.PredictRequest(learner=self._name, features=convert.features_tensor(features))
+        """Predict for features [N, …] with the learner's state between two steps; changes nothing.
+
+        Args:
+            features: any number of examples, as far as they fit in one message; all are predicted at one step.
+            timeout: seconds; None for the client's.
+
+        Raises:
+            MessageTooLarge: there are too many examples for one message, or for one answer.
+        """
+        timeout = arguments.seconds("timeout", timeout, none="for the client's")
+        request = training_service_pb2.PredictRequest(learner=self._name, features=features_tensor(features))
         answer = await self._connection.call(self._connection.training.Predict, request, retry=True, timeout=timeout)
         return convert.prediction(answer)
 
@@ -229,7 +263,11 @@ class AsyncLearner:
             history: how many; the server keeps a bounded number.
             fresh: measure now rather than take the last periodic sample.
         """
-        request = learner_service_pb2.GetPlasticityRequest(name=self._name, max_samples=history, fresh=fresh)
+        request = learner_service_pb2.GetPlasticityRequest(
+            name=self._name,
+            max_samples=arguments.whole("history", history, least=1, most=arguments.MOST_INT32),
+            fresh=arguments.flag("fresh", fresh),
+        )
         answer = await self._connection.call(self._connection.learners.GetPlasticity, request, retry=True)
         return [convert.plasticity_sample(sample) for sample in answer.samples]
 
@@ -250,7 +288,7 @@ class AsyncLearner:
         return convert.learner_name(self.id)
 
     def _etag(self, if_unchanged: bool) -> str:
-        return self._info.etag if if_unchanged else ""
+        return self._info.etag if arguments.flag("if_unchanged", if_unchanged) else ""
 
     async def _changed_by(self, method: UnaryMethod[RequestT, Any], request: RequestT) -> LearnerInfo:
         self._info = convert.learner_info(await self._connection.call(method, request, retry=False))

@@ -14,8 +14,8 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from cbp_client.convert import EncodedBatch
 from cbp_client.errors import AlreadyExists, BatchesLost, Fenced, LearnerReplaced, SequenceGap, ServerError
+from cbp_client.examples import EncodedBatch
 from cbp_proto.v1 import training_service_pb2
 
 

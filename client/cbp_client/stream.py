@@ -15,7 +15,8 @@ from typing import Self, TypedDict
 import grpc
 from numpy.typing import ArrayLike
 
-from cbp_client.convert import EncodedBatch, batch_result, examples_of, learner_name
+from cbp_client import arguments, forks
+from cbp_client.convert import batch_result, learner_name
 from cbp_client.errors import (
     BatchRejected,
     CbpClientError,
@@ -27,6 +28,7 @@ from cbp_client.errors import (
     Unavailable,
     rejected_batch,
 )
+from cbp_client.examples import EncodedBatch, examples_of
 from cbp_client.ledger import HeldBatch, Ledger, StreamPosition
 from cbp_client.rpc import MAX_MESSAGE_BYTES, Connection, backoff
 from cbp_client.types import BatchResult, StreamSummary
@@ -65,7 +67,7 @@ class StreamOptions(TypedDict, total=False):
     on_rejection: Callable[[RejectedBatch], None] | None
 
 
-class Ticket:
+class Ticket(forks.InOneProcess):
     """Stands for a batch that was sent. May be dropped: the stream keeps it only until the batch has its result.
 
     Attributes:
@@ -91,6 +93,8 @@ class Ticket:
             DeadlineExceeded: no result after `timeout` seconds.
             CbpClientError: the stream ended before.
         """
+        timeout = arguments.seconds("timeout", timeout, none="to wait for ever")
+        self._check_process()
         try:
             return self._future().result(timeout)
         except TimeoutError:
@@ -103,11 +107,16 @@ class Ticket:
         return self._wait().__await__()
 
     async def _wait(self) -> BatchResult:
+        self._check_process()
         try:
             return await asyncio.shield(asyncio.wrap_future(self._future()))
         except BatchRejected:
             self._unreported.pop(self.number, None)
             raise
+
+    def _check_process(self) -> None:
+        if not self.done():  # in a forked process it never will be
+            forks.check()
 
     def _future(self) -> Future[BatchResult]:
         """Made for whoever waits first: most tickets are dropped, and it costs more than the rest of one."""
@@ -131,7 +140,7 @@ class Ticket:
             self._awaited.set_result(self._outcome)
 
 
-class AsyncTrainingStream:
+class AsyncTrainingStream(forks.InOneProcess):
     """Sends one producer's batches to one learner, each applied exactly once. Made by `AsyncLearner.stream`.
 
     Leaving `async with` normally closes the stream, which waits until every batch is applied; leaving it by an
@@ -152,16 +161,17 @@ class AsyncTrainingStream:
         on_rejection: Callable[[RejectedBatch], None] | None = None,
     ) -> None:
         self._connection = connection
-        connection.streams.add(self)
         self._open_request = training_service_pb2.OpenStream(
-            learner=learner_name(learner_id), producer=producer, stream_id=str(uuid.uuid4())
+            learner=learner_name(learner_id),
+            producer=arguments.text("producer", producer),
+            stream_id=str(uuid.uuid4()),
         )
-        self._return_outputs = return_outputs
-        self._max_in_flight_bytes = max_in_flight_bytes
-        self._reconnect_timeout = reconnect_timeout
-        self._on_result = on_result
-        self._on_rejection = on_rejection
-        self._ledger = Ledger(resend_bytes=resend_bytes)
+        self._return_outputs = arguments.flag("return_outputs", return_outputs)
+        self._max_in_flight_bytes = arguments.whole("max_in_flight_bytes", max_in_flight_bytes)
+        self._reconnect_timeout = arguments.seconds("reconnect_timeout", reconnect_timeout, none="to go on for ever")
+        self._on_result = arguments.callback("on_result", on_result)
+        self._on_rejection = arguments.callback("on_rejection", on_rejection)
+        self._ledger = Ledger(resend_bytes=arguments.whole("resend_bytes", resend_bytes))
         self._totals = _Totals()
         self._tickets: dict[int, Ticket] = {}  # of batches without a result
         self._unreported: dict[int, RejectedBatch] = {}
@@ -176,6 +186,7 @@ class AsyncTrainingStream:
         self._delays = backoff()
         self._closing = False
         self._error: BaseException | None = None
+        connection.streams.add(self)
 
     @property
     def position(self) -> StreamPosition:
@@ -211,6 +222,7 @@ class AsyncTrainingStream:
             LearnerQuarantined: it does not train until it is resumed.
             Unavailable: no connection within the reconnect timeout.
         """
+        forks.check()
         if self._conversation is None:
             self._conversation = asyncio.create_task(self._converse_until_closed())
         try:
@@ -222,7 +234,7 @@ class AsyncTrainingStream:
         self._raise_error()
 
     async def send(
-        self, features: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None = None, task: str = ""
+        self, features: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None = None, task: str | int = ""
     ) -> Ticket:
         """Take a batch; waits while max_in_flight_bytes are unapplied.
 
@@ -230,7 +242,7 @@ class AsyncTrainingStream:
             features: [N, …], the shape of the network's examples behind N.
             targets: [N] labels or [N, out_features] numbers, depending on the learner's loss.
             weights: [N] factors of the examples' losses.
-            task: a label for reports.
+            task: a label for reports; a whole number is its digits.
 
         Raises:
             BatchRejected: batches sent earlier were not accepted; this one has not been taken.
@@ -245,7 +257,7 @@ class AsyncTrainingStream:
         targets: ArrayLike,
         *,
         weights: ArrayLike | None = None,
-        task: str = "",
+        task: str | int = "",
         examples_per_message: int | None = None,
     ) -> list[Ticket]:
         """Send arrays of any length, cut into messages of `examples_per_message`, by default of about 1 MiB.
@@ -253,7 +265,9 @@ class AsyncTrainingStream:
         A learner whose batch_size is 0 makes one step of each message, so for it the cut matters.
         """
         examples = examples_of(features, targets, weights)
-        if examples_per_message is None:
+        if examples_per_message is not None:
+            examples_per_message = arguments.whole("examples_per_message", examples_per_message, least=1)
+        else:
             wanted_bytes = min(_SEND_MANY_BYTES, self.position.max_message_bytes - _OVERHEAD_BYTES)
             examples_per_message = max(1, len(examples) * wanted_bytes // max(1, examples.nbytes))
         return [
@@ -261,7 +275,9 @@ class AsyncTrainingStream:
             for part in examples.parts(examples_per_message)
         ]
 
-    def encode(self, features: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None, task: str) -> EncodedBatch:
+    def encode(
+        self, features: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None, task: str | int
+    ) -> EncodedBatch:
         """The message of a batch, which shares nothing with the arrays; may be called on any thread.
 
         Raises:
@@ -271,6 +287,7 @@ class AsyncTrainingStream:
 
     async def send_encoded(self, batch: EncodedBatch) -> Ticket:
         """`send` for a message that is made already."""
+        forks.check()
         size = len(batch.encoded)
         limit = min(self.position.max_message_bytes, MAX_MESSAGE_BYTES) - _SEQUENCE_BYTES
         if size > limit:
@@ -309,6 +326,9 @@ class AsyncTrainingStream:
             DeadlineExceeded: not done after `timeout` seconds; nothing is lost, and the stream goes on.
             Fenced, BatchesLost, LearnerReplaced, LearnerQuarantined, Unavailable: the stream is at its end.
         """
+        forks.check()
+        durable = arguments.flag("durable", durable)
+        timeout = arguments.seconds("timeout", timeout, none="to wait for ever")
         try:
             async with asyncio.timeout(timeout):
                 while True:
@@ -344,8 +364,11 @@ class AsyncTrainingStream:
 
     async def abort(self) -> None:
         """End the stream at once. Batches that are not known to be applied are given up: their tickets raise
-        StreamClosed, and whether the server has them shows in the next stream's `position`."""
-        if self._conversation is not None:
+        StreamClosed, and whether the server has them shows in the next stream's `position`. In a forked process nothing
+        happens: the stream is that of the process before."""
+        if forks.forked():
+            return
+        if self._conversation is not None and not self._conversation.done():
             self._conversation.cancel()
             await asyncio.wait([self._conversation])
         self._closing = True
@@ -373,6 +396,9 @@ class AsyncTrainingStream:
                     await self._pause(error)
         except Exception as error:
             self._end(error)
+        except asyncio.CancelledError:  # by `abort`, or because the event loop ends
+            self._end(StreamClosed("the stream is closed"))
+            raise
 
     async def _pause(self, lost: CbpClientError) -> None:
         self._lost = True

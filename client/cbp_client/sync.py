@@ -6,15 +6,18 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Never, Self, TypeVar, Unpack
 
 import grpc
 from numpy.typing import ArrayLike
 
-from cbp_client.aio import DEFAULT_TARGET, DEFAULT_TIMEOUT, AsyncClient
+from cbp_client import forks
+from cbp_client.aio import DEFAULT_TIMEOUT, AsyncClient
+from cbp_client.errors import ClientUnusable
 from cbp_client.learner import TRANSFER_TIMEOUT, AsyncLearner, Plain
 from cbp_client.ledger import StreamPosition
 from cbp_client.stream import AsyncTrainingStream, StreamOptions, Ticket
+from cbp_client.target import DEFAULT_TARGET
 from cbp_client.transfer import PathOrFile
 from cbp_client.types import (
     Checkpoint,
@@ -31,29 +34,69 @@ from cbp_client.types import (
 ResultT = TypeVar("ResultT")
 
 
-class _LoopThread:
+class _Running:
     """An event loop in a daemon thread, which ends with its owner or the interpreter, whichever is first."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="cbp-client", daemon=True)
-        self._thread.start()
-        self.stop = weakref.finalize(self, _stop, self._loop, self._thread)
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="cbp-client", daemon=True)
+        self.thread.start()
+        self.stop = weakref.finalize(self, _stop, self.loop, self.thread)
+
+
+class _LoopThread:
+    """Runs coroutines on an event loop of its own, from the first one on: a client that has done nothing may be made
+    before a fork and used behind it."""
+
+    def __init__(self) -> None:
+        self._starting = threading.Lock()
+        self._running: _Running | None = None
+        self._stopped = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether coroutines still run here."""
+        ended = self._stopped or (self._running is not None and not self._running.stop.alive)
+        return not ended and not forks.forked()
+
+    @property
+    def started(self) -> bool:
+        """Whether any coroutine ever ran here."""
+        return self._running is not None
 
     def run(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
         """Run to the end on the loop; an interrupt of the waiting thread cancels."""
-        if not self.stop.alive:
+        try:
+            running = self._started()
+        except BaseException:
             coroutine.close()
-            raise RuntimeError("the client is closed")
-        if threading.current_thread() is self._thread:
-            coroutine.close()
-            raise RuntimeError("a callback of a stream must not call the client, whose thread it runs on")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            raise
+        future = asyncio.run_coroutine_threadsafe(coroutine, running.loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    def _started(self) -> _Running:
+        forks.note_use()  # before the lock, which a fork may leave locked
+        with self._starting:
+            if not self.usable:
+                raise ClientUnusable("the client is closed; make a new one", reason="CLIENT_CLOSED")
+            if self._running is None:
+                self._running = _Running()
+        if threading.current_thread() is self._running.thread:
+            raise ClientUnusable(
+                "a callback of a stream must not call the client, whose thread it runs on", reason="CLIENT_CALLBACK"
+            )
+        return self._running
+
+    def stop(self) -> None:
+        """End the loop and its thread."""
+        with self._starting:
+            self._stopped = True
+        if self._running is not None:  # outside the lock: a callback on that thread may be waiting for it
+            self._running.stop()
 
     def iterate(self, items: AsyncGenerator[ResultT]) -> Iterator[ResultT]:
         """Iterate on the loop; the asynchronous iterator ends along with this one."""
@@ -61,7 +104,7 @@ class _LoopThread:
             while (item := self.run(_next(items))) is not None:
                 yield item
         finally:
-            if self.stop.alive:
+            if self.usable:
                 self.run(_close(items))
 
 
@@ -75,6 +118,8 @@ async def _close(items: AsyncGenerator[Any]) -> None:
 
 
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    if forks.forked():  # loop and thread are those of the process before, which still uses their files
+        return
     asyncio.run_coroutine_threadsafe(_cancel_tasks(), loop).add_done_callback(
         lambda _: loop.call_soon_threadsafe(loop.stop)
     )
@@ -90,7 +135,7 @@ async def _cancel_tasks() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class TrainingStream:
+class TrainingStream(forks.InOneProcess):
     """Sends one producer's batches to one learner, each applied exactly once. Made by `Learner.stream`.
 
     Leaving `with` normally closes the stream, which waits until every batch is applied; leaving it by an exception
@@ -126,7 +171,7 @@ class TrainingStream:
         self._loop.run(self._stream.open())
 
     def send(
-        self, features: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None = None, task: str = ""
+        self, features: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None = None, task: str | int = ""
     ) -> Ticket:
         """Take a batch; blocks while max_in_flight_bytes are unapplied.
 
@@ -134,7 +179,7 @@ class TrainingStream:
             features: [N, …], the shape of the network's examples behind N.
             targets: [N] labels or [N, out_features] numbers, depending on the learner's loss.
             weights: [N] factors of the examples' losses.
-            task: a label for reports.
+            task: a label for reports; a whole number is its digits.
 
         Raises:
             BatchRejected: batches sent earlier were not accepted; this one has not been taken.
@@ -150,7 +195,7 @@ class TrainingStream:
         targets: ArrayLike,
         *,
         weights: ArrayLike | None = None,
-        task: str = "",
+        task: str | int = "",
         examples_per_message: int | None = None,
     ) -> list[Ticket]:
         """Send arrays of any length in several messages; see `AsyncTrainingStream.send_many`."""
@@ -171,7 +216,8 @@ class TrainingStream:
 
     def abort(self) -> None:
         """End the stream at once; see `AsyncTrainingStream.abort`."""
-        self._loop.run(self._stream.abort())
+        if not forks.forked():  # there it is the stream of the process before
+            self._loop.run(self._stream.abort())
 
     def __enter__(self) -> Self:
         self.open()
@@ -180,10 +226,13 @@ class TrainingStream:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._loop.run(self._stream.__aexit__(exc_type, exc, traceback))
+        if exc_type is None:
+            self.close()
+        else:
+            self.abort()
 
 
-class Learner:
+class Learner(forks.InOneProcess):
     """A learner on the server; the synchronous `AsyncLearner`."""
 
     def __init__(self, loop: _LoopThread, learner: AsyncLearner) -> None:
@@ -212,6 +261,7 @@ class Learner:
         monitoring: Plain | None = None,
         durability: Durability | None = None,
         if_unchanged: bool = False,
+        **unchangeable: Never,
     ) -> LearnerInfo:
         """Change exactly the given entries of a live learner, between two steps; see `AsyncLearner.update`."""
         return self._loop.run(
@@ -221,6 +271,7 @@ class Learner:
                 monitoring=monitoring,
                 durability=durability,
                 if_unchanged=if_unchanged,
+                **unchangeable,
             )
         )
 
@@ -261,7 +312,7 @@ class Learner:
         return self._loop.run(self._learner.reset_units(layers, fraction))
 
     def export(
-        self, target: PathOrFile, *, format: ExportFormat = "safetensors", timeout: float = TRANSFER_TIMEOUT
+        self, target: PathOrFile, *, format: ExportFormat | None = None, timeout: float | None = TRANSFER_TIMEOUT
     ) -> int:
         """Write the learner to a file; returns its size in bytes. See `AsyncLearner.export`."""
         return self._loop.run(self._learner.export(target, format=format, timeout=timeout))
@@ -282,29 +333,35 @@ class Learner:
         return f"<{type(self).__name__} {self.id}>"
 
 
-class Client:
+class Client(forks.InOneProcess):
     """A client of one server; may be used by several threads.
 
     Args:
-        target: host:port of the server's gRPC endpoint.
-        timeout: seconds that a call may take, with its retries, unless it says otherwise.
+        target: host and port of the server's gRPC endpoint; the port is 50051 if there is none.
+        timeout: seconds that a call may take, with its retries, unless it says otherwise; None for no limit.
         credentials: for a server behind TLS.
+
+    Raises:
+        InvalidArgument: an argument is wrong.
+        ClientUnusable: the process was forked after a client had been used; see docs/client.md.
     """
 
     def __init__(
         self,
         target: str = DEFAULT_TARGET,
         *,
-        timeout: float = DEFAULT_TIMEOUT,
+        timeout: float | None = DEFAULT_TIMEOUT,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
+        self._client = AsyncClient(target, timeout=timeout, credentials=credentials)
         self._loop = _LoopThread()
-        self._client = self._loop.run(_connect(target, timeout=timeout, credentials=credentials))
 
     def close(self) -> None:
-        """Close the connection and end the background thread. Streams still open are aborted."""
-        if self._loop.stop.alive:
-            self._loop.run(self._client.close())
+        """Close the connection and end the background thread. Streams still open are aborted. In a forked process
+        nothing happens: the connection is that of the process before."""
+        if self._loop.usable:
+            if self._loop.started:
+                self._loop.run(self._client.close())
             self._loop.stop()
 
     def __enter__(self) -> Self:
@@ -315,8 +372,9 @@ class Client:
     ) -> None:
         self.close()
 
-    def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
-        """Return as soon as the server answers; raises Unavailable if it does not within `timeout` seconds."""
+    def wait_until_ready(self, timeout: float | None = DEFAULT_TIMEOUT) -> None:
+        """Return as soon as the server answers; raises Unavailable if it does not within `timeout` seconds. None waits
+        for ever."""
         self._loop.run(self._client.wait_until_ready(timeout))
 
     def create_learner(
@@ -384,7 +442,7 @@ class Client:
         source: PathOrFile,
         *,
         durability: Durability | None = None,
-        timeout: float = TRANSFER_TIMEOUT,
+        timeout: float | None = TRANSFER_TIMEOUT,
     ) -> Learner:
         """Create a learner from a file that `Learner.export` made; see `AsyncClient.import_learner`."""
         return Learner(
@@ -392,11 +450,7 @@ class Client:
             self._loop.run(self._client.import_learner(learner_id, source, durability=durability, timeout=timeout)),
         )
 
-    def watch(self, learner_ids: Iterable[str] | None = None, *, interval: float = 1.0) -> Iterator[WatchUpdate]:
+    def watch(self, learner_ids: str | Iterable[str] | None = None, *, interval: float = 1.0) -> Iterator[WatchUpdate]:
         """What happens to learners: all watched ones at once, then those that have changed, as they change; see
         `AsyncClient.watch`."""
         return self._loop.iterate(self._client.watch(learner_ids, interval=interval))
-
-
-async def _connect(target: str, **settings: Any) -> AsyncClient:
-    return AsyncClient(target, **settings)  # its channel belongs to the loop that it is made on

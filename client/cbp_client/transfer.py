@@ -8,16 +8,21 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO, Final, TypeAlias
 
 import grpc
 
+from cbp_client.arguments import invalid
 from cbp_client.errors import ServerError
 from cbp_client.rpc import Connection
+from cbp_client.types import ExportFormat
 from cbp_proto.v1 import learner_pb2, learner_service_pb2
 
 #: A path, or a file opened in binary mode.
 PathOrFile: TypeAlias = str | os.PathLike[str] | BinaryIO
+
+#: What a file's name says of its format.
+SUFFIXES: Final[dict[str, ExportFormat]] = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "torch_export"}
 
 _REFUSAL_SECONDS = 0.2  # an import is rare and not short, so this delays little
 _PART_BYTES = 128 * 1024  # of a file on its way to the server, which must take messages of that size
@@ -25,12 +30,29 @@ _PART_BYTES = 128 * 1024  # of a file on its way to the server, which must take 
 _Upload = grpc.aio.StreamUnaryCall[learner_service_pb2.ImportLearnerRequest, learner_pb2.Learner]
 
 
+def export_format(target: PathOrFile, given: ExportFormat | None) -> ExportFormat:
+    """The format that was given, or else the one that the name of the file says.
+
+    Raises:
+        InvalidArgument: neither says one.
+    """
+    if given is not None:
+        return given
+    is_path = isinstance(target, str | os.PathLike)
+    name = target if is_path else getattr(target, "name", None)
+    suffix = Path(name).suffix.lower() if isinstance(name, str | os.PathLike) else ""
+    found = SUFFIXES.get(suffix)
+    if found is None and is_path:
+        raise invalid("format", f"must be given, or the file's name end in {', '.join(SUFFIXES)}, not {suffix!r}")
+    return found or "safetensors"
+
+
 async def download(
     connection: Connection,
     request: learner_service_pb2.ExportLearnerRequest,
     target: PathOrFile,
     *,
-    timeout: float,
+    timeout: float | None,
 ) -> int:
     """Write an export to `target`; returns its size in bytes. A path is written whole or not at all."""
     if not isinstance(target, str | os.PathLike):
@@ -51,7 +73,7 @@ async def upload(
     header: learner_service_pb2.ImportHeader,
     source: PathOrFile,
     *,
-    timeout: float,
+    timeout: float | None,
 ) -> learner_pb2.Learner:
     """Send `source` as a new learner. The header's request_id makes that safe to repeat, which a path is and a file
     that is open already is not."""

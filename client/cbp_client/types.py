@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 LearnerState = Literal["active", "unavailable", "evicted", "quarantined", "deleted"]
 Durability = Literal["fsync", "os", "none"]
@@ -272,10 +272,17 @@ class WatchUpdate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Outputs [N, out_features] float32 for N examples, made with the state after `step` updates."""
+    """Outputs [N, out_features] float32 for N examples, made with the state after `step` updates. numpy takes it for
+    its outputs."""
 
     outputs: NDArray[np.float32]
     step: int
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        wanted = self.outputs.dtype if dtype is None else np.dtype(dtype)
+        if copy is False and wanted != self.outputs.dtype:
+            raise ValueError(f"outputs are {self.outputs.dtype}, so they cannot be {wanted} without a copy")
+        return self.outputs.astype(wanted, copy=bool(copy))
 
     @property
     def labels(self) -> NDArray[np.int64]:

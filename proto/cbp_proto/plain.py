@@ -14,6 +14,13 @@ from google.protobuf.message import Message
 MessageT = TypeVar("MessageT", bound=Message)
 
 _KIND = "kind"
+_WANTED = {
+    FieldDescriptor.TYPE_INT32: "a whole number that 32 bits hold",
+    FieldDescriptor.TYPE_INT64: "a whole number that 64 bits hold",
+    FieldDescriptor.TYPE_DOUBLE: "a number",
+    FieldDescriptor.TYPE_BOOL: "true or false",
+    FieldDescriptor.TYPE_STRING: "a text that UTF-8 can hold",
+}
 
 
 class PlainError(ValueError):
@@ -59,6 +66,17 @@ def to_plain(message: Message) -> dict[str, Any]:
     return plain
 
 
+def shown(value: object, longest: int = 60) -> str:
+    """A value as an error may repeat it: on one line, and clipped."""
+    if not isinstance(value, str | bytes | bool | int | float | None):
+        return f"a value of type {type(value).__name__}"
+    try:  # a text of millions of characters is clipped before its representation is made, not after
+        text = repr(value[: longest + 1] if isinstance(value, str | bytes) else value)
+    except ValueError:  # an integer of thousands of digits
+        text = "a very large number"
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
 def _value_to_plain(field: FieldDescriptor, value: Any) -> Any:
     if field.message_type is not None:
         return to_plain(value)
@@ -79,15 +97,16 @@ def _fill(message: Message, plain: Any, path: str) -> None:
         choices = [field.name for field in descriptor.oneofs_by_name[_KIND].fields]
         kind = entries.pop(_KIND, None)
         if kind not in choices:
-            raise PlainError(_join(path, _KIND), f"must be one of {', '.join(choices)}, not {kind!r}")
+            raise PlainError(_join(path, _KIND), f"must be one of {', '.join(choices)}, not {shown(kind)}")
         chosen = getattr(message, kind)
         chosen.SetInParent()
         _fill(chosen, entries, path)
         return
+    fields = {field.name: field for field in descriptor.fields}
     for name, value in entries.items():
-        field = descriptor.fields_by_name.get(name) if isinstance(name, str) else None
+        field = fields.get(name)
         if field is None:
-            raise PlainError(_join(path, name), f"is not a field here; there are {', '.join(_names(descriptor))}")
+            raise PlainError(_join(path, name), f"is not a field here; there are {', '.join(fields)}")
         if value is not None:
             _set(message, field, value, _join(path, name))
 
@@ -101,10 +120,6 @@ def _set(message: Message, field: FieldDescriptor, value: Any, path: str) -> Non
                 _fill(getattr(message, field.name).add(), item, f"{path}[{place}]")
         elif field.is_repeated:
             items = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
-            if field.message_type is not None:
-                for place, item in enumerate(items):
-                    _fill(getattr(message, field.name).add(), item, f"{path}[{place}]")
-                return
             convert = str if field.type == FieldDescriptor.TYPE_STRING else _same
             getattr(message, field.name).extend(convert(item) for item in items)
         elif field.message_type is not None:
@@ -115,18 +130,26 @@ def _set(message: Message, field: FieldDescriptor, value: Any, path: str) -> Non
             setattr(message, field.name, _enum_number(field.enum_type, value, path))
         else:
             setattr(message, field.name, value)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, PlainError):
-            raise
-        raise PlainError(path, f"{value!r} does not fit: {error}") from error
+    except PlainError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PlainError(path, f"{shown(value)} does not fit; it must be {_wanted(field)}") from error
 
 
 def _enum_number(enum: EnumDescriptor, value: Any, path: str) -> int:
     prefix = _enum_prefix(enum)
     names = {item.name.removeprefix(prefix).lower(): item.number for item in enum.values if item.number != 0}
-    if value not in names:
-        raise PlainError(path, f"must be one of {', '.join(names)}, not {value!r}")
+    if not isinstance(value, str) or value not in names:
+        raise PlainError(path, f"must be one of {', '.join(names)}, not {shown(value)}")
     return names[value]
+
+
+def _wanted(field: FieldDescriptor) -> str:
+    """What a field takes, in the words of those who write it."""
+    if _is_map(field):
+        return "a mapping from names to numbers"
+    one = _WANTED.get(field.type, "a mapping")
+    return f"a list, each {one}" if field.is_repeated else one
 
 
 def _enum_prefix(enum: EnumDescriptor) -> str:
@@ -137,12 +160,9 @@ def _is_map(field: FieldDescriptor) -> bool:
     return field.message_type is not None and field.message_type.GetOptions().map_entry
 
 
-def _names(descriptor: Descriptor) -> list[str]:
-    return [field.name for field in descriptor.fields]
-
-
 def _join(path: str, name: object) -> str:
-    return f"{path}.{name}" if path else str(name)
+    text = name if isinstance(name, str) and name.isprintable() and len(name) <= 60 else shown(name)
+    return f"{path}.{text}" if path else text
 
 
 def _same(value: Any) -> Any:

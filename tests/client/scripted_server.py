@@ -69,7 +69,10 @@ class ScriptedServer(
         most_in_flight: largest number of unanswered batches that any stream had.
         received: payload and sequence of each batch, in the order of arrival, over all streams.
         applied_ahead: added to the applied sequence of acknowledgements, as if later batches were applied as well.
+        requests: those of unary calls, in order.
+        time_left: the seconds that each of these calls had when it came.
         learner: what else GetLearner and ListLearners say of a learner.
+        prediction: the answer to each Predict; None for its features.
         export_parts: what an export consists of.
         imported: the file that the last import sent.
         lost_answers: acknowledgements to leave out, so that the client does not hear of batches that are applied.
@@ -93,7 +96,9 @@ class ScriptedServer(
         self.open_errors: list[BaseException] = []
         self.unary_errors: list[BaseException] = []
         self.requests: list[Any] = []
+        self.time_left: list[float | None] = []
         self.learner = learner_pb2.Learner()
+        self.prediction: training_service_pb2.PredictResponse | None = None
         self.export_parts = [b"first", b"second"]
         self.imported = b""
         self.port = 0
@@ -292,7 +297,9 @@ class ScriptedServer(
         )
 
     async def Predict(self, request: Any, context: Any) -> training_service_pb2.PredictResponse:  # noqa: N802
-        return await self._answer(request, context, training_service_pb2.PredictResponse(outputs=request.features))
+        return await self._answer(
+            request, context, self.prediction or training_service_pb2.PredictResponse(outputs=request.features)
+        )
 
     async def GetLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
         learner = learner_pb2.Learner(name=request.name, uid=self.uid)
@@ -382,6 +389,7 @@ class ScriptedServer(
         raise NotImplementedError
 
     async def _answer(self, request: Any, context: Any, answer: MessageT) -> MessageT:
+        self.time_left.append(context.time_remaining())
         self.requests.append(request)
         await self.answering.wait()
         if self.unary_errors:

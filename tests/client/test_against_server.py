@@ -1,5 +1,6 @@
 """The SDK against a real server."""
 
+import shlex
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from cbp_client import (
     WatchUpdate,
 )
 from cbp_proto import encode_train_request
+from tests.client.command import command
 
 _DOCS = Path(__file__).parents[2] / "docs" / "client.md"
 SPEC: dict[str, Any] = {
@@ -68,21 +70,51 @@ def outputs_after(learner: Learner) -> NDArray[np.float32]:
     return learner.predict(make_batches(1)[0][0]).outputs
 
 
-def test_the_snippet_of_the_documentation(own_server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    snippet = _DOCS.read_text().partition("```python\n")[2].partition("```")[0]
-    random = np.random.default_rng(0)
-    variables: dict[str, Any] = {
-        "batches": [(random.normal(size=(20, 64)), random.integers(0, 10, 20)) for _ in range(3)],
-    }
+def test_all_that_the_documentation_shows(
+    own_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = _DOCS.read_text()
+    first, second = (part.partition("```")[0] for part in text.split("```python\n")[1:])
+    (shell,) = (part.partition("```")[0] for part in text.split("```sh\n") if part.startswith("python -"))
+    variables: dict[str, Any] = {}
 
-    exec(snippet.replace("localhost:50051", own_server.grpc_target), variables)
+    exec(first.replace("localhost:50051", own_server.grpc_target), variables)
 
-    assert variables["stream"].summary.examples == 60
-    assert variables["prediction"].step == 60
+    assert variables["stream"].summary.examples == 1000
+    assert variables["prediction"].step == 1000
     assert variables["prediction"].outputs.shape == (20, 10)
     assert [layer.layer for layer in variables["layers"]] == ["hidden_0", "hidden_1", "hidden_2", "output"]
     assert variables["learner"].info.spec["resets"]["layers"] == ["all"]
-    assert "StreamSummary(batches=3, examples=60" in capsys.readouterr().out
+    assert "StreamSummary(batches=50, examples=1000" in capfd.readouterr().out
+
+    exec(second.replace("localhost:50051", own_server.grpc_target), variables)
+
+    assert variables["found"][0].number == variables["saved"].number
+    assert variables["learner"].info.durability == "fsync"
+    assert (tmp_path / "ads.safetensors").stat().st_size > 0
+
+    cbp = command(own_server.grpc_target, monkeypatch, capfd)
+    program, _, commands = shell.partition("\nEND\n")
+    exec(program.partition("\n")[2], {})
+    failures = []
+    for line in filter(None, commands.replace("\\\n", " ").splitlines()):
+        words = shlex.split(line, comments=True)
+        name, *arguments = [word for word in words if word not in ("||", "true")]
+        end = arguments.index(">") if ">" in arguments else len(arguments)
+        result = cbp(*arguments[:end])
+        assert name == "cbp"
+        assert result.status == 0 or words[-2:] == ["||", "true"], f"{line}: {result}"
+        failures += [result.err] if result.status else []
+        for file in arguments[end + 1 :]:
+            Path(file).write_text(result.out)
+
+    assert len(failures) == 1
+    assert "cbp learners resume visits-trial" in failures[0]
+    with np.load("out.npz") as arrays:
+        assert arrays["outputs"].shape == (1000, 10)
+    with Client(own_server.grpc_target) as client:
+        assert {learner.id for learner in client.list_learners()} == {"clicks", "ads"}
 
 
 def test_the_life_of_a_learner(client: Client, learner: Learner, learner_id: str) -> None:

@@ -331,3 +331,20 @@ def test_commands_and_flags_are_stable_documented_and_explained() -> None:
         assert all(option.help for option in options)
         assert f"cbp {name}" in documentation
     assert [flag for flags in _FLAGS.values() for flag in flags if flag not in documentation] == []
+
+
+@pytest.mark.parametrize("columns", ["30", "80", "200"])
+@pytest.mark.parametrize("name", ["", "learners", *_FLAGS])
+def test_help_is_whole_at_any_width(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str, columns: str
+) -> None:
+    cbp = command("127.0.0.1:1", monkeypatch, capfd)
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = "".join(cbp(*name.split(), "--help").out.split())
+
+    described: Any = get_command(app)
+    for word in name.split():
+        described = described.commands[word]
+    said = [described.help, *(parameter.help for parameter in described.params)]
+    said += [item.help for item in getattr(described, "commands", {}).values()]
+    assert [text for text in said if text and "".join(text.split()) not in shown] == []

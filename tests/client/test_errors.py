@@ -1,6 +1,7 @@
 """Every status becomes the error that its name promises, with all that the server explains."""
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
@@ -37,6 +38,31 @@ def test_every_status_has_its_error(code: grpc.StatusCode) -> None:
 
     assert type(error_from_rpc(rpc_error)) is not CbpClientError
     assert str(error_from_rpc(rpc_error)) == "what is wrong"
+
+
+@pytest.mark.parametrize(
+    ("sign", "what"),
+    [
+        ("CLIENT: Received", "the answer"),
+        ("SERVER: Sent", "the answer"),
+        ("SERVER: Received", "the request"),
+        ("CLIENT: Sent", "the request"),
+    ],
+)
+def test_a_message_beyond_a_limit_is_said_with_the_way_out(sign: str, what: str) -> None:
+    details = f"{sign} message larger than max (80000006 vs. 67108864)"
+    code, nothing = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata()
+    found = error_from_rpc(grpc.aio.AioRpcError(code, nothing, nothing, details))
+
+    assert type(found) is MessageTooLarge
+    assert str(found) == f"{what} is too large for one message, give fewer examples in one call: {details}"
+
+
+async def test_a_request_beyond_the_limit_is_too_large(scripted: ScriptedServer) -> None:
+    async with AsyncClient(scripted.target) as client:
+        learner = await client.get_learner("clicks")
+        with pytest.raises(MessageTooLarge, match="the request is too large for one message, give fewer examples"):
+            await learner.predict(np.zeros((65, 1024, 1024), np.bool_))
 
 
 @pytest.mark.parametrize(

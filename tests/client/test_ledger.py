@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbp_client import BatchesLost, Fenced, LearnerReplaced
-from cbp_client.convert import EncodedBatch
+from cbp_client.examples import EncodedBatch
 from cbp_client.ledger import HeldBatch, Ledger
 from cbp_proto.v1 import training_service_pb2 as pb
 

@@ -80,7 +80,7 @@ async def test_durability_is_chosen_at_creation(scripted: ScriptedServer, client
 
 
 async def test_a_durability_that_there_is_not_is_refused(scripted: ScriptedServer, client: AsyncClient) -> None:
-    with pytest.raises(InvalidArgument, match="durability: must be one of fsync, os, none, not disk"):
+    with pytest.raises(InvalidArgument, match="durability: must be one of fsync, os, none, not 'disk'"):
         await client.create_learner("clicks", network=NETWORK, durability="disk")  # type: ignore[arg-type]
     assert scripted.requests == []
 
@@ -227,14 +227,14 @@ async def test_an_export_that_is_cut_off_begins_anew(
     scripted: ScriptedServer, learner: AsyncLearner, tmp_path: Path
 ) -> None:
     scripted.unary_errors = [UNAVAILABLE]
-    assert await learner.export(str(tmp_path / "clicks")) == 11
-    assert (tmp_path / "clicks").read_bytes() == b"firstsecond"
+    assert await learner.export(str(tmp_path / "clicks.safetensors")) == 11
+    assert (tmp_path / "clicks.safetensors").read_bytes() == b"firstsecond"
 
 
 async def test_an_export_that_fails_leaves_what_was_there(
     scripted: ScriptedServer, learner: AsyncLearner, tmp_path: Path
 ) -> None:
-    target = tmp_path / "clicks"
+    target = tmp_path / "clicks.safetensors"
     target.write_bytes(b"the export before")
     scripted.unary_errors = [error(grpc.StatusCode.FAILED_PRECONDITION, "EXPORT_UNSUPPORTED")]
     with pytest.raises(FailedPrecondition):
@@ -247,6 +247,29 @@ async def test_an_export_that_fails_leaves_what_was_there(
     assert names(tmp_path) == [target.name]
 
 
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [("a.safetensors", "FORMAT_SAFETENSORS"), ("a.ONNX", "FORMAT_ONNX"), ("a.b.pt2", "FORMAT_TORCH_EXPORT")],
+)
+async def test_the_format_is_what_the_name_says(
+    scripted: ScriptedServer, learner: AsyncLearner, tmp_path: Path, name: str, sent: str
+) -> None:
+    await learner.export(tmp_path / name)
+    with (tmp_path / name).open("wb") as file:
+        await learner.export(file)
+
+    assert [type(request).Format.Name(request.format) for request in scripted.requests[-2:]] == [sent, sent]
+
+
+@pytest.mark.parametrize("name", ["clicks", "clicks.bin"])
+async def test_a_name_that_says_no_format_is_refused(learner: AsyncLearner, tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        InvalidArgument, match=r"^format: must be given, or the file's name end in \.safetensors, \.onnx"
+    ):
+        await learner.export(tmp_path / name)
+    assert names(tmp_path) == []
+
+
 async def test_exporting_to_an_open_file(scripted: ScriptedServer, learner: AsyncLearner) -> None:
     file = io.BytesIO()
     assert await learner.export(file) == 11
@@ -255,7 +278,7 @@ async def test_exporting_to_an_open_file(scripted: ScriptedServer, learner: Asyn
     with pytest.raises(Unavailable):  # what is written cannot be taken back, so it is not tried again
         await learner.export(file)
 
-    with pytest.raises(InvalidArgument, match="format: must be one of safetensors, onnx, torch_export, not pickle"):
+    with pytest.raises(InvalidArgument, match="format: must be one of safetensors, onnx, torch_export, not 'pickle'"):
         await learner.export(file, format="pickle")  # type: ignore[arg-type]
 
 
@@ -301,8 +324,8 @@ async def test_the_synchronous_client_does_all_this_too(scripted: ScriptedServer
             learner.restore(checkpoint=1)
             learner.resume(lr=0.1)
             learner.reset_units("all", 0.5)
-            learner.export(tmp_path / "clicks")
-            made += [client.import_learner("twin", tmp_path / "clicks").id, learner.delete().state]
+            learner.export(tmp_path / "clicks.safetensors")
+            made += [client.import_learner("twin", tmp_path / "clicks.safetensors").id, learner.delete().state]
             made += [client.delete_learner("clicks").state, client.undelete_learner("clicks").id]
             client.purge_learner("clicks")
             return [*made, len(list(client.list_learners(show_deleted=True)))]

@@ -21,7 +21,6 @@ from cbp_client import (
 )
 from tests.client.command import command
 
-_DOCS = Path(__file__).parents[2] / "docs" / "client.md"
 SPEC: dict[str, Any] = {
     "network": {"kind": "mlp", "in_features": 4, "hidden": [8, 6], "out_features": 3, "activation": "relu"},
     "loss": "cross_entropy",
@@ -69,20 +68,6 @@ def outputs_of(learner: Learner) -> NDArray[np.float32]:
 
 def renamed(learner_id: str, prefix: str) -> str:
     return f"{prefix}-{learner_id}"[:60].rstrip("-")
-
-
-def test_the_snippet_of_the_documentation(own_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snippet = _DOCS.read_text().split("```python\n")[2].partition("```")[0]
-    monkeypatch.chdir(tmp_path)
-    with Client(own_server.grpc_target) as client:
-        network = {"kind": "mlp", "in_features": 4, "hidden": [8], "out_features": 1, "activation": "relu"}
-        variables: dict[str, Any] = {"client": client, "network": network, "optimizer": {"kind": "sgd", "lr": 0.01}}
-        exec(snippet, variables)
-
-        assert [item.id for item in client.list_learners(show_deleted=True)] == ["ads", "ads-copy"]
-        assert variables["found"][0].number == variables["saved"].number
-        assert variables["learner"].refresh().durability == "fsync"
-        assert {path.name for path in tmp_path.iterdir()} >= {"ads.safetensors", "ads.onnx"}
 
 
 def test_a_checkpoint_is_where_restoring_goes(learner: Learner) -> None:

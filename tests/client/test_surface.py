@@ -27,6 +27,7 @@ def test_the_public_names() -> None:
         "Checkpoint",
         "CheckpointList",
         "Client",
+        "ClientUnusable",
         "DeadlineExceeded",
         "EtagMismatch",
         "FailedPrecondition",

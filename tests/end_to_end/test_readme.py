@@ -16,11 +16,12 @@ def test_the_python_snippet_runs_against_a_server(server):
     batches = [(generator.normal(size=(20, 64)), generator.integers(0, 10, 20)) for _ in range(5)]
     namespace = {"batches": batches}
 
-    exec(snippet.replace("localhost:50051", server.grpc_target), namespace)
+    for _ in range(2):  # a program is run more than once
+        exec(snippet.replace("localhost:50051", server.grpc_target), namespace)
 
     with namespace["Client"](server.grpc_target) as client:
         info = client.get_learner("clicks").info
-        assert info.progress.examples == 100
+        assert info.progress.examples == 200
         assert info.spec["resets"]["layers"] == ["all"]
         client.get_learner("clicks").delete()
 

@@ -147,6 +147,12 @@ def test_short_forms(short: dict[str, Any], long: dict[str, Any]) -> None:
         ({"methods": [{"kind": "redo", "rate": 1}]}, "methods[0].rate", "is not a field here; there are interval"),
         ({"methods": 3}, "methods", "does not fit"),
         ({"methods": "redo"}, "methods[0]", "must be a mapping, not str"),
+        ({"batch_size": "x" * 999}, "batch_size", "… does not fit; it must be a whole number that 32 bits hold"),
+        ({"seed": 2**70}, "seed", "must be a whole number that 64 bits hold"),
+        ({"optimizer": {"lr": 10**400}}, "optimizer.lr", "does not fit; it must be a number"),
+        ({"resets": {"layers": "\ud800"}}, "resets.layers", "a list, each a text that UTF-8 can hold"),
+        ({"resets": {"bias_compensation": "no"}}, "resets.bias_compensation", "must be true or false"),
+        ({"loss": {"\ud800": 1}}, "loss.'\\ud800'", "is not a field here"),
     ],
 )
 def test_errors_name_the_field_and_what_is_right(plain: dict[Any, Any], field: str, description: str) -> None:

@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from cbp_client.aio import DEFAULT_TARGET
 from cbp_client.cli import learners, lifecycle, predict, train, watch
-from cbp_client.cli.session import CommandError, Session, explained, print_error
+from cbp_client.cli.session import CommandError, Session, WholeHelp, explained, print_error
 from cbp_client.errors import CbpClientError
+from cbp_client.target import DEFAULT_TARGET
 
 app = typer.Typer(
     name="cbp",
+    cls=WholeHelp,
+    rich_markup_mode=None,  # whose tables cut what is wider than their columns
     help="Work with the continual learners of a cbp server.",
     no_args_is_help=True,
     add_completion=False,
@@ -37,7 +39,7 @@ def demo(context: typer.Context) -> None:
         from cbp_client.demo.command import demo as run_demo
     except ModuleNotFoundError as error:
         raise CommandError(f"the demo needs {error.name}: pip install 'cbp-client[demo]'") from None
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     command.command()(run_demo)
     command(args=context.args, prog_name="cbp demo")
 
@@ -52,7 +54,13 @@ def _print_version(wanted: bool) -> None:
 def options(
     context: typer.Context,
     server: Annotated[
-        str, typer.Option("--server", envvar="CBP_SERVER", metavar="HOST:PORT", help="gRPC address of the server.")
+        str,
+        typer.Option(
+            "--server",
+            envvar="CBP_SERVER",
+            metavar="HOST:PORT",
+            help="gRPC address of the server; port 50051 if there is none.",
+        ),
     ] = DEFAULT_TARGET,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")

@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cbp_client.cli.session import CommandError
+from cbp_client.cli.tables import Columns, read_table
 
 
 @dataclass(frozen=True)
@@ -35,19 +34,6 @@ class Examples:
                 yield slice(first, min(first + size, end)), task
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """What the columns of a csv or parquet file are, other than features."""
-
-    targets: Sequence[str]
-    task: str | None
-    ignore: Sequence[str]
-
-    @property
-    def named(self) -> list[str]:
-        return [*self.targets, *self.ignore, *([self.task] if self.task else [])]
-
-
 def read_examples(
     path: Path, *, targets: Sequence[str] = (), task: str | None = None, ignore: Sequence[str] = ()
 ) -> Examples:
@@ -60,95 +46,64 @@ def read_examples(
         ignore: csv and parquet: columns to leave out.
 
     Raises:
-        CommandError: the file can't be read, or holds something else.
+        CommandError: the file can't be read, or holds something else; names the file and what to do.
     """
-    readers = {".npz": _read_npz, ".csv": _read_csv, ".parquet": _read_parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise CommandError(f"{path}: the name must end in {', '.join(readers)}")
-    try:
-        examples = reader(path, _Columns(targets, task, ignore))
-    except OSError as error:
-        raise CommandError(f"{path}: {error.strerror or error}") from None
-    for name in ("targets", "weights", "tasks"):
-        array = getattr(examples, name)
-        if array is not None and len(array) != len(examples):
-            raise CommandError(f"{path}: {len(array)} {name} for {len(examples)} rows of features")
-    return examples
+    columns = Columns(targets, task, ignore)
+    match path.suffix.lower():
+        case ".npz":
+            arrays = _read_npz(path, columns)
+        case ".csv" | ".parquet":
+            arrays = read_table(path, columns)
+        case suffix:
+            raise CommandError(f"{path}: the name must end in .npz, .csv or .parquet, not {suffix or 'nothing'}")
+    return _checked(path, arrays)
 
 
-def _read_npz(path: Path, columns: _Columns) -> Examples:
+def _read_npz(path: Path, columns: Columns) -> dict[str, NDArray[np.generic]]:
     if columns.named:
         raise CommandError(f"{path}: an npz file has no columns to name, its arrays have fixed names")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if "features" not in arrays:
-                raise CommandError(f"{path} has no array named features, only {', '.join(arrays.files)}")
-            found = {name: arrays[name] for name in ("features", "targets", "weights", "tasks") if name in arrays}
-    except (ValueError, BadZipFile) as error:
-        raise CommandError(f"{path} is not an npz file of numbers and texts: {error}") from None
-    tasks = found.get("tasks")
-    return Examples(
-        features=found["features"],
-        targets=found.get("targets"),
-        weights=found.get("weights"),
-        tasks=None if tasks is None else tasks.astype(np.str_),
-    )
-
-
-def _read_csv(path: Path, columns: _Columns) -> Examples:
-    _require_pyarrow(path)
-    import pyarrow
-    from pyarrow import csv
-
-    try:
-        return _from_table(path, csv.read_csv(path), columns)
-    except pyarrow.ArrowInvalid as error:
-        raise CommandError(f"{path}: {error}") from None
-
-
-def _read_parquet(path: Path, columns: _Columns) -> Examples:
-    _require_pyarrow(path)
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return _from_table(path, parquet.read_table(path), columns)
-    except pyarrow.ArrowInvalid as error:
-        raise CommandError(f"{path}: {error}") from None
-
-
-def _require_pyarrow(path: Path) -> None:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
+                there = ", ".join(arrays.files) or "nothing"
+                raise CommandError(f"{path} has no array named features, only {there}; rename or add it")
+            return {name: arrays[name] for name in ("features", "targets", "weights", "tasks") if name in arrays}
+    except CommandError:
+        raise
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # numpy, zipfile and zlib have many for what is damaged or something else
         raise CommandError(
-            f"reading {path.suffix} files needs pyarrow: pip install 'cbp-client[files]', or convert the file to .npz"
+            f"{path} is not an npz file of numbers and texts: {error}; write it with "
+            "numpy.savez(path, features=features, targets=targets)"
         ) from None
 
 
-def _from_table(path: Path, table: Any, columns: _Columns) -> Examples:
-    for name in columns.named:
-        if name not in table.column_names:
-            raise CommandError(f"{path} has no column {name}; there are {', '.join(table.column_names)}")
-    features = [_column(path, table, name) for name in table.column_names if name not in columns.named]
-    if not features:
-        raise CommandError(f"{path} has no columns left for features")
-    targets = [_column(path, table, name) for name in columns.targets]
-    tasks = None if columns.task is None else [str(label) for label in table[columns.task].to_pylist()]
+def _checked(path: Path, arrays: dict[str, NDArray[np.generic]]) -> Examples:
+    for name, array in arrays.items():
+        kinds = "biufUS" if name == "tasks" else "biuf"
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds:
+            holds = getattr(array, "dtype", type(array).__name__)
+            raise CommandError(f"{path}: {name} must hold numbers{' or texts' * (name == 'tasks')}, not {holds}")
+        least, most = {"features": (2, None), "targets": (1, 2)}.get(name, (1, 1))
+        if array.ndim < least or (most is not None and array.ndim > most):
+            shape = {"features": "[N, …]", "targets": "[N] or [N, outputs]"}.get(name, "[N]")
+            raise CommandError(f"{path}: {name} must be {shape}, with a row for each example, not {list(array.shape)}")
+        if len(array) != len(arrays["features"]):
+            raise CommandError(f"{path}: {len(array)} {name} for {len(arrays['features'])} rows of features")
+    if not len(arrays["features"]):
+        raise CommandError(f"{path} has no rows; give a file with examples")
+    tasks = arrays.get("tasks")
     return Examples(
-        features=np.stack(features, axis=1),
-        targets=None if not targets else targets[0] if len(targets) == 1 else np.stack(targets, axis=1),
-        weights=None,
-        tasks=None if tasks is None else np.array(tasks, dtype=np.str_),
+        features=arrays["features"],
+        targets=arrays.get("targets"),
+        weights=arrays.get("weights"),
+        tasks=None if tasks is None else _labels(path, tasks),
     )
 
 
-def _column(path: Path, table: Any, name: str) -> NDArray[np.generic]:
-    column = table[name]
-    if column.null_count:
-        raise CommandError(f"{path}: column {name} has {column.null_count} empty values")
-    array: NDArray[np.generic] = column.to_numpy()
-    if array.dtype.kind not in "biuf":
-        raise CommandError(f"{path}: column {name} holds {column.type}, not numbers; leave it out or encode it")
-    return array
+def _labels(path: Path, tasks: NDArray[np.generic]) -> NDArray[np.str_]:
+    try:
+        return tasks.astype(np.str_)
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{path}: tasks are not ASCII bytes; store them as texts: {error}") from None

@@ -8,10 +8,25 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.table import Table
 
-from cbp_client.cli.session import CommandError, as_json, messages, moment, number, output, percent, session
+from cbp_client.cli.session import (
+    CommandError,
+    WholeHelp,
+    as_json,
+    messages,
+    moment,
+    number,
+    output,
+    percent,
+    session,
+)
 from cbp_client.types import Durability, LearnerInfo, PlasticitySample, Quarantine, Trainability
 
-app = typer.Typer(help="List, create, change, save, copy and delete learners.", no_args_is_help=True)
+app = typer.Typer(
+    cls=WholeHelp,
+    rich_markup_mode=None,
+    help="List, create, change, save, copy and delete learners.",
+    no_args_is_help=True,
+)
 
 LearnerId = Annotated[str, typer.Argument(metavar="ID", help="The learner's id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

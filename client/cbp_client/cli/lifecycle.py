@@ -10,10 +10,11 @@ from rich.table import Table
 
 from cbp_client.cli.learners import AsJson, DurabilityOption, LearnerId, level
 from cbp_client.cli.session import CommandError, as_json, messages, moment, output, session
+from cbp_client.errors import InvalidArgument
+from cbp_client.transfer import export_format
 from cbp_client.types import ExportFormat
 
 _FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
-_SUFFIXES: dict[str, ExportFormat] = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "torch_export"}
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 Uid = Annotated[
@@ -239,11 +240,10 @@ def _tell(json_output: bool, record: Any, sentence: str) -> None:
 
 
 def _format(file: Path, name: str | None) -> ExportFormat:
-    found = (
-        _SUFFIXES.get(file.suffix.lower()) if name is None else next((word for word in _FORMATS if word == name), None)
-    )
-    if found is None:
-        raise typer.BadParameter(
-            f"--format must be one of {', '.join(_FORMATS)}, or the file's name end in {', '.join(_SUFFIXES)}"
-        )
-    return found
+    given = next((word for word in _FORMATS if word == name), None)
+    if name is not None and given is None:
+        raise typer.BadParameter(f"--format must be one of {', '.join(_FORMATS)}, not {name}")
+    try:
+        return export_format(file, given)
+    except InvalidArgument as error:
+        raise typer.BadParameter(f"--{error}") from None

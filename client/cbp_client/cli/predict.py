@@ -14,6 +14,7 @@ from cbp_client.cli.session import CommandError, messages, session
 from cbp_client.types import Prediction
 
 _ROWS_PER_CALL = 4096
+_BYTES_PER_CALL = 8 * 1024 * 1024  # of features and of outputs
 
 
 def predict(
@@ -34,23 +35,28 @@ def predict(
     features = read_examples(file, ignore=ignore or ()).features
     with session(context).connect() as client:
         learner = client.get_learner(learner_id)
-        parts = [
-            learner.predict(features[start : start + _ROWS_PER_CALL])
-            for start in range(0, len(features), _ROWS_PER_CALL)
-        ]
-    if not parts:
-        raise CommandError(f"{file} has no rows")
+        row_bytes = max(features[:1].nbytes, 4 * learner.info.spec["network"]["out_features"])
+        rows = max(1, min(_ROWS_PER_CALL, _BYTES_PER_CALL // row_bytes))
+        parts = [learner.predict(features[start : start + rows]) for start in range(0, len(features), rows)]
     prediction = Prediction(np.concatenate([part.outputs for part in parts]), parts[-1].step)
     labels = prediction.labels if learner.info.spec["loss"]["kind"] == "cross_entropy" else None
     if output is None:
         _write_csv(sys.stdout, prediction, labels)
-    elif output.suffix == ".csv":
-        with output.open("w", newline="") as file_object:
-            _write_csv(file_object, prediction, labels)
+    else:
+        try:
+            _write_file(output, prediction, labels)
+        except OSError as error:
+            raise CommandError(f"{output}: {error.strerror or error}") from None
+    messages().print(f"{len(prediction.outputs)} predictions at step {prediction.step}")
+
+
+def _write_file(path: Path, prediction: Prediction, labels: NDArray[np.int64] | None) -> None:
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            _write_csv(file, prediction, labels)
     else:
         arrays: dict[str, Any] = {"outputs": prediction.outputs} | ({} if labels is None else {"labels": labels})
-        np.savez(output, **arrays)
-    messages().print(f"{len(prediction.outputs)} predictions at step {prediction.step}")
+        np.savez(path, **arrays)
 
 
 def _write_csv(file: TextIO, prediction: Prediction, labels: NDArray[np.int64] | None) -> None:

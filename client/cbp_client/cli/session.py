@@ -10,9 +10,20 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from cbp_client.errors import CbpClientError
 from cbp_client.sync import Client
+
+
+class WholeHelp(TyperGroup):
+    """Lists commands with all that they say of themselves, at any width of the terminal; others cut it to one line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """As click does, but for the cut."""
+        rows = [(name, " ".join((self.commands[name].help or "").split())) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 class CommandError(Exception):
@@ -64,8 +75,9 @@ def explained(error: CbpClientError) -> str:
 
 
 def print_error(text: str) -> None:
-    """One line on stderr."""
-    typer.echo(f"cbp: {' '.join(text.split())}", err=True)
+    """One line on stderr, of characters that a terminal prints."""
+    line = " ".join(text.split())
+    typer.echo(f"cbp: {''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)}", err=True)
 
 
 def as_json(value: Any) -> str:
