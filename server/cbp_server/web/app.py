@@ -16,6 +16,7 @@ from cbp_server.metrics.exposition import Exposition, TextFormat
 from cbp_server.records.learners import LearnerState
 from cbp_server.records.read_model import ReadModel
 from cbp_server.web import schemas
+from cbp_server.web.head_requests import HeadRequests
 from cbp_server.web.problems import PROBLEM_CONTENT, install_problem_handlers
 from cbp_server.web.root_path import RootPath
 from cbp_server.web.security_headers import SecurityHeaders
@@ -58,6 +59,7 @@ def create_app(service: ReadModel, exposition: Exposition, *, root_path: str = "
         openapi_tags=[{"name": "learners"}, {"name": "server"}],
     )
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(HeadRequests)
     if root_path:
         app.add_middleware(RootPath, root_path=root_path)
     install_problem_handlers(app)
