@@ -53,7 +53,9 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
     )
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    host: str = Field(
+        "127.0.0.1", description="address to listen on, or a name: all its addresses; :: for every interface"
+    )
     grpc_port: Port = Field(50051, description="port of the gRPC services; 0 picks a free one")
     http_port: Port = Field(8080, description="port of status page, HTTP API and metrics; 0 picks a free one")
     root_path: Annotated[str, AfterValidator(_root_path)] = Field(
