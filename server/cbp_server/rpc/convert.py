@@ -157,6 +157,7 @@ def revised_spec(present: LearnerSpec, changes: spec_pb2.LearnerSpec, mask: Fiel
     else:
         for path in sorted(paths):  # what contains another comes before it
             _copy_field(plain, given, [part for part in path.split(".")[1:] if part not in _NETWORK_KINDS])
+    present.check_kinds(plain)
     spec = LearnerSpec.parse(plain)
     check_spec(spec, limits)
     return spec
