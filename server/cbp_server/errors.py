@@ -4,6 +4,7 @@ CbpError                       (cbp) root of all
 ├── SpecError                  (cbp) a learner's spec, field by field
 ├── BatchError                 (cbp) a batch of examples, field by field
 ├── SnapshotError              (cbp) stored state that cannot be read
+├── FormatError                (cbp) a network that the wanted file format cannot hold
 ├── DivergenceError            (cbp) training gave numbers that are none; the engine tells it as BatchNotLearnt
 └── ServiceError
     ├── InvalidRequest         a request field other than spec and batch
@@ -49,7 +50,7 @@ from typing import Any
 
 import grpc
 
-from cbp import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
+from cbp import BatchError, CbpError, DivergenceError, FieldViolation, FormatError, SnapshotError, SpecError
 from cbp.errors import shown
 from cbp_server.records.learners import Quarantine
 
@@ -282,6 +283,9 @@ CATALOG: Mapping[type[CbpError], CatalogEntry] = {
     ),
     SnapshotError: CatalogEntry(
         grpc.StatusCode.DATA_LOSS, HTTPStatus.INTERNAL_SERVER_ERROR, "UNREADABLE_STATE", "Stored state is unreadable"
+    ),
+    FormatError: CatalogEntry(
+        grpc.StatusCode.UNIMPLEMENTED, HTTPStatus.NOT_IMPLEMENTED, "FORMAT_UNSUPPORTED", "Format cannot hold this"
     ),
     DivergenceError: CatalogEntry(
         grpc.StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR, "DIVERGED", "Training diverged"

@@ -17,7 +17,7 @@ import pytest
 import cbp
 import cbp_proto
 import cbp_server
-from cbp import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
+from cbp import BatchError, CbpError, DivergenceError, FieldViolation, FormatError, SnapshotError, SpecError
 from cbp_server import errors
 from cbp_server.records.learners import Quarantine
 from cbp_server.rpc.errors import brief_description, rich_status
@@ -33,6 +33,7 @@ INSTANCES = [
     SpecError([FieldViolation("batch_size", "must be positive")]),
     BatchError([FieldViolation("features", "wrong shape")]),
     SnapshotError("torn"),
+    FormatError("ONNX is for plain ones"),
     errors.InvalidRequest(FieldViolation("name", "wrong form")),
     errors.MalformedRequest("cbp.v1.GetLearnerRequest"),
     errors.LearnerNotFound("clicks"),
