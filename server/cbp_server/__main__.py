@@ -6,6 +6,7 @@ import sys
 import structlog
 
 from cbp_server.app import StartError, serve
+from cbp_server.process.descriptors import raise_descriptor_limit
 from cbp_server.process.logs import configure_logging
 from cbp_server.process.memory import keep_freed_memory, shorten_collections
 from cbp_server.settings import ignored_variables, load_settings
@@ -19,6 +20,7 @@ def main() -> None:
     configure_logging(settings.log_level, settings.log_format)
     for variable in ignored_variables():
         log.warning("environment variable ignored", variable=variable.name, reason=variable.reason)
+    raise_descriptor_limit()
     keep_freed_memory()
     shorten_collections()
     try:

@@ -28,6 +28,7 @@ from cbp_server.metrics.exposition import Exposition
 from cbp_server.metrics.learners import LearnerMetrics
 from cbp_server.metrics.service import HostMetrics, JournalMetrics, RpcMetrics, register_server_metrics
 from cbp_server.process.addresses import listen, listening_addresses, port_of, with_port
+from cbp_server.process.descriptors import tell_of_exhaustion
 from cbp_server.rpc.convert import journaled_batch
 from cbp_server.rpc.server import RpcServer
 from cbp_server.settings import Settings
@@ -62,6 +63,7 @@ async def serve(settings: Settings) -> int:
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    tell_of_exhaustion(loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     with _locked(settings.data_dir):

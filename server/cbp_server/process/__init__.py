@@ -1,1 +1,1 @@
-"""What holds for a process as a whole: its memory, its log, where it listens."""
+"""What holds for a process as a whole: its memory, its log, its descriptors, where it listens."""
