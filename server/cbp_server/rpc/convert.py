@@ -251,7 +251,8 @@ def _batch(received: WireBatch, spec: LearnerSpec, limits: Limits | None) -> Bat
     if violations:
         raise BatchError(violations)
     if limits is not None:
-        check_training(spec, len(features) if features.ndim else 0, limits)
+        examples = len(features) if features.ndim else 0
+        check_training(spec, examples, limits, return_outputs=received.return_outputs)
     return Batch.validate(spec, features, targets, weights, received.task)
 
 
