@@ -129,6 +129,8 @@ class _Server:
                 max_message_bytes=settings.max_message_bytes,
                 stream_credits=settings.stream_credits,
                 max_queued_bytes=settings.max_queued_bytes,
+                max_producers=settings.max_producers,
+                producer_retention=settings.producer_retention,
                 history_samples=settings.history_samples,
                 engine=settings.engine,
                 checkpoints=CheckpointPolicy(

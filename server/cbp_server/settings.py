@@ -127,6 +127,12 @@ class Settings(BaseSettings):
     max_queued_bytes: int = Field(
         2**30, ge=2**20, description="memory of all batches that wait to be learnt; streams are not read beyond it"
     )
+    max_producers: int = Field(
+        1000, ge=1, le=10_000, description="producers of one learner; beyond it those that have been away are forgotten"
+    )
+    producer_retention: float = Field(
+        300.0, ge=0, description="seconds for which a producer that was cut off is kept when its place is needed"
+    )
     history_samples: int = Field(
         500,
         ge=1,

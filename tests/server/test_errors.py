@@ -58,6 +58,8 @@ INSTANCES = [
     errors.SequenceGap(5, 3),
     errors.SequenceReused(5),
     errors.ProducerFenced("web", 2),
+    errors.ProducerNotFound("clicks", "web"),
+    errors.TooManyProducers(1000, 12, 300.0),
     errors.EngineUnavailable(),
     errors.EngineFault("Sample failed"),
     errors.CheckpointFailed("disk full"),
@@ -90,6 +92,7 @@ def test_an_error_survives_the_process_boundary(error):
 ARGUMENTS = {
     str: "why",
     int: 7,
+    float: 0.5,
     bool: True,
     FieldViolation: FieldViolation("features", "wrong shape"),
     Iterable[FieldViolation]: [FieldViolation("features", "wrong shape")],

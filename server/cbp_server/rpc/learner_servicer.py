@@ -125,6 +125,10 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         await self._host.delete_checkpoint(*convert.checkpoint_of(request.name, "name"))
         return Empty()
 
+    async def DeleteProducer(self, request: learner_service_pb2.DeleteProducerRequest, context: "Context") -> Empty:
+        await self._host.forget_producer(*convert.producer_of(request.name, "name"))
+        return Empty()
+
     async def RestoreLearner(
         self, request: learner_service_pb2.RestoreLearnerRequest, context: "Context"
     ) -> learner_pb2.Learner:

@@ -109,6 +109,7 @@ class TrainSession:
         self._on_rejected = on_rejected
         self._on_close = on_close
         self._ended = False
+        self.finished = False  # by the client
         # What an earlier stream of the producer has sent is answered on this one.
         self._events: deque[Event] = deque(
             Accepted(sequence, applied, duplicate=False) for sequence, applied in producer.under_way.items()
@@ -147,7 +148,7 @@ class TrainSession:
     def end(self, error: Exception | None) -> None:
         """Takes no more batches; the stream ends once the client has heard of the accepted ones."""
         if not self._ended:
-            self._ended = True
+            self._ended, self.finished = True, error is None
             self._push(Ended(error))
 
     def note_durable(self) -> None:
