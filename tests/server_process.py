@@ -16,6 +16,7 @@ from pathlib import Path
 import cbp
 import cbp_proto
 import cbp_server
+from cbp_server.process.addresses import with_port
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
@@ -96,8 +97,9 @@ class ServerProcess:
     def wait_until_ready(self) -> None:
         """Fails if the process ends instead."""
         endpoints = self._wait_for_endpoints()
-        self.grpc_target = f"{endpoints['host']}:{endpoints['grpc_port']}"
-        self.http_url = f"http://{endpoints['host']}:{endpoints['http_port']}"
+        host = str(endpoints["host"])
+        self.grpc_target = with_port(host, int(str(endpoints["grpc_port"])))
+        self.http_url = f"http://{with_port(host, int(str(endpoints['http_port'])))}"
 
     @property
     def pid(self) -> int:

@@ -46,12 +46,13 @@ def batch_message(sequence: int, features: Any, targets: Any, **fields: Any) -> 
 class Stream:
     """One open Train stream, its first response read."""
 
-    def __init__(self, stub: training_service_pb2_grpc.TrainingServiceStub, learner: str, producer: str) -> None:
+    def __init__(
+        self, stub: training_service_pb2_grpc.TrainingServiceStub, learner: str, producer: str, **opening: Any
+    ) -> None:
         self._requests: SimpleQueue[training_service_pb2.TrainRequest | None] = SimpleQueue()
         self._call = stub.Train(iter(self._requests.get, None), timeout=_TIMEOUT)
-        self.send(
-            training_service_pb2.TrainRequest(open=training_service_pb2.OpenStream(learner=learner, producer=producer))
-        )
+        opened = training_service_pb2.OpenStream(learner=learner, producer=producer, **opening)
+        self.send(training_service_pb2.TrainRequest(open=opened))
         first = self.receive()
         self.opened = first.opened
         self.credits = first.credits
@@ -124,8 +125,9 @@ class Wire:
         request = learner_service_pb2.DeleteLearnerRequest(name=f"learners/{learner_id}", etag=etag)
         self.learners.DeleteLearner(request, timeout=timeout)
 
-    def stream(self, learner_id: str, producer: str = "tests") -> Stream:
-        stream = Stream(self.training, f"learners/{learner_id}", producer)
+    def stream(self, learner_id: str, producer: str = "tests", **opening: Any) -> Stream:
+        """Further arguments are fields of `OpenStream`."""
+        stream = Stream(self.training, f"learners/{learner_id}", producer, **opening)
         self._streams.append(stream)
         return stream
 

@@ -1,7 +1,7 @@
 from .continual_backprop import ContinualBackprop
 from .engines.choice import compile_ahead, compiled_before
 from .engines.names import EngineName, choose_engine
-from .errors import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
+from .errors import BatchError, CbpError, DivergenceError, FieldViolation, FormatError, SnapshotError, SpecError
 from .examples.batches import Batch
 from .learner import Learner
 from .methods import (
@@ -62,6 +62,7 @@ __all__ = [
     "DivergenceError",
     "EngineName",
     "FieldViolation",
+    "FormatError",
     "HiddenUnits",
     "InputSpec",
     "L2Init",

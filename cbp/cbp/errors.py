@@ -4,7 +4,8 @@ CbpError
 ├── SpecError       a specification is wrong, or does not fit what it is applied to
 ├── BatchError      examples do not fit the learner's specification
 ├── DivergenceError a learner's numbers overflowed: it is lost, and goes on from a snapshot
-└── SnapshotError   a snapshot is damaged or was not made by this package
+├── SnapshotError   a snapshot is damaged or was not made by this package
+└── FormatError     a file format cannot hold the learner's network
 """
 
 from collections.abc import Iterable
@@ -78,3 +79,7 @@ class DivergenceError(CbpError):
 
 class SnapshotError(CbpError):
     """A snapshot that cannot be restored."""
+
+
+class FormatError(CbpError):
+    """A network that cannot be written in the wanted format; the text names those that can hold it."""

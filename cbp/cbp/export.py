@@ -8,6 +8,7 @@ predicted values. ONNX needs `pip install 'cbp[export]'`.
 
 import argparse
 import io
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import nn
 from cbp.activations import NONLINEARITIES
 from cbp.architectures.building import build
 from cbp.engines.names import needs_module
-from cbp.errors import CbpError, SnapshotError
+from cbp.errors import CbpError, FormatError
 from cbp.networks import layer_shapes
 from cbp.serialization import LearnerSnapshot, take_tensor
 from cbp.spec.learner_spec import Activation, LearnerSpec
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 ONNX_OPSET = 20
 """The first that has Gelu; runtimes read it since 2023."""
+_OTHER_FORMATS = "torch.export holds the network, and safetensors the whole learner"
 _LARGEST_PROTOBUF_BYTES = 2**31 - 2**20  # less some room for names
 
 _ONNX_OPERATORS: Mapping[Activation, tuple[str, Mapping[str, Any]]] = MappingProxyType(
@@ -96,18 +98,19 @@ def to_torch_export(snapshot: LearnerSnapshot) -> bytes:
 def to_onnx(snapshot: LearnerSnapshot) -> bytes:
     """An ONNX model with input `features` and output `outputs`, for any number of examples.
 
-    Raises `SnapshotError`, also if the network is no plain multilayer perceptron; `ImportError` without the package
-    onnx.
+    Raises `FormatError` if the network is no plain multilayer perceptron, or too large; `SnapshotError`; `ImportError`
+    without the package onnx.
     """
-    import onnx  # optional, and not needed for the other formats
-
     spec = snapshot.read_spec()
     if not spec.network.is_plain:
-        raise SnapshotError(
-            f"ONNX is written for plain multilayer perceptrons only, not for this {spec.network.kind}; use torch-export"
+        kind = "mlp with its options" if spec.network.kind == "mlp" else spec.network.kind
+        raise FormatError(
+            f"ONNX is written for plain multilayer perceptrons only, not for this {kind}; {_OTHER_FORMATS}"
         )
     if 4 * spec.parameter_count > _LARGEST_PROTOBUF_BYTES:
-        raise SnapshotError("The network is too large for an ONNX file, which holds 2 GiB at most")
+        raise FormatError(f"The network is too large for an ONNX file, which holds 2 GiB at most; {_OTHER_FORMATS}")
+    import onnx  # optional, and not needed for the other formats
+
     module = to_module(snapshot)
     nodes: list[onnx.NodeProto] = []
     value = "features"
@@ -163,7 +166,11 @@ FORMATS: Mapping[str, Callable[[LearnerSnapshot], bytes]] = MappingProxyType(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads a snapshot's bytes on standard input, writes the network on standard output; 1 if that cannot be done."""
+    """Reads a snapshot's bytes on standard input, writes the network on standard output.
+
+    Returns 69 (`os.EX_UNAVAILABLE`) if the format is not to be had for this network or in this installation, 1 if it
+    failed otherwise.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m cbp.export", description="Turns a learner's snapshot on standard input into a network."
     )
@@ -173,9 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with redirect_stdout(sys.stderr):  # a library that has something to say would damage the file
             data = export(LearnerSnapshot.from_bytes(sys.stdin.buffer.read()))
     except (CbpError, ImportError) as error:
-        hint = "; pip install 'cbp[export]'" if isinstance(error, ImportError) else ""
+        hint = f"; pip install 'cbp[export]', or: {_OTHER_FORMATS}" if isinstance(error, ImportError) else ""
         print(f"{error}{hint}", file=sys.stderr)
-        return 1
+        return os.EX_UNAVAILABLE if isinstance(error, FormatError | ImportError) else 1
     sys.stdout.buffer.write(data)
     return 0
 

@@ -69,6 +69,11 @@ def learner_id(name: str) -> str:
     return name.removeprefix(_NAME_PREFIX)
 
 
+def producer_name(learner_id: str, producer: str) -> str:
+    """The wire name of a learner's producer."""
+    return f"{learner_name(learner_id)}/producers/{producer}"
+
+
 def checkpoint_name(learner_id: str, number: int) -> str:
     """The wire name of a learner's checkpoint."""
     return f"{learner_name(learner_id)}/checkpoints/{number}"

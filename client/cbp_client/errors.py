@@ -228,7 +228,8 @@ class DeadlineExceeded(CbpClientError):
 
 
 class Unimplemented(CbpClientError):
-    """The server does not know the call: it is older, or not a cbp server."""
+    """The server does not know the call, since it is older or no cbp server; or it cannot export such a network in the
+    wanted format."""
 
 
 class ServerError(CbpClientError):

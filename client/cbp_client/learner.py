@@ -162,6 +162,16 @@ class AsyncLearner(forks.InOneProcess):
         request = learner_service_pb2.DeleteCheckpointRequest(name=convert.checkpoint_name(self.id, number))
         await self._connection.call(self._connection.learners.DeleteCheckpoint, request, retry=False)
 
+    async def forget_producer(self, producer: str) -> None:
+        """Give a producer's name free, once all that it has sent is learnt. Its open stream ends with `Fenced`; the
+        next one begins at sequence 1.
+
+        Raises:
+            NotFound: the learner has no producer of that name.
+        """
+        request = learner_service_pb2.DeleteProducerRequest(name=convert.producer_name(self.id, producer))
+        await self._connection.call(self._connection.learners.DeleteProducer, request, retry=False)
+
     async def restore(
         self, *, checkpoint: int | None = None, position: int | None = None, if_unchanged: bool = False
     ) -> LearnerInfo:

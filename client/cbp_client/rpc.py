@@ -16,11 +16,10 @@ import grpc
 from cbp_client import arguments, forks
 from cbp_client.errors import CbpClientError, ClientUnusable, Unavailable, error_from_rpc
 from cbp_client.target import address, is_loopback, proxy_hint
+from cbp_proto import MAX_MESSAGE_BYTES
 from cbp_proto.v1 import learner_service_pb2_grpc, training_service_pb2, training_service_pb2_grpc
 from cbp_proto.v1.training_service_pb2 import TrainResponse
 
-#: Of what is sent.
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _ATTEMPTS = 4
 _LEAST_TIMEOUT = 0.001  # gRPC takes 0 for no deadline at all
 _OPTIONS = (

@@ -30,9 +30,9 @@ from cbp_client.errors import (
 )
 from cbp_client.examples import EncodedBatch, examples_of
 from cbp_client.ledger import HeldBatch, Ledger, StreamPosition
-from cbp_client.rpc import MAX_MESSAGE_BYTES, Connection, backoff
+from cbp_client.rpc import Connection, backoff
 from cbp_client.types import BatchResult, StreamSummary
-from cbp_proto import encode_train_request
+from cbp_proto import MAX_MESSAGE_BYTES, encode_train_request
 from cbp_proto.v1 import training_service_pb2
 
 _OPEN_TIMEOUT = 30.0

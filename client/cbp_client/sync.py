@@ -295,6 +295,10 @@ class Learner(forks.InOneProcess):
         """Delete a checkpoint; see `AsyncLearner.delete_checkpoint`."""
         self._loop.run(self._learner.delete_checkpoint(number))
 
+    def forget_producer(self, producer: str) -> None:
+        """Give a producer's name free; see `AsyncLearner.forget_producer`."""
+        self._loop.run(self._learner.forget_producer(producer))
+
     def restore(
         self, *, checkpoint: int | None = None, position: int | None = None, if_unchanged: bool = False
     ) -> LearnerInfo:

@@ -9,9 +9,11 @@ from cbp_proto.batches import (
     read_train_request,
 )
 from cbp_proto.plain import PlainError, from_plain, to_plain
+from cbp_proto.sizes import MAX_MESSAGE_BYTES
 from cbp_proto.tensors import TensorError, TensorMessage, decode_tensor, encode_tensor
 
 __all__ = [
+    "MAX_MESSAGE_BYTES",
     "PlainError",
     "TensorError",
     "TensorMessage",

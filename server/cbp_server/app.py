@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +27,8 @@ from cbp_server.learners.host import Host, HostOptions
 from cbp_server.metrics.exposition import Exposition
 from cbp_server.metrics.learners import LearnerMetrics
 from cbp_server.metrics.service import HostMetrics, JournalMetrics, RpcMetrics, register_server_metrics
+from cbp_server.process.addresses import listen, listening_addresses, port_of, with_port
+from cbp_server.process.descriptors import tell_of_exhaustion
 from cbp_server.rpc.convert import journaled_batch
 from cbp_server.rpc.server import RpcServer
 from cbp_server.settings import Settings
@@ -62,6 +63,7 @@ async def serve(settings: Settings) -> int:
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    tell_of_exhaustion(loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     with _locked(settings.data_dir):
@@ -127,6 +129,8 @@ class _Server:
                 max_message_bytes=settings.max_message_bytes,
                 stream_credits=settings.stream_credits,
                 max_queued_bytes=settings.max_queued_bytes,
+                max_producers=settings.max_producers,
+                producer_retention=settings.producer_retention,
                 history_samples=settings.history_samples,
                 engine=settings.engine,
                 checkpoints=CheckpointPolicy(
@@ -166,10 +170,11 @@ class _Server:
             await self._commit.close()
             raise StartError(str(error)) from error
         async with contextlib.AsyncExitStack() as stack:
+            addresses = _addresses(settings.host)
             # HTTP first: /livez and /readyz answer while learners are being restored.
-            http_port = await stack.enter_async_context(self._serving_http())
+            http_port = await stack.enter_async_context(self._serving_http(addresses))
             try:
-                grpc_port = await self._rpc.start(_address(settings.host, settings.grpc_port))
+                grpc_port = await self._rpc.start(addresses, settings.grpc_port)
             except OSError as error:
                 raise StartError(str(error)) from error
             stack.push_async_callback(self._rpc.stop, _STOP_GRACE)
@@ -180,12 +185,19 @@ class _Server:
             if not await self._started(stopping):
                 yield self
                 return
-            endpoints = {"host": settings.host, "grpc_port": grpc_port, "http_port": http_port, "pid": os.getpid()}
+            endpoints = {
+                "host": settings.host,
+                "addresses": addresses,
+                "grpc_port": grpc_port,
+                "http_port": http_port,
+                "pid": os.getpid(),
+            }
             stack.enter_context(_published(settings.data_dir / _ENDPOINTS, endpoints))
             log.info(
                 "serving",
-                grpc=_address(settings.host, grpc_port),
-                http=f"http://{_address(settings.host, http_port)}",
+                grpc=with_port(settings.host, grpc_port),
+                http=f"http://{with_port(settings.host, http_port)}",
+                addresses=addresses,
                 data_dir=str(settings.data_dir),
                 version=version("cbp-server"),
             )
@@ -211,19 +223,16 @@ class _Server:
         return await self._host.drain(self._settings.drain_timeout)
 
     @contextlib.asynccontextmanager
-    async def _serving_http(self) -> AsyncIterator[int]:
+    async def _serving_http(self, addresses: Sequence[str]) -> AsyncIterator[int]:
         try:
-            family, *_, address = socket.getaddrinfo(
-                self._settings.host, self._settings.http_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = socket.create_server(address[:2], family=family)
+            listeners = listen(addresses, self._settings.http_port)
         except OSError as error:
-            where = _address(self._settings.host, self._settings.http_port)
             taken = "; choose another --http-port" if error.errno == errno.EADDRINUSE else ""
+            where = with_port(self._settings.host, self._settings.http_port)
             raise StartError(f"cannot listen on {where}: {error.strerror}{taken}") from error
-        serving = asyncio.create_task(self._http.serve([listener]))
+        serving = asyncio.create_task(self._http.serve(listeners))
         try:
-            yield int(listener.getsockname()[1])
+            yield port_of(listeners[0])
         finally:
             self._http.should_exit = True
             await serving
@@ -322,5 +331,8 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _addresses(host: str) -> list[str]:
+    try:
+        return listening_addresses(host)
+    except OSError as error:
+        raise StartError(f"cannot listen on {host}: {error.strerror}; name another --host") from error

@@ -4,6 +4,7 @@ CbpError                       (cbp) root of all
 ├── SpecError                  (cbp) a learner's spec, field by field
 ├── BatchError                 (cbp) a batch of examples, field by field
 ├── SnapshotError              (cbp) stored state that cannot be read
+├── FormatError                (cbp) a network that the wanted file format cannot hold
 ├── DivergenceError            (cbp) training gave numbers that are none; the engine tells it as BatchNotLearnt
 └── ServiceError
     ├── InvalidRequest         a request field other than spec and batch
@@ -25,7 +26,9 @@ CbpError                       (cbp) root of all
     ├── CreditsExceeded        more batches in flight than the server granted
     ├── SequenceGap
     ├── SequenceReused         one sequence, two different payloads
-    ├── ProducerFenced         a newer stream of the producer took over
+    ├── ProducerNotFound
+    ├── TooManyProducers       as many as the settings allow, and none that can be forgotten
+    ├── ProducerFenced         a newer stream of the producer took over, or the producer was forgotten
     ├── EngineUnavailable      the engine process is down or starting
     ├── NotInEngine            the learner is not in the engine's memory: evicted, or being restored
     ├── BatchNotLearnt         a batch made the learner diverge, or training it failed
@@ -49,7 +52,7 @@ from typing import Any
 
 import grpc
 
-from cbp import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
+from cbp import BatchError, CbpError, DivergenceError, FieldViolation, FormatError, SnapshotError, SpecError
 from cbp.errors import shown
 from cbp_server.records.learners import Quarantine
 
@@ -201,9 +204,33 @@ class SequenceReused(ServiceError):
         super().__init__(f"sequence {sequence} was used for a batch with another payload; nothing was applied again")
 
 
+class ProducerNotFound(ServiceError):
+    def __init__(self, learner_id: str, producer: str) -> None:
+        super().__init__(
+            f"learner '{learner_id}' has no producer {shown(producer)}; get the learner to see those it has"
+        )
+        self.metadata = {"learner": learner_id, "producer": producer}
+
+
+class TooManyProducers(ServiceError):
+    def __init__(self, limit: int, open_streams: int, retention: float) -> None:
+        super().__init__(
+            f"the learner has {limit} producers, which is the limit: {open_streams} of them have open streams, and the "
+            f"others were cut off less than {retention:g} seconds ago, or have sent what is not durable yet; use their "
+            "names again, delete one that will not come back, or raise --max-producers"
+        )
+        self.violations = (FieldViolation("open.producer", f"would be one more than the {limit} that there may be"),)
+        self.metadata = {"max_producers": str(limit)}
+
+
 class ProducerFenced(ServiceError):
-    def __init__(self, producer: str, epoch: int) -> None:
-        super().__init__(f"a newer stream of producer '{producer}' has taken over from epoch {epoch}")
+    def __init__(self, producer: str, epoch: int, *, forgotten: bool = False) -> None:
+        super().__init__(
+            f"producer '{producer}' has been forgotten, and its streams up to epoch {epoch} with it; open a new one, "
+            "which begins at sequence 1"
+            if forgotten
+            else f"a newer stream of producer '{producer}' has taken over from epoch {epoch}"
+        )
         self.metadata = {"producer": producer, "epoch": str(epoch)}
 
 
@@ -283,6 +310,9 @@ CATALOG: Mapping[type[CbpError], CatalogEntry] = {
     SnapshotError: CatalogEntry(
         grpc.StatusCode.DATA_LOSS, HTTPStatus.INTERNAL_SERVER_ERROR, "UNREADABLE_STATE", "Stored state is unreadable"
     ),
+    FormatError: CatalogEntry(
+        grpc.StatusCode.UNIMPLEMENTED, HTTPStatus.NOT_IMPLEMENTED, "FORMAT_UNSUPPORTED", "Format cannot hold this"
+    ),
     DivergenceError: CatalogEntry(
         grpc.StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR, "DIVERGED", "Training diverged"
     ),
@@ -342,6 +372,12 @@ CATALOG: Mapping[type[CbpError], CatalogEntry] = {
     ),
     SequenceReused: CatalogEntry(
         grpc.StatusCode.ALREADY_EXISTS, HTTPStatus.CONFLICT, "SEQUENCE_REUSED", "Sequence used before"
+    ),
+    ProducerNotFound: CatalogEntry(
+        grpc.StatusCode.NOT_FOUND, HTTPStatus.NOT_FOUND, "PRODUCER_NOT_FOUND", "Producer not found"
+    ),
+    TooManyProducers: CatalogEntry(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.TOO_MANY_REQUESTS, "TOO_MANY_PRODUCERS", "Too many producers"
     ),
     ProducerFenced: CatalogEntry(grpc.StatusCode.ABORTED, HTTPStatus.CONFLICT, "PRODUCER_FENCED", "Producer fenced"),
     EngineUnavailable: CatalogEntry(

@@ -18,8 +18,11 @@ from cbp.spec.network_spec import (
     ResnetSpec,
     TransformerSpec,
 )
+from cbp_proto import MAX_MESSAGE_BYTES
 
 _FLOAT_BYTES = 4
+#: Of an answer, for all in it that is no outputs.
+_ANSWER_MARGIN = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,8 @@ class Limits:
     max_layers: int
     max_pending_bytes: int
     max_activation_bytes: int
+    max_answer_bytes: int = MAX_MESSAGE_BYTES - _ANSWER_MARGIN
+    """Of the outputs in one answer: no setting, since clients take no more."""
 
     @property
     def max_import_bytes(self) -> int:
@@ -45,8 +50,9 @@ def check_spec(spec: LearnerSpec, limits: Limits) -> None:
         raise SpecError(violations)
 
 
-def check_training(spec: LearnerSpec, examples: int, limits: Limits) -> None:
-    """Raises `BatchError` if learning from this many examples takes more memory than one message may.
+def check_training(spec: LearnerSpec, examples: int, limits: Limits, *, return_outputs: bool = False) -> None:
+    """Raises `BatchError` if learning from this many examples takes more memory than one message may, or if the outputs
+    that are to be returned are more than one answer may hold.
 
     Examples of a few bytes on the wire can take thousands in the learner: features become float32, and each example
     has its outputs and, while its step lasts, the layers' activations.
@@ -56,6 +62,12 @@ def check_training(spec: LearnerSpec, examples: int, limits: Limits) -> None:
     if needed > limits.max_activation_bytes:
         room = limits.max_activation_bytes - spec.batch_size * _hidden_bytes(spec)
         _refuse_examples(examples, needed, room // (_outer_bytes(spec) if spec.batch_size else _bytes(spec)), limits)
+    if return_outputs:
+        step = spec.batch_size or 1
+        most = limits.max_answer_bytes // _answer_bytes(spec) // step * step
+        if examples > most:
+            waiting = step - 1  # examples of earlier batches, at most; they are learnt with these ones
+            _refuse_answer(spec, (waiting + examples) // step * step, most, limits, optional=True)
 
 
 def check_prediction(spec: LearnerSpec, examples: int, limits: Limits) -> None:
@@ -63,6 +75,9 @@ def check_prediction(spec: LearnerSpec, examples: int, limits: Limits) -> None:
     needed = examples * _outer_bytes(spec)  # hidden layers are gone through in passes of bounded size
     if needed > limits.max_activation_bytes:
         _refuse_examples(examples, needed, limits.max_activation_bytes // _outer_bytes(spec), limits)
+    most = limits.max_answer_bytes // _answer_bytes(spec)
+    if examples > most:
+        _refuse_answer(spec, examples, most, limits, optional=False)
 
 
 def _violations(spec: LearnerSpec, limits: Limits) -> Iterator[FieldViolation]:
@@ -102,6 +117,22 @@ def _refuse_examples(examples: int, needed: int, fitting: int, limits: Limits) -
         f"for one message: send at most {max(fitting, 0)} at once, or raise --max-activation-bytes"
     )
     raise BatchError([FieldViolation("features", description)])
+
+
+def _refuse_answer(spec: LearnerSpec, answered: int, fitting: int, limits: Limits, *, optional: bool) -> None:
+    advice = [f"send at most {fitting} examples at once"] if fitting > 0 else []
+    if optional:
+        advice.append("do without return_outputs")
+    description = (
+        f"the outputs of {answered} examples take {answered * _answer_bytes(spec)} bytes, at most "
+        f"{limits.max_answer_bytes} fit into one answer: {', or '.join(advice) or 'no example of this learner does'}"
+    )
+    raise BatchError([FieldViolation("features", description)])
+
+
+def _answer_bytes(spec: LearnerSpec) -> int:
+    """Of one example's outputs."""
+    return spec.network.out_features * _FLOAT_BYTES
 
 
 def _outer_bytes(spec: LearnerSpec) -> int:

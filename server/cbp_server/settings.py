@@ -3,17 +3,31 @@
 import difflib
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from cbp_server.limits import Limits
 
 _PREFIX = "CBP_"
-#: Read by the client, not by the server; both may stand in one environment.
-_CLIENT_VARIABLES = {"CBP_SERVER"}
+#: Read by the client and by the experiments, not by the server; all may stand in one environment.
+_OTHER_VARIABLES = {"CBP_SERVER", "CBP_MNIST"}
+#: Kubernetes tells every pod of every service in its namespace, in variables that begin with the service's name: those
+#: of `cbp` or `cbp-metrics` look like settings.
+_LINK_NAME = re.compile(r"CBP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)")
+_LINKED_PORT, _LINK_VALUE = re.compile(r"CBP_(\w+_)?PORT"), re.compile(r"(tcp|udp|sctp)://")
+#: From 0 to 1: a variable whose name is as like a setting's as this is a misspelt one.
+_NEAR_MISS = 0.8
 
 EngineSetting = Literal["auto", "compiled", "torch", "stacked"]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -39,7 +53,9 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
     )
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    host: str = Field(
+        "127.0.0.1", description="address to listen on, or a name: all its addresses; :: for every interface"
+    )
     grpc_port: Port = Field(50051, description="port of the gRPC services; 0 picks a free one")
     http_port: Port = Field(8080, description="port of status page, HTTP API and metrics; 0 picks a free one")
     root_path: Annotated[str, AfterValidator(_root_path)] = Field(
@@ -111,6 +127,12 @@ class Settings(BaseSettings):
     max_queued_bytes: int = Field(
         2**30, ge=2**20, description="memory of all batches that wait to be learnt; streams are not read beyond it"
     )
+    max_producers: int = Field(
+        1000, ge=1, le=10_000, description="producers of one learner; beyond it those that have been away are forgotten"
+    )
+    producer_retention: float = Field(
+        300.0, ge=0, description="seconds for which a producer that was cut off is kept when its place is needed"
+    )
     history_samples: int = Field(
         500,
         ge=1,
@@ -135,6 +157,23 @@ class Settings(BaseSettings):
             max_activation_bytes=self.max_activation_bytes,
         )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        assert isinstance(env_settings, EnvSettingsSource)  # which may hold CBP_GRPC_PORT=tcp://…, a service's
+        env_settings.env_vars = {
+            name: value for name, value in env_settings.env_vars.items() if not _is_service_link(name, value or "")
+        }
+        return super().settings_customise_sources(
+            settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings
+        )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.engine == "compiled" and self.device == "cuda":
@@ -152,7 +191,7 @@ def load_settings(arguments: list[str] | None = None) -> Settings:
     Exits with status 2 and a text that names the setting and the fix if they are unknown, wrong or contradictory;
     with 0 after `--help`.
     """
-    _refuse_unknown_variables()
+    _refuse_misspelt_variables()
     flags: CliSettingsSource[Settings] = CliSettingsSource(
         Settings, cli_parse_args=arguments if arguments is not None else True
     )
@@ -162,13 +201,62 @@ def load_settings(arguments: list[str] | None = None) -> Settings:
         _fail(_explain(error))
 
 
-def _refuse_unknown_variables() -> None:
-    known = {f"{_PREFIX}{name.upper()}" for name in Settings.model_fields} | _CLIENT_VARIABLES
-    for name in sorted(os.environ):
-        if name.upper().startswith(_PREFIX) and name.upper() not in known:
-            close = difflib.get_close_matches(name.upper(), known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "see cbp-server --help"
-            _fail(f"environment variable {name} is not a setting; {hint}")
+@dataclass(frozen=True)
+class IgnoredVariable:
+    """A `CBP_…` variable that somebody may have meant as a setting, and that does not count."""
+
+    name: str
+    reason: str
+
+
+def ignored_variables() -> list[IgnoredVariable]:
+    """For the log; those that Kubernetes sets for services are left out, unless a setting has their name."""
+    known, ignored = _known_variables(), []
+    for name, value in _own_variables():
+        if _is_service_link(name, value):
+            if name.upper() in known:
+                reason = (
+                    f"its value {value} is what Kubernetes sets for a service of that name; use the flag, or "
+                    "enableServiceLinks: false in the pod"
+                )
+                ignored.append(IgnoredVariable(name, reason))
+        elif name.upper() not in known:
+            ignored.append(IgnoredVariable(name, f"it is not a setting; {_hint(name, known)}"))
+    return ignored
+
+
+def _refuse_misspelt_variables() -> None:
+    known = _known_variables()
+    for name, value in _own_variables():
+        if name.upper() not in known and not _is_service_link(name, value) and _nearest(name, known, _NEAR_MISS):
+            _fail(f"environment variable {name} is not a setting; {_hint(name, known)}")
+
+
+def _known_variables() -> set[str]:
+    return {f"{_PREFIX}{name.upper()}" for name in Settings.model_fields} | _OTHER_VARIABLES
+
+
+def _own_variables() -> list[tuple[str, str]]:
+    return sorted(item for item in os.environ.items() if item[0].upper().startswith(_PREFIX))
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes has set the variable for a service."""
+    name = name.upper()
+    linked_port = _LINKED_PORT.fullmatch(name) and _LINK_VALUE.match(value)
+    return bool(linked_port or _LINK_NAME.fullmatch(name))
+
+
+def _nearest(name: str, known: set[str], least_alike: float) -> str:
+    """The known variable that is most like this one; empty if none is much like it."""
+    unprefixed = {variable.removeprefix(_PREFIX): variable for variable in known}
+    close = difflib.get_close_matches(name.upper().removeprefix(_PREFIX), unprefixed, n=1, cutoff=least_alike)
+    return unprefixed[close[0]] if close else ""
+
+
+def _hint(name: str, known: set[str]) -> str:
+    nearest = _nearest(name, known, 0.5)
+    return f"did you mean {nearest}?" if nearest else "see cbp-server --help"
 
 
 def _explain(error: ValidationError | SettingsError) -> str:

@@ -2,7 +2,7 @@ import cbp
 
 EXPECTED = """
 AdamSpec AdamWSpec Batch BatchError CategoricalColumn CbpError ContinualBackprop ConvnetSpec DivergenceError
-EngineName FieldViolation HiddenUnits InputSpec L2Init L2InitSpec LayerPlasticity Learner LearnerProgress
+EngineName FieldViolation FormatError HiddenUnits InputSpec L2Init L2InitSpec LayerPlasticity Learner LearnerProgress
 LearnerSnapshot LearnerSpec LinearSpec LossSpec MethodSpec MlpSpec MonitoringSpec PlasticityMethod PlasticitySample ReDo
 ReDoSpec RegisteredSpec ResetSpec ResnetSpec RmspropSpec SelectiveWeightReinitialization
 SelectiveWeightReinitializationSpec SelfNormalizedResets SelfNormalizedResetsSpec SgdSpec ShrinkAndPerturb

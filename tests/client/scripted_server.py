@@ -354,6 +354,9 @@ class ScriptedServer(
     async def DeleteCheckpoint(self, request: Any, context: Any) -> Empty:  # noqa: N802
         return await self._answer(request, context, Empty())
 
+    async def DeleteProducer(self, request: Any, context: Any) -> Empty:  # noqa: N802
+        return await self._answer(request, context, Empty())
+
     async def RestoreLearner(self, request: Any, context: Any) -> learner_pb2.Learner:  # noqa: N802
         return await self._answer(request, context, learner_pb2.Learner(name=request.name, journal_position=100))
 

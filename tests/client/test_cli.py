@@ -298,6 +298,7 @@ _FLAGS = {
     "learners checkpoint": {"--json"},
     "learners checkpoints": {"--json"},
     "learners delete-checkpoint": {"--yes", "-y"},
+    "learners forget-producer": {"--yes", "-y"},
     "learners restore": {"--checkpoint", "--json", "--position", "--yes", "-y"},
     "learners resume": {"--json", "--lr", "--skip-batch"},
     "learners reset": {"--fraction", "--json", "--layers"},

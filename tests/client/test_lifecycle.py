@@ -142,6 +142,11 @@ async def test_checkpoints(scripted: ScriptedServer, learner: AsyncLearner) -> N
     assert scripted.requests[-1].name == "learners/clicks/checkpoints/3"
 
 
+async def test_forgetting_a_producer(scripted: ScriptedServer, learner: AsyncLearner) -> None:
+    await learner.forget_producer("web/7d9f 3")
+    assert scripted.requests[-1].name == "learners/clicks/producers/web/7d9f 3"
+
+
 async def test_restoring(scripted: ScriptedServer, learner: AsyncLearner) -> None:
     info = await learner.restore(checkpoint=3)
     assert scripted.requests[-1].checkpoint == "learners/clicks/checkpoints/3"

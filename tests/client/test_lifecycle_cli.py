@@ -45,6 +45,7 @@ def cbp(scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         (("fork", "clicks", "copy", "--durability", "os"), "copied learner clicks to copy, at step 0"),
         (("checkpoint", "clicks"), "checkpoint 12 of learner clicks: journal position 120, step 1200, 1000 bytes"),
         (("delete-checkpoint", "clicks", "3", "--yes"), "deleted checkpoint 3 of learner clicks"),
+        (("forget-producer", "clicks", "web-1", "--yes"), "forgot producer web-1 of learner clicks"),
         (("restore", "clicks", "--checkpoint", "3", "--yes"), "restored learner clicks to checkpoint 3: step 0"),
         (("restore", "clicks", "--position", "0", "-y"), "restored learner clicks to journal position 0: step 0"),
         (("resume", "clicks", "--lr", "0.001", "--skip-batch"), "resumed learner clicks"),
@@ -114,6 +115,7 @@ async def test_deleting_says_how_to_undo_it(cbp: Run) -> None:
         ("purge", "clicks"),
         ("delete", "clicks"),
         ("delete-checkpoint", "clicks", "3"),
+        ("forget-producer", "clicks", "web-1"),
     ],
 )
 @pytest.mark.parametrize("answer", ["n\n", ""])
@@ -189,6 +191,7 @@ async def test_export_and_import(
     ("reason", "arguments", "fix"),
     [
         ("CHECKPOINT_NOT_FOUND", ("delete-checkpoint", "clicks", "9", "-y"), "see cbp learners checkpoints clicks"),
+        ("PRODUCER_NOT_FOUND", ("forget-producer", "clicks", "web", "-y"), "see cbp learners show clicks"),
         ("POSITION_NOT_HELD", ("restore", "clicks", "--position", "9", "-y"), "see cbp learners checkpoints clicks"),
         ("LEARNER_NOT_DELETED", ("purge", "clicks", "-y"), "first: cbp learners delete clicks"),
         ("LEARNER_QUARANTINED", ("reset", "clicks", "--fraction", "1"), "go on with cbp learners resume clicks"),

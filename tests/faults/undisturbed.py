@@ -186,7 +186,7 @@ def _apply(learner: Learner, entry: LogEntry) -> None:
             learner.reset_units(plain["layers"], plain["fraction"])
         case "engine":
             learner.switch_engine(entry.payload.decode())
-        case "open":
+        case "open" | "forget":
             pass  # concerns the producer only
         case kind:
             raise AssertionError(f"the harness does not know what entries of kind {kind} do")

@@ -1,15 +1,23 @@
 """The catalog covers the whole error tree and says each error as both protocols need it."""
 
 import base64
+import copy
+import importlib
+import inspect
 import pickle
-from collections.abc import Iterator
+import pkgutil
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from typing import Literal, get_args, get_origin, get_type_hints
 from urllib.parse import quote
 
 import grpc
 import pytest
 
-from cbp import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
+import cbp
+import cbp_proto
+import cbp_server
+from cbp import BatchError, CbpError, DivergenceError, FieldViolation, FormatError, SnapshotError, SpecError
 from cbp_server import errors
 from cbp_server.records.learners import Quarantine
 from cbp_server.rpc.errors import brief_description, rich_status
@@ -25,6 +33,7 @@ INSTANCES = [
     SpecError([FieldViolation("batch_size", "must be positive")]),
     BatchError([FieldViolation("features", "wrong shape")]),
     SnapshotError("torn"),
+    FormatError("ONNX is for plain ones"),
     errors.InvalidRequest(FieldViolation("name", "wrong form")),
     errors.MalformedRequest("cbp.v1.GetLearnerRequest"),
     errors.LearnerNotFound("clicks"),
@@ -49,6 +58,8 @@ INSTANCES = [
     errors.SequenceGap(5, 3),
     errors.SequenceReused(5),
     errors.ProducerFenced("web", 2),
+    errors.ProducerNotFound("clicks", "web"),
+    errors.TooManyProducers(1000, 12, 300.0),
     errors.EngineUnavailable(),
     errors.EngineFault("Sample failed"),
     errors.CheckpointFailed("disk full"),
@@ -72,9 +83,57 @@ def test_reasons_are_unique():
 
 @pytest.mark.parametrize("error", INSTANCES, ids=lambda error: type(error).__name__)
 def test_an_error_survives_the_process_boundary(error):
-    copy = pickle.loads(pickle.dumps(error))
-    assert type(copy) is type(error)
-    assert errors.describe(copy) == errors.describe(error)
+    copied = pickle.loads(pickle.dumps(error))
+    assert type(copied) is type(error)
+    assert errors.describe(copied) == errors.describe(error)
+
+
+#: An argument of each type that an error takes.
+ARGUMENTS = {
+    str: "why",
+    int: 7,
+    float: 0.5,
+    bool: True,
+    FieldViolation: FieldViolation("features", "wrong shape"),
+    Iterable[FieldViolation]: [FieldViolation("features", "wrong shape")],
+    Quarantine: Quarantine(4, "web", 3, "diverged", datetime(2026, 1, 1, tzinfo=UTC)),
+}
+
+
+def raisable() -> list[type[Exception]]:
+    """Every exception that a module of the server, or of what it hosts, defines."""
+    found: dict[type[Exception], None] = {}
+    for package in (cbp, cbp_proto, cbp_server):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not info.name.rpartition(".")[2].startswith("__") and ".migrations." not in info.name:
+                values = vars(importlib.import_module(info.name)).values()
+                found |= {cls: None for cls in values if isinstance(cls, type) and issubclass(cls, Exception)}
+    return [cls for cls in found if cls.__module__.partition(".")[0] in ("cbp", "cbp_proto", "cbp_server")]
+
+
+def made(cls: type[Exception]) -> Exception:
+    """One with every argument that it takes."""
+    if not inspect.isfunction(cls.__init__):  # it is that of Exception, or of ValueError
+        return cls("why")
+    types = get_type_hints(cls.__init__)
+    arguments: list[object] = []
+    keywords: dict[str, object] = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        options = get_args(types[name]) if get_origin(types[name]) is Literal else ()
+        value = options[0] if options else ARGUMENTS[types[name]]
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            keywords[name] = value
+        else:
+            arguments.append(value)
+    return cls(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("cls", raisable(), ids=lambda cls: cls.__name__)
+def test_whatever_can_be_raised_is_the_same_behind_any_process_boundary(cls):
+    error = made(cls)
+    for copied in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert type(copied) is cls
+        assert (str(copied), copied.args, vars(copied)) == (str(error), error.args, vars(error))
 
 
 @pytest.mark.parametrize("error", INSTANCES, ids=lambda error: type(error).__name__)

@@ -1,5 +1,7 @@
 """What one learner and one message may claim: refused with the numbers and the setting that allows more."""
 
+from dataclasses import replace
+
 import pytest
 
 from cbp import BatchError, LearnerSpec, SpecError
@@ -83,3 +85,31 @@ def test_a_prediction_is_bound_by_its_features_and_outputs():
     check_prediction(spec, 357, LIMITS)
     with pytest.raises(BatchError, match=r"features: 358 examples .* at most 357 at once, or raise"):
         check_prediction(spec, 358, LIMITS)
+
+
+ANSWERS = replace(LIMITS, max_activation_bytes=2**20, max_answer_bytes=120)  # outputs of 10 examples
+
+
+def test_a_prediction_is_bound_by_its_answer():
+    check_prediction(spec_of(), 10, ANSWERS)
+    with pytest.raises(BatchError, match=r"^features: the outputs of 11 examples take 132 bytes, at most 120 .* 10 ex"):
+        check_prediction(spec_of(), 11, ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "most", "answered"),
+    [(0, 10, 11), (1, 10, 11), (3, 9, 12), (10, 10, 20)],  # where 2 examples wait, 9 make 3 steps of 3, and 10 make 4
+)
+def test_outputs_that_are_returned_count_with_the_examples_that_waited(batch_size, most, answered):
+    spec = spec_of(batch_size=batch_size)
+    check_training(spec, most, ANSWERS, return_outputs=True)
+    check_training(spec, 100, ANSWERS)
+    with pytest.raises(
+        BatchError, match=rf"{answered} examples take .* at most {most} examples at once, or do without"
+    ):
+        check_training(spec, most + 1, ANSWERS, return_outputs=True)
+
+
+def test_a_step_whose_outputs_never_fit_says_so():
+    with pytest.raises(BatchError, match=r"take 132 bytes, at most 120 fit into one answer: do without return_outputs"):
+        check_training(spec_of(batch_size=11), 1, ANSWERS, return_outputs=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cbp_server.settings import Settings, load_settings
+from cbp_server.settings import Settings, ignored_variables, load_settings
 
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 
@@ -43,7 +43,7 @@ def test_it_listens_on_loopback_unless_told_otherwise():
     ("variable", "value", "texts"),
     [
         ("CBP_GRPC_PRT", "1", ["CBP_GRPC_PRT", "did you mean CBP_GRPC_PORT?"]),
-        ("CBP_NONSENSE_XYZ", "1", ["CBP_NONSENSE_XYZ", "--help"]),
+        ("CBP_LOGLEVEL", "debug", ["CBP_LOGLEVEL", "did you mean CBP_LOG_LEVEL?"]),
         ("CBP_GRPC_PORT", "many", ["--grpc-port", "CBP_GRPC_PORT", "integer", "'many'"]),
         ("CBP_DEVICE", "tpu", ["--device", "'auto', 'cpu' or 'cuda'"]),
     ],
@@ -53,6 +53,58 @@ def test_a_wrong_variable_names_itself_and_the_fix(monkeypatch, capsys, variable
     message = failure(capsys)
     for text in texts:
         assert text in message
+
+
+def service_links(service: str, port: int) -> dict[str, str]:
+    """What Kubernetes sets in every pod of a namespace that has the service."""
+    name, address = service.upper().replace("-", "_"), "10.96.12.7"
+    url = f"tcp://{address}:{port}"
+    return {
+        f"{name}_SERVICE_HOST": address,
+        f"{name}_SERVICE_PORT": str(port),
+        f"{name}_SERVICE_PORT_GRPC": str(port),
+        f"{name}_PORT": url,
+        f"{name}_PORT_{port}_TCP": url,
+        f"{name}_PORT_{port}_TCP_PROTO": "tcp",
+        f"{name}_PORT_{port}_TCP_PORT": str(port),
+        f"{name}_PORT_{port}_TCP_ADDR": address,
+    }
+
+
+def set_all(monkeypatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("service", ["cbp", "cbp-server", "cbp-metrics", "cbp-engine", "cbp-max-learners"])
+def test_services_called_like_this_one_do_not_stop_the_start(monkeypatch, service):
+    set_all(monkeypatch, service_links(service, 50051))
+    assert load_settings([]) == Settings()
+    assert ignored_variables() == []
+
+
+@pytest.mark.parametrize(("service", "setting"), [("cbp-grpc", "grpc_port"), ("cbp-http", "http_port")])
+def test_a_service_whose_variable_has_a_settings_name_does_not_count_and_is_told(monkeypatch, service, setting):
+    set_all(monkeypatch, service_links(service, 1234))
+    assert getattr(load_settings([]), setting) == Settings.model_fields[setting].default
+    assert getattr(load_settings([f"--{service.removeprefix('cbp-')}-port", "77"]), setting) == 77
+    [ignored] = ignored_variables()
+    assert ignored.name == f"CBP_{setting.upper()}"
+    assert "tcp://10.96.12.7:1234" in ignored.reason
+    assert "enableServiceLinks" in ignored.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("CBP_NONSENSE_XYZ", "--help"), ("CBP_PORT", "did you mean CBP_"), ("cbp_dir", "CBP_DATA_DIR")],
+)
+def test_a_strangers_variable_is_told_and_does_not_stop_the_start(monkeypatch, name, hint):
+    monkeypatch.setenv(name, "secret")
+    assert load_settings([]) == Settings()
+    [ignored] = ignored_variables()
+    assert ignored.name == name
+    assert hint in ignored.reason
+    assert "secret" not in ignored.reason
 
 
 @pytest.mark.parametrize(

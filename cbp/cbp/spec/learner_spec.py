@@ -503,18 +503,43 @@ class LearnerSpec(Record):
     def check_update(self, new: "LearnerSpec") -> None:
         """Raises `SpecError` if a learner of this specification cannot be turned into one of the new one."""
         fixed = ("network", "loss", "batch_size", "seed", "precision", "methods")
-        violations = [
-            FieldViolation(name, "Cannot change on a live learner; create another learner for it")
-            for name in fixed
-            if getattr(self, name) != getattr(new, name)
-        ]
+        violations = [_cannot_change(name) for name in fixed if getattr(self, name) != getattr(new, name)]
         if self.optimizer.kind != new.optimizer.kind:
-            violations.append(
-                FieldViolation(
-                    "optimizer.kind",
-                    f"Cannot change from {self.optimizer.kind!r} to {new.optimizer.kind!r} on a live learner, "
-                    "only its other settings can; create another learner for it",
-                )
-            )
+            violations.append(_cannot_change_optimizer(self.optimizer.kind, new.optimizer.kind))
         if violations:
             raise SpecError(violations)
+
+    def check_kinds(self, plain: Mapping[str, Any]) -> None:
+        """Raises `SpecError` if a JSON object that is to become the learner's new specification has another kind of
+        network, loss or optimizer.
+
+        To be asked before `parse`, which would blame the settings of the one kind that the other does not have.
+        """
+        violations = [
+            _cannot_change(name)
+            for name in ("network", "loss")
+            if _kind_in(plain, name) not in (None, getattr(self, name).kind)
+        ]
+        kind = _kind_in(plain, "optimizer")
+        if kind not in (None, self.optimizer.kind):
+            violations.append(_cannot_change_optimizer(self.optimizer.kind, kind))
+        if violations:
+            raise SpecError(violations)
+
+
+def _kind_in(plain: Mapping[str, Any], field: str) -> object:
+    """None if the object names none there."""
+    value = plain.get(field)
+    return value.get("kind") if isinstance(value, Mapping) else value
+
+
+def _cannot_change(field: str) -> FieldViolation:
+    return FieldViolation(field, "Cannot change on a live learner; create another learner for it")
+
+
+def _cannot_change_optimizer(present: str, wanted: object) -> FieldViolation:
+    description = (
+        f"Cannot change from {present!r} to {shown(wanted)} on a live learner, only its other settings can; create "
+        "another learner for it"
+    )
+    return FieldViolation("optimizer.kind", description)

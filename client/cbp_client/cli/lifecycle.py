@@ -82,6 +82,19 @@ def delete_checkpoint(
     messages().print(f"deleted checkpoint {number} of learner {learner_id}")
 
 
+def forget_producer(
+    context: typer.Context,
+    learner_id: LearnerId,
+    producer: Annotated[str, typer.Argument(help="Its name; `show` lists those that the learner has.")],
+    yes: Yes = False,
+) -> None:
+    """Give a producer's name free: its next stream begins at sequence 1."""
+    _confirm(yes, f"Forget how far producer {producer} of learner {learner_id} has come? Its open stream ends.")
+    with session(context).connect() as client:
+        client.get_learner(learner_id).forget_producer(producer)
+    messages().print(f"forgot producer {producer} of learner {learner_id}")
+
+
 def restore(
     context: typer.Context,
     learner_id: LearnerId,
@@ -209,6 +222,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "checkpoint": checkpoint,
     "checkpoints": checkpoints,
     "delete-checkpoint": delete_checkpoint,
+    "forget-producer": forget_producer,
     "restore": restore,
     "resume": resume,
     "reset": reset,

@@ -62,6 +62,7 @@ def messages() -> Console:
 #: The command that puts an error right, by the server's reason.
 _FIXES = {
     "CHECKPOINT_NOT_FOUND": "see cbp learners checkpoints {learner}",
+    "PRODUCER_NOT_FOUND": "see cbp learners show {learner}",
     "LEARNER_NOT_DELETED": "first: cbp learners delete {learner}",
     "LEARNER_QUARANTINED": "go on with cbp learners resume {learner}, perhaps with --lr or --skip-batch",
     "POSITION_NOT_HELD": "see cbp learners checkpoints {learner}",

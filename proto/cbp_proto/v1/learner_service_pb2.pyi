@@ -80,7 +80,7 @@ class ListLearnersRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     SHOW_DELETED_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most this many; 0 lets the server choose 50, more than 1000 is treated as 1000."""
+    """At most this many; 0 lets the server choose 50, more than 1000 is treated as 1000. Large learners make a page shorter."""
     page_token: _builtins.str
     """next_page_token of the page before."""
     show_deleted: _builtins.bool
@@ -356,6 +356,26 @@ class DeleteCheckpointRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteCheckpointRequest: _TypeAlias = DeleteCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class DeleteProducerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """learners/{learner_id}/producers/{producer}"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteProducerRequest: _TypeAlias = DeleteProducerRequest  # noqa: Y015
 
 @_typing.final
 class RestoreLearnerRequest(_message.Message):
@@ -717,7 +737,9 @@ class GetPlasticityRequest(_message.Message):
     name: _builtins.str
     """learners/{learner_id}"""
     max_samples: _builtins.int
-    """How many of the newest samples to return; 0 means 1. The server keeps a bounded number, in memory."""
+    """How many of the newest samples to return; 0 means 1. The server keeps a bounded number, in memory, and returns those
+    that fit into a message of 64 MiB.
+    """
     fresh: _builtins.bool
     """Measure now, between two steps, rather than return the last periodic sample. The new sample comes last."""
     def __init__(

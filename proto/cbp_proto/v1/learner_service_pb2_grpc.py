@@ -92,6 +92,11 @@ class LearnerServiceStub:
                 request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.DeleteCheckpointRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.DeleteProducer = channel.unary_unary(
+                '/cbp.v1.LearnerService/DeleteProducer',
+                request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.DeleteProducerRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
         self.RestoreLearner = channel.unary_unary(
                 '/cbp.v1.LearnerService/RestoreLearner',
                 request_serializer=cbp__proto_dot_v1_dot_learner__service__pb2.RestoreLearnerRequest.SerializeToString,
@@ -212,6 +217,15 @@ class LearnerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteProducer(self, request, context):
+        """Forgets where a producer stands, behind every batch that was accepted from it. Streams of it that are open, and those
+        that would be resumed, end with ABORTED; the next one that is opened in its name begins at sequence 1. NOT_FOUND if
+        there is no such producer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RestoreLearner(self, request, context):
         """Takes a learner back to an earlier state. Its producers go on where they are: what they sent since is not learnt
         again. Streams end with UNAVAILABLE and resume.
@@ -319,6 +333,11 @@ def add_LearnerServiceServicer_to_server(servicer, server):
             'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteCheckpoint,
                     request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.DeleteCheckpointRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'DeleteProducer': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteProducer,
+                    request_deserializer=cbp__proto_dot_v1_dot_learner__service__pb2.DeleteProducerRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
             ),
             'RestoreLearner': grpc.unary_unary_rpc_method_handler(
@@ -654,6 +673,33 @@ class LearnerService:
             target,
             '/cbp.v1.LearnerService/DeleteCheckpoint',
             cbp__proto_dot_v1_dot_learner__service__pb2.DeleteCheckpointRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteProducer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cbp.v1.LearnerService/DeleteProducer',
+            cbp__proto_dot_v1_dot_learner__service__pb2.DeleteProducerRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
             options,
             channel_credentials,

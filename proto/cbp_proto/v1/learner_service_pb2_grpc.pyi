@@ -61,6 +61,11 @@ class LearnerServiceStub:
     """Lists a learner's checkpoints, newest first."""
     DeleteCheckpoint: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteCheckpointRequest, _empty_pb2.Empty]
     """Deletes a checkpoint. FAILED_PRECONDITION if recovery may need it."""
+    DeleteProducer: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteProducerRequest, _empty_pb2.Empty]
+    """Forgets where a producer stands, behind every batch that was accepted from it. Streams of it that are open, and those
+    that would be resumed, end with ABORTED; the next one that is opened in its name begins at sequence 1. NOT_FOUND if
+    there is no such producer.
+    """
     RestoreLearner: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.RestoreLearnerRequest, _learner_pb2.Learner]
     """Takes a learner back to an earlier state. Its producers go on where they are: what they sent since is not learnt
     again. Streams end with UNAVAILABLE and resume.
@@ -111,6 +116,11 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     """Lists a learner's checkpoints, newest first."""
     DeleteCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteCheckpointRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a checkpoint. FAILED_PRECONDITION if recovery may need it."""
+    DeleteProducer: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteProducerRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Forgets where a producer stands, behind every batch that was accepted from it. Streams of it that are open, and those
+    that would be resumed, end with ABORTED; the next one that is opened in its name begins at sequence 1. NOT_FOUND if
+    there is no such producer.
+    """
     RestoreLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.RestoreLearnerRequest, _learner_pb2.Learner]  # type: ignore[assignment]
     """Takes a learner back to an earlier state. Its producers go on where they are: what they sent since is not learnt
     again. Streams end with UNAVAILABLE and resume.
@@ -224,6 +234,17 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
         """Deletes a checkpoint. FAILED_PRECONDITION if recovery may need it."""
+
+    @_abc_1.abstractmethod
+    def DeleteProducer(
+        self,
+        request: _learner_service_pb2.DeleteProducerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Forgets where a producer stands, behind every batch that was accepted from it. Streams of it that are open, and those
+        that would be resumed, end with ABORTED; the next one that is opened in its name begins at sequence 1. NOT_FOUND if
+        there is no such producer.
+        """
 
     @_abc_1.abstractmethod
     def RestoreLearner(

@@ -87,12 +87,14 @@ class OpenStream(_message.Message):
     learner: _builtins.str
     """learners/{learner_id}"""
     producer: _builtins.str
-    """Names the source of the batches: 1 to 128 printable characters. Two producers' sequences are independent."""
+    """Names the source of the batches: 1 to 128 printable characters. Two producers' sequences are independent. A learner
+    keeps a bounded number of them; beyond it, those that have ended their streams or been away for long are forgotten.
+    """
     stream_id: _builtins.str
     """Names this stream through all its reconnections, such as a UUID; at most 64 printable characters. Optional."""
     resumed_epoch: _builtins.int
     """0 takes the producer over from whoever has it. Otherwise the epoch that this stream last had: ABORTED
-    (PRODUCER_FENCED) if a stream of another stream_id has been opened since.
+    (PRODUCER_FENCED) if a stream of another stream_id has been opened since, or the producer has been forgotten.
     """
     learner_uid: _builtins.str
     """If set, the uid that the learner must have: FAILED_PRECONDITION (LEARNER_REPLACED) if it was created anew."""
@@ -126,11 +128,13 @@ class TrainBatch(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     RETURN_OUTPUTS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """1 for a producer's first batch ever, then always one more."""
+    """1 for a producer's first batch ever, or since it was forgotten; then always one more."""
     task: _builtins.str
     """A label for reports; it does not change how the learner learns. At most 128 printable characters."""
     return_outputs: _builtins.bool
-    """Whether the result shall hold the predictions made before each update."""
+    """Whether the result shall hold the predictions made before each update. The batch is rejected if they would not fit
+    into a message of 64 MiB.
+    """
     @_builtins.property
     def features(self) -> _tensor_pb2.Tensor:
         """[N, …], the shape of the network's examples behind N; any numeric type, learnt as float32."""

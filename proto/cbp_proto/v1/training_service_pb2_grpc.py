@@ -71,7 +71,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Predict(self, request, context):
-        """Predicts with the state between two steps; never changes the learner.
+        """Predicts with the state between two steps; never changes the learner. INVALID_ARGUMENT, naming `features`, if the
+        outputs would not fit into a message of 64 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,9 @@ class TrainingServiceStub:
     FAILED_PRECONDITION (the learner is quarantined, or another one than the stream was opened for) or NOT_FOUND.
     """
     Predict: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.PredictRequest, _training_service_pb2.PredictResponse]
-    """Predicts with the state between two steps; never changes the learner."""
+    """Predicts with the state between two steps; never changes the learner. INVALID_ARGUMENT, naming `features`, if the
+    outputs would not fit into a message of 64 MiB.
+    """
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
@@ -66,7 +68,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     FAILED_PRECONDITION (the learner is quarantined, or another one than the stream was opened for) or NOT_FOUND.
     """
     Predict: _aio.UnaryUnaryMultiCallable[_training_service_pb2.PredictRequest, _training_service_pb2.PredictResponse]  # type: ignore[assignment]
-    """Predicts with the state between two steps; never changes the learner."""
+    """Predicts with the state between two steps; never changes the learner. INVALID_ARGUMENT, naming `features`, if the
+    outputs would not fit into a message of 64 MiB.
+    """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Feeds learners and asks them for predictions.
@@ -95,6 +99,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_service_pb2.PredictRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.PredictResponse, _abc.Awaitable[_training_service_pb2.PredictResponse]]:
-        """Predicts with the state between two steps; never changes the learner."""
+        """Predicts with the state between two steps; never changes the learner. INVALID_ARGUMENT, naming `features`, if the
+        outputs would not fit into a message of 64 MiB.
+        """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -33,6 +33,7 @@ class Copy:
             "engine": self.report.engine,
             "update_time": self.report.update_time,
             "positions": {name: asdict(position) for name, position in self.report.positions.items()},
+            "epoch_floor": self.report.epoch_floor,
             "journal_position": self.report.journal_position,
             "samples": [_sample_to_plain(sample) for sample in self._samples],
         }
@@ -58,7 +59,8 @@ class Content:
         """The learner of this snapshot, with what is said of it here."""
         service = self._service
         hosted = HostedLearner(learner, str(service["update_time"]), journal_position=int(service["journal_position"]))
-        hosted.place({name: _position_from_plain(plain) for name, plain in service["positions"].items()})
+        positions = {name: _position_from_plain(plain) for name, plain in service["positions"].items()}
+        hosted.place(positions, int(service.get("epoch_floor", 0)))  # absent in those of the first version
         hosted.samples.extend(_sample_from_plain(plain) for plain in service["samples"])
         hosted.trainability = hosted.samples.newest_trainability
         return hosted
@@ -66,7 +68,9 @@ class Content:
 
 def _position_from_plain(plain: Mapping[str, Any]) -> messages.Position:
     hashes = tuple((int(sequence), str(payload_hash)) for sequence, payload_hash in plain["hashes"])
-    return messages.Position(int(plain["epoch"]), int(plain["sequence"]), hashes, str(plain["stream_id"]))
+    return messages.Position(
+        int(plain["epoch"]), int(plain["sequence"]), hashes, str(plain["stream_id"]), int(plain.get("life", 0))
+    )
 
 
 def _sample_to_plain(packed: PackedSample) -> dict[str, Any]:

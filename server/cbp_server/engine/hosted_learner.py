@@ -23,15 +23,16 @@ class ProducerState:
     sequence: int
     hashes: deque[tuple[int, str]]
     stream_id: str
+    life: int
 
     @classmethod
     def at(cls, position: messages.Position) -> "ProducerState":
         hashes = deque(position.hashes, maxlen=messages.HASHES_KEPT)
-        return cls(position.epoch, position.sequence, hashes, position.stream_id)
+        return cls(position.epoch, position.sequence, hashes, position.stream_id, position.life)
 
     @property
     def position(self) -> messages.Position:
-        return messages.Position(self.epoch, self.sequence, tuple(self.hashes), self.stream_id)
+        return messages.Position(self.epoch, self.sequence, tuple(self.hashes), self.stream_id, self.life)
 
 
 @dataclass
@@ -41,6 +42,7 @@ class HostedLearner:
     learner: Learner
     update_time: str = ""
     producers: dict[str, ProducerState] = field(default_factory=dict)
+    epoch_floor: int = 0  # see messages.LearnerReport
     journal_position: int = 0
     samples: SampleHistory = field(default_factory=lambda: SampleHistory(_SAMPLES_SAVED))
     reported_at: float = 0.0  # monotonic seconds
@@ -82,7 +84,7 @@ class HostedLearner:
         """Where the producer stands, perhaps at the beginning."""
         producer = self.producers.get(name)
         if producer is None:
-            producer = self.producers[name] = ProducerState.at(messages.Position())
+            producer = self.producers[name] = ProducerState.at(messages.Position(life=self.epoch_floor))
         return producer
 
     def sequence_of(self, name: str) -> int:
@@ -90,9 +92,16 @@ class HostedLearner:
         producer = self.producers.get(name)
         return producer.sequence if producer is not None else 0
 
-    def place(self, positions: Mapping[str, messages.Position]) -> None:
+    def forget(self, name: str) -> None:
+        """Gives a producer's name free."""
+        producer = self.producers.pop(name, None)
+        if producer is not None:
+            self.epoch_floor = max(self.epoch_floor, producer.epoch)
+
+    def place(self, positions: Mapping[str, messages.Position], epoch_floor: int) -> None:
         """Where all its producers stand."""
         self.producers = {name: ProducerState.at(position) for name, position in positions.items()}
+        self.epoch_floor = epoch_floor
 
     def stamp(self, samples: Sequence[PlasticitySample]) -> tuple[PackedSample, ...]:
         """The samples with the present time and the newest test, kept for the next checkpoint."""
@@ -112,6 +121,7 @@ class HostedLearner:
             self.learner.progress,
             {name: producer.position for name, producer in self.producers.items()},
             self.journal_position,
+            self.epoch_floor,
         )
 
 

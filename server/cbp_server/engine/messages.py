@@ -36,12 +36,16 @@ HASHES_KEPT = 256
 @dataclass(frozen=True)
 class Position:
     """Where a producer stands: its newest epoch and the stream that has it, the last sequence applied, payload hashes
-    of the latest sequences."""
+    of the latest sequences.
+
+    `life` is 0 unless a producer may have had the name before, and been forgotten; it tells their batches apart.
+    """
 
     epoch: int = 0
     sequence: int = 0
     hashes: tuple[tuple[int, str], ...] = ()
     stream_id: str = ""
+    life: int = 0
 
     def opened(self, epoch: int, stream_id: str) -> "Position":
         """The position after a stream was opened."""
@@ -50,7 +54,7 @@ class Position:
     def advance(self, epoch: int, sequence: int, payload_hash: str) -> "Position":
         """The position after one more batch."""
         hashes = (*self.hashes[-HASHES_KEPT + 1 :], (sequence, payload_hash))
-        return Position(epoch, sequence, hashes, self.stream_id)
+        return Position(epoch, sequence, hashes, self.stream_id, self.life)
 
 
 # -- answers --
@@ -81,6 +85,7 @@ class LearnerReport:
     progress: LearnerProgress
     positions: dict[str, Position]
     journal_position: int  # of the last entry that the learner contains
+    epoch_floor: int = 0  # the highest epoch of all producers that were forgotten; those to come are above it
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ class Place(Request[LearnerReport]):
     """Set where the learner stands in a journal: that of the learner whose earlier state it is."""
 
     positions: dict[str, Position]
+    epoch_floor: int
     journal_position: int
     update_time: str
 
@@ -251,6 +257,13 @@ class OpenProducer(Change[None]):
     producer: str
     epoch: int
     stream_id: str
+
+
+@dataclass(frozen=True)
+class ForgetProducer(Change[None]):
+    """Give a producer's name free: its position is kept no longer."""
+
+    producer: str
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Roster:
 
     def _place(self, request: messages.Place) -> messages.LearnerReport:
         hosted = self.get(request.learner)
-        hosted.place(request.positions)
+        hosted.place(request.positions, request.epoch_floor)
         hosted.journal_position = request.journal_position
         hosted.update_time = request.update_time
         return hosted.report

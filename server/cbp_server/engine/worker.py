@@ -97,6 +97,8 @@ class EngineWorker:
             case messages.OpenProducer():
                 producer = hosted.producer(request.producer)
                 producer.epoch, producer.stream_id = request.epoch, request.stream_id
+            case messages.ForgetProducer():
+                hosted.forget(request.producer)
             case messages.Update():
                 hosted.revise(request.spec, request.update_time)
             case messages.ResetUnits():

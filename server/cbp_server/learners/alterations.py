@@ -214,11 +214,11 @@ class Alterations:
             await self._check_held(hosted, source, position)  # once more: it was not, until here, kept from removal
             await self._storage.commit.mend(uid)  # behind everything that was on its way into the journal
             now = await self._engine.call(messages.Describe(uid))
-            positions, last = await self._storage.run(self._recovery.positions_behind, uid, now)
-            end, number = last + 1, await self._checkpointer.next_number(hosted)
+            behind = await self._storage.run(self._recovery.behind, uid, now)
+            end, number = behind.journal_position + 1, await self._checkpointer.next_number(hosted)
             restoration = Restoration(number, datetime.now(UTC).isoformat(), source, position)
             try:
-                report = await self._recovery.rebuild(hosted.stored, scratch, restoration, positions, end)
+                report = await self._recovery.rebuild(hosted.stored, scratch, restoration, behind, end)
                 written = await self._engine.call(messages.Checkpoint(scratch, number, uid))
                 checkpoint = stored_checkpoint(uid, number, written)
                 entry = NewEntry(kind=EntryKind.RESTORE, payload=restoration.to_payload()).at(uid, end)

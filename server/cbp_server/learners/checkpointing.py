@@ -166,7 +166,7 @@ class Checkpointer:
                 hosted.record.progress = learner.progress
             if not hosted.log.journals_batches:
                 for name, position in learner.positions.items():
-                    _note_durable(hosted, name, position.sequence)
+                    _note_durable(hosted, name, position)
         self._registry.touch(hosted)
 
     async def _let_go(self, hosted: Hosted) -> None:
@@ -188,11 +188,11 @@ class Checkpointer:
             log.warning("old checkpoints not removed", learner=hosted.learner_id, error=str(error))
 
 
-def _note_durable(hosted: Hosted, producer: str, sequence: int) -> None:
+def _note_durable(hosted: Hosted, producer: str, position: messages.Position) -> None:
     known = hosted.producers.get(producer)
-    if known is None or sequence <= known.durable:
+    if known is None or known.life != position.life or position.sequence <= known.durable:
         return
-    known.make_durable(sequence)
+    known.make_durable(position.sequence)
     hosted.record.producers[producer] = known.record
     session = hosted.sessions.get(producer)
     if session is not None:

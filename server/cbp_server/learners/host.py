@@ -64,6 +64,7 @@ class HostOptions:
         max_live_learners: learners in the engine's memory before idle ones leave it; 0 for any number.
         evict_after: seconds after which an idle learner leaves it; 0 for never.
         deleted_retention: seconds during which a deleted learner can be undeleted.
+        producer_retention: seconds for which a producer that was cut off is kept when another one needs its place.
     """
 
     max_learners: int
@@ -73,6 +74,8 @@ class HostOptions:
     max_message_bytes: int
     stream_credits: int
     max_queued_bytes: int
+    max_producers: int
+    producer_retention: float
     history_samples: int
     engine: EngineSetting
     checkpoints: CheckpointPolicy
@@ -128,6 +131,8 @@ class Host:
             credits=options.stream_credits,
             max_message_bytes=options.max_message_bytes,
             max_queued_bytes=options.max_queued_bytes,
+            max_producers=options.max_producers,
+            producer_retention=options.producer_retention,
             on_rejected=observer.batch_rejected,
         )
         self._alterations = Alterations(
@@ -308,6 +313,9 @@ class Host:
     async def reset_units(self, learner_id: str, layers: Sequence[str], fraction: float) -> dict[str, int]:
         hosted = self._registry.get(learner_id)
         return await self._operations.complete(self._alterations.reset_units(hosted, layers, fraction))
+
+    async def forget_producer(self, learner_id: str, producer: str) -> None:
+        await self._operations.complete(self._training.forget(self._registry.get(learner_id), producer))
 
     # -- learning and predicting --
 

@@ -43,6 +43,7 @@ class Hosted:
     """A learner's record and what only the front needs beside it.
 
     Attributes:
+        epoch_floor: the highest epoch of all producers that were forgotten.
         in_engine: the engine holds the learner.
         recovery: brings the learner to where its journal ends; until it is done, nothing is taken for it.
         unreadable: why it could not be brought back; empty if it could.
@@ -55,6 +56,7 @@ class Hosted:
     record: LearnerRecord
     log: LearnerLog
     producers: dict[str, Producer] = field(default_factory=dict)
+    epoch_floor: int = 0
     sessions: dict[str, TrainSession] = field(default_factory=dict)  # by producer
     in_engine: bool = False
     recovery: "asyncio.Task[None] | None" = None
@@ -92,7 +94,12 @@ class Hosted:
         record.spec, record.engine, record.progress = report.spec, report.engine, report.progress
         record.update_time = _time(report.update_time) or self.stored.create_time
         record.etag = etag(self.uid, record.update_time, report.spec)
-        self.producers = {name: Producer(name, position) for name, position in report.positions.items()}
+        before, self.producers = self.producers, {}
+        for name, position in report.positions.items():
+            producer = self.producers[name] = Producer(name, position)
+            if name in before and before[name].epoch == producer.epoch:
+                producer.has_been_away_like(before[name])
+        self.epoch_floor = report.epoch_floor
         record.producers = {name: producer.record for name, producer in self.producers.items()}
 
     def set_durable(self, sequences: Mapping[str, int]) -> None:

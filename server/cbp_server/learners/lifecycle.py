@@ -1,6 +1,7 @@
 """How learners come and go: made, copied, imported, exported, deleted and brought back, removed."""
 
 import asyncio
+import os
 import re
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from cbp import CbpError, FieldViolation, LearnerSpec, SnapshotError, SpecError
+from cbp import CbpError, FieldViolation, FormatError, LearnerSpec, SnapshotError, SpecError
 from cbp.errors import shown
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
@@ -225,7 +226,11 @@ class Lifecycle:
     # -- out --
 
     async def export(self, hosted: Hosted, format_name: str) -> bytes:
-        """The learner as a file: `safetensors` with its whole state, or `onnx` or `torch_export` with its network."""
+        """The learner as a file: `safetensors` with its whole state, or `onnx` or `torch_export` with its network.
+
+        Raises:
+            FormatError: the format cannot hold the network, or the package that writes it is not installed.
+        """
         await self._residence.use(hosted)
         data = await self._engine.call(messages.Export(hosted.uid))
         return data if format_name == "safetensors" else await _converted(data, format_name)
@@ -319,10 +324,11 @@ async def _converted(snapshot: bytes, format_name: str) -> bytes:
         raise
     if process.returncode:
         text = complaint.decode(errors="replace").strip()
+        reason = text.splitlines()[-1] if text else "no reason given"
+        if process.returncode == os.EX_UNAVAILABLE:
+            raise FormatError(reason)
         log.error("export failed", format=format_name, error=text)
-        raise ExportFailed(
-            f"the network could not be converted: {text.splitlines()[-1] if text else 'no reason given'}"
-        )
+        raise ExportFailed(f"the network could not be converted: {reason}")
     return converted
 
 

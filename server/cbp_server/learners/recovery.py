@@ -60,6 +60,31 @@ class Loaded:
     damaged: tuple[int, ...]
 
 
+@dataclass
+class Behind:
+    """Where a learner's producers stand behind an entry of its journal, and which one that is: some that the log counts
+    may have failed to be written."""
+
+    positions: dict[str, messages.Position]
+    epoch_floor: int
+    journal_position: int
+
+    def follow(self, entry: Entry) -> None:
+        """Moves behind this entry."""
+        self.journal_position = entry.position
+        producer, epoch = entry.producer or "", entry.epoch or 0
+        before = self.positions.get(producer) or messages.Position(life=self.epoch_floor)
+        match entry.kind:
+            case EntryKind.OPEN:
+                self.positions[producer] = before.opened(epoch, entry.payload.decode())
+            case EntryKind.BATCH:
+                self.positions[producer] = before.advance(epoch, entry.sequence or 0, entry.payload_hash)
+            case EntryKind.FORGET:
+                forgotten = self.positions.pop(entry.payload.decode(), None)
+                if forgotten is not None:
+                    self.epoch_floor = max(self.epoch_floor, forgotten.epoch)
+
+
 @dataclass(frozen=True)
 class Restoration:
     """What a RESTORE entry says: which checkpoint holds the restored state, and what that was made of."""
@@ -246,9 +271,9 @@ class Recovery:
         except SnapshotError as error:
             log.warning("checkpoint unreadable", learner=stored.learner_id, error=str(error))
         scratch = f"{uid}-restored"
-        positions, _ = await self._storage.run(self.positions_behind, stored.uid, report, entry.position - 1)
+        behind = await self._storage.run(self.behind, stored.uid, report, entry.position - 1)
         try:
-            restored = await self.rebuild(stored, scratch, restoration, positions, entry.position)
+            restored = await self.rebuild(stored, scratch, restoration, behind, entry.position)
         except BatchNotLearnt as error:
             raise SnapshotError(f"the state that was restored cannot be made again: {error}") from error
         await self._engine.call(messages.Rename(scratch, uid))
@@ -259,7 +284,7 @@ class Recovery:
         stored: StoredLearner,
         scratch: str,
         restoration: Restoration,
-        positions: dict[str, messages.Position],
+        behind: "Behind",
         journal_position: int,
     ) -> messages.LearnerReport:
         """Makes the earlier state that is to be restored, as learner `scratch`, placed behind the journal.
@@ -276,24 +301,17 @@ class Recovery:
             reached = await self.replay(stored, scratch, loaded.report, restoration.position)
             if reached.journal_position != restoration.position:
                 raise JournalDamaged(stored.uid, reached.journal_position + 1)
-        placed = messages.Place(scratch, positions, journal_position, restoration.update_time)
+        placed = messages.Place(
+            scratch, behind.positions, behind.epoch_floor, journal_position, restoration.update_time
+        )
         return await self._engine.call(placed)
 
-    def positions_behind(
-        self, uid: str, report: messages.LearnerReport, last: int | None = None
-    ) -> tuple[dict[str, messages.Position], int]:
-        """Where the producers stand behind the journal up to `last`, also behind batches that were never applied; and
-        where that is: entries that the log counts may have failed to be written.
-        """
-        positions, end = dict(report.positions), report.journal_position
+    def behind(self, uid: str, report: messages.LearnerReport, last: int | None = None) -> "Behind":
+        """What lies behind the journal up to `last`, also behind batches that were never applied."""
+        behind = Behind(dict(report.positions), report.epoch_floor, report.journal_position)
         for entry in self._storage.journal.read(uid, report.journal_position, last):
-            end, producer, epoch = entry.position, entry.producer or "", entry.epoch or 0
-            before = positions.get(producer, messages.Position())
-            if entry.kind is EntryKind.OPEN:
-                positions[producer] = before.opened(epoch, entry.payload.decode())
-            elif entry.kind is EntryKind.BATCH:
-                positions[producer] = before.advance(epoch, entry.sequence or 0, entry.payload_hash)
-        return positions, end
+            behind.follow(entry)
+        return behind
 
     def _decoded(self, entries: Iterator[Entry], spec: LearnerSpec) -> list[tuple[Entry, Batch | None]]:
         decoded: list[tuple[Entry, Batch | None]] = []
@@ -414,6 +432,8 @@ class _Replaying:
                 return messages.Train(uid, position, producer, epoch, sequence, entry.payload_hash, batch, False)
             case EntryKind.OPEN:
                 return messages.OpenProducer(uid, position, producer, epoch, entry.payload.decode())
+            case EntryKind.FORGET:
+                return messages.ForgetProducer(uid, position, entry.payload.decode())
             case EntryKind.UPDATE:
                 plain = json.loads(entry.payload)
                 self._spec = LearnerSpec.parse(plain["spec"])

@@ -5,9 +5,19 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import structlog
+
 from cbp import Batch, CbpError, FieldViolation
 from cbp_server.engine import messages
-from cbp_server.errors import InvalidRequest, LearnerReplaced, NotInEngine, ProducerFenced, ServerDraining
+from cbp_server.errors import (
+    InvalidRequest,
+    LearnerReplaced,
+    NotInEngine,
+    ProducerFenced,
+    ProducerNotFound,
+    ServerDraining,
+    TooManyProducers,
+)
 from cbp_server.learners.checkpointing import Checkpointer
 from cbp_server.learners.hosted import Hosted
 from cbp_server.learners.operations import Operations
@@ -19,9 +29,10 @@ from cbp_server.streams.change_log import ChangeLog, NewEntry, pass_on
 from cbp_server.streams.producers import Producer
 from cbp_server.streams.sessions import IncomingBatch, TrainSession
 
+log = structlog.get_logger("cbp_server.learners.training")
+
 _LONGEST_PRODUCER = 128
 _LONGEST_STREAM_ID = 64
-_MOST_PRODUCERS = 1000  # of one learner: each is in every checkpoint and every view of the learner
 
 
 class Training:
@@ -31,6 +42,8 @@ class Training:
         credits: batches of a stream that may be unanswered at a time.
         max_message_bytes: largest batch.
         max_queued_bytes: of batches that wait, all streams' together; streams are read no further meanwhile.
+        max_producers: of one learner; each is in every checkpoint and every view of it.
+        producer_retention: seconds for which a producer that was cut off is kept when another one needs its place.
         on_rejected: called for each batch that is refused.
     """
 
@@ -45,6 +58,8 @@ class Training:
         credits: int,
         max_message_bytes: int,
         max_queued_bytes: int,
+        max_producers: int,
+        producer_retention: float,
         on_rejected: Callable[[CbpError], None],
     ) -> None:
         self._registry = registry
@@ -54,6 +69,8 @@ class Training:
         self._operations = operations
         self._credits = credits
         self._max_message_bytes = max_message_bytes
+        self._max_producers = max_producers
+        self._producer_retention = producer_retention
         self._on_rejected = on_rejected
         self._queued = ByteBudget(max_queued_bytes)
 
@@ -77,7 +94,8 @@ class Training:
             learner_uid: if given, the uid that the learner must have.
 
         Raises:
-            ProducerFenced: the stream is resumed, but another one has been opened since.
+            ProducerFenced: the stream is resumed, but another one has been opened since, or the producer is forgotten.
+            TooManyProducers: it would be one too many, and none can be forgotten for it.
             LearnerReplaced: the learner is another one.
             JournalUnavailable: the opening could not be written.
         """
@@ -93,9 +111,10 @@ class Training:
         if not self._registry.has(hosted):
             raise NotInEngine
         self._residence.check_trains(hosted)
-        if producer not in hosted.producers and len(hosted.producers) >= _MOST_PRODUCERS:
-            description = f"would be one more than the {_MOST_PRODUCERS} that one learner may have; use the names again"
-            raise InvalidRequest(FieldViolation("open.producer", description))
+        if producer not in hosted.producers:
+            if 0 < resumed_epoch <= hosted.epoch_floor:
+                raise ProducerFenced(producer, hosted.epoch_floor, forgotten=True)
+            self._make_room(hosted)
         session, written = self._opened_stream(hosted, producer, stream_id, resumed_epoch)
         try:
             await written
@@ -108,7 +127,7 @@ class Training:
         self, hosted: Hosted, producer: str, stream_id: str, resumed_epoch: int
     ) -> tuple[TrainSession, "asyncio.Future[None]"]:
         """The stream, and when its opening, with all that was accepted before it, is in the journal."""
-        state = hosted.producers.setdefault(producer, Producer(producer))
+        state = hosted.producers.setdefault(producer, Producer.newcomer(producer, hosted.epoch_floor))
         epoch = state.open(stream_id, resumed_epoch)
         earlier = hosted.sessions.pop(producer, None)
         if earlier is not None:
@@ -130,13 +149,71 @@ class Training:
                 written.set_result(None)
             return messages.OpenProducer(hosted.uid, position, producer, epoch, stream_id)
 
-        entry = NewEntry(kind=EntryKind.OPEN, payload=stream_id.encode(), producer=producer, epoch=epoch)
+        entry = NewEntry(
+            kind=EntryKind.OPEN, payload=stream_id.encode(), producer=producer, life=state.life, epoch=epoch
+        )
         opened = self._changes.record(hosted.log, entry, request)
         pass_on(opened, written)  # also if it cannot be written
         self._residence.watch(hosted, opened)  # if it fails, so does the stream's first batch
         self._checkpointer.note_change(hosted)
         self._show_producer(hosted, state)
         return session, written
+
+    # -- producers that go --
+
+    async def forget(self, hosted: Hosted, producer: str) -> None:
+        """Gives a producer's name free, behind all that it has sent; its stream, if one is open, is over.
+
+        Raises:
+            ProducerNotFound: there is no such producer.
+            JournalUnavailable: it could not be written.
+        """
+        async with hosted.changing:
+            self._registry.check_present(hosted, "")
+            await self._residence.use(hosted)
+            self._registry.check_present(hosted, "")  # once more: it may have taken a while
+            self._residence.check_trains(hosted)
+            if producer not in hosted.producers:
+                raise ProducerNotFound(hosted.learner_id, producer)
+            await self._forgotten(hosted, hosted.producers[producer])
+
+    def _make_room(self, hosted: Hosted) -> None:
+        """Forgets the producer that has been away longest, if there are as many as there may be.
+
+        One that has ended its stream with everything durable has nothing to send again; another one may come back, and
+        is kept for a while. Either goes only when its place is needed.
+        """
+        if len(hosted.producers) < self._max_producers:
+            return
+        latest = time.monotonic() - self._producer_retention
+        away = [
+            producer
+            for producer in hosted.producers.values()
+            if producer.name not in hosted.sessions
+            and not producer.under_way
+            and (producer.is_settled or producer.left_at <= latest)
+        ]
+        if not away:
+            raise TooManyProducers(self._max_producers, len(hosted.sessions), self._producer_retention)
+        self._forgotten(hosted, min(away, key=lambda producer: producer.left_at))
+
+    def _forgotten(self, hosted: Hosted, producer: Producer) -> "asyncio.Future[None]":
+        """When the engine has forgotten the producer; here it is at once."""
+        del hosted.producers[producer.name]
+        hosted.record.producers.pop(producer.name, None)
+        hosted.epoch_floor = max(hosted.epoch_floor, producer.epoch)
+        session = hosted.sessions.pop(producer.name, None)
+        if session is not None:
+            session.end(ProducerFenced(producer.name, producer.epoch, forgotten=True))
+        entry = NewEntry(kind=EntryKind.FORGET, payload=producer.name.encode())
+        applied = self._changes.record(
+            hosted.log, entry, lambda position: messages.ForgetProducer(hosted.uid, position, producer.name)
+        )
+        self._residence.watch(hosted, applied)
+        self._checkpointer.note_change(hosted)
+        self._registry.touch(hosted)
+        log.info("producer forgotten", learner=hosted.learner_id, producer=producer.name)
+        return applied
 
     def _send(
         self, hosted: Hosted, producer: Producer, epoch: int, incoming: IncomingBatch, batch: Batch
@@ -165,6 +242,7 @@ class Training:
             payload=incoming.payload,
             payload_hash=incoming.payload_hash,
             producer=producer.name,
+            life=producer.life,
             epoch=epoch,
             sequence=incoming.sequence,
         )
@@ -205,6 +283,7 @@ class Training:
     def _forget_session(self, hosted: Hosted, session: TrainSession) -> None:
         if hosted.sessions.get(session.producer.name) is session:
             del hosted.sessions[session.producer.name]
+            session.producer.left(finished=session.finished)
 
     def _show_producer(self, hosted: Hosted, producer: Producer) -> None:
         if hosted.producers.get(producer.name) is producer:  # not one of before a recovery

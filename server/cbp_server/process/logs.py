@@ -2,8 +2,51 @@
 
 import logging
 import sys
+import threading
+import time
+from collections.abc import Callable
 
 import structlog
+
+#: Seconds in which a library's line comes once.
+_QUIET_SECONDS = 10.0
+#: Different lines that are remembered.
+_MOST_LINES = 256
+
+
+class RepeatFilter(logging.Filter):
+    """Keeps libraries that say the same again and again from filling the log: a line that came less than ten seconds
+    ago is left out, and the next one says how many were (`left_out`).
+
+    What this server says itself is about one learner or one call each time, and passes.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._lines: dict[tuple[str, int, str, str], tuple[float, int]] = {}  # when it came last, and how often since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not isinstance(record.msg, str):  # structlog's events are mappings
+            return True
+        error = record.exc_info[1] if record.exc_info else None
+        line = (record.name, record.levelno, record.getMessage().partition("\n")[0], repr(error))
+        with self._lock:
+            return self._is_due(line, record)
+
+    def _is_due(self, line: tuple[str, int, str, str], record: logging.LogRecord) -> bool:
+        now = self._clock()
+        came, left_out = self._lines.pop(line, (now - _QUIET_SECONDS, 0))
+        if now - came < _QUIET_SECONDS:
+            self._lines[line] = came, left_out + 1
+            return False
+        if left_out:
+            record.left_out = left_out
+        self._lines[line] = now, 0
+        if len(self._lines) > _MOST_LINES:
+            del self._lines[next(iter(self._lines))]
+        return True
 
 
 def configure_logging(level: str, log_format: str) -> None:
@@ -40,6 +83,7 @@ def configure_logging(level: str, log_format: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
+    handler.addFilter(RepeatFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and end are part of ours
     logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)

@@ -59,7 +59,7 @@ class CheckpointRecord:
 
 @dataclass
 class LearnerRecord:
-    """One live learner. Its values are replaced, not changed, but for `samples` and `producers`, which only grow."""
+    """One live learner. Its values are replaced, not changed, but for `samples`, which only grows, and `producers`."""
 
     learner_id: str
     uid: str

@@ -59,6 +59,7 @@ _DURABILITIES = {
     Durability.NONE: learner_pb2.DURABILITY_NONE,
 }
 _CHECKPOINTS = "checkpoints/"
+_PRODUCERS = "producers/"
 _FORMATS: dict[int, str] = {
     learner_service_pb2.ExportLearnerRequest.FORMAT_UNSPECIFIED: "safetensors",
     learner_service_pb2.ExportLearnerRequest.FORMAT_SAFETENSORS: "safetensors",
@@ -86,6 +87,15 @@ def checkpoint_of(name: str, field: str) -> tuple[str, int]:
         description = f"must have the form learners/{{learner_id}}/checkpoints/{{number}}, not {shown(name)}"
         raise InvalidRequest(FieldViolation(field, description))
     return learner, int(number)
+
+
+def producer_of(name: str, field: str) -> tuple[str, str]:
+    """The learner's id and the producer in a resource name; slashes may be in the producer's own name."""
+    learner, _, producer = name.removeprefix(_COLLECTION).partition(f"/{_PRODUCERS}")
+    if not name.startswith(_COLLECTION) or not learner or not producer:
+        description = f"must have the form learners/{{learner_id}}/producers/{{producer}}, not {shown(name)}"
+        raise InvalidRequest(FieldViolation(field, description))
+    return learner, producer
 
 
 def durability_of(value: int, field: str) -> Durability | None:
@@ -157,6 +167,7 @@ def revised_spec(present: LearnerSpec, changes: spec_pb2.LearnerSpec, mask: Fiel
     else:
         for path in sorted(paths):  # what contains another comes before it
             _copy_field(plain, given, [part for part in path.split(".")[1:] if part not in _NETWORK_KINDS])
+    present.check_kinds(plain)
     spec = LearnerSpec.parse(plain)
     check_spec(spec, limits)
     return spec
@@ -250,7 +261,8 @@ def _batch(received: WireBatch, spec: LearnerSpec, limits: Limits | None) -> Bat
     if violations:
         raise BatchError(violations)
     if limits is not None:
-        check_training(spec, len(features) if features.ndim else 0, limits)
+        examples = len(features) if features.ndim else 0
+        check_training(spec, examples, limits, return_outputs=received.return_outputs)
     return Batch.validate(spec, features, targets, weights, received.task)
 
 

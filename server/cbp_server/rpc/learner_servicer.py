@@ -15,9 +15,10 @@ from cbp_server.learners.paging import checkpoints_page_of
 from cbp_server.limits import Limits, check_spec
 from cbp_server.records.learners import Durability, LearnerRecord
 from cbp_server.rpc import convert
+from cbp_server.rpc.sizes import COMPACT_BYTES, WHOLE_BYTES, fitting
 
 _DEFAULT_WATCH_SECONDS, _LEAST_WATCH_SECONDS, _LONGEST_NAP_SECONDS = 1.0, 0.05, 0.2
-#: Learners in one message of a watch: with all their tasks they stay well below the 4 MiB that clients take.
+#: Learners in one message of a watch at most.
 _MOST_WATCHED = 50
 #: Bytes of a file in one message, well below the 4 MiB that clients take.
 _EXPORTED_AT_ONCE = 2**20
@@ -53,7 +54,9 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         self, request: learner_service_pb2.ListLearnersRequest, context: "Context"
     ) -> learner_service_pb2.ListLearnersResponse:
         records, token = self._host.page(request.page_size, request.page_token, deleted=request.show_deleted)
-        learners = [convert.learner_to_message(record) for record in records]
+        learners = fitting(map(convert.learner_to_message, records), COMPACT_BYTES)
+        if len(learners) < len(records):
+            _, token = self._host.page(len(learners), request.page_token, deleted=request.show_deleted)
         return learner_service_pb2.ListLearnersResponse(learners=learners, next_page_token=token)
 
     async def UpdateLearner(
@@ -120,6 +123,10 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
 
     async def DeleteCheckpoint(self, request: learner_service_pb2.DeleteCheckpointRequest, context: "Context") -> Empty:
         await self._host.delete_checkpoint(*convert.checkpoint_of(request.name, "name"))
+        return Empty()
+
+    async def DeleteProducer(self, request: learner_service_pb2.DeleteProducerRequest, context: "Context") -> Empty:
+        await self._host.forget_producer(*convert.producer_of(request.name, "name"))
         return Empty()
 
     async def RestoreLearner(
@@ -206,7 +213,8 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         if request.fresh:
             await self._host.sample(learner_id)
         samples = self._host.samples(learner_id, request.max_samples or 1)
-        return learner_service_pb2.GetPlasticityResponse(samples=[convert.sample_to_message(item) for item in samples])
+        newest_first = fitting(map(convert.sample_to_message, reversed(samples)), WHOLE_BYTES)
+        return learner_service_pb2.GetPlasticityResponse(samples=reversed(newest_first))
 
     async def WatchLearners(
         self, request: learner_service_pb2.WatchLearnersRequest, context: "Context"
@@ -228,16 +236,19 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
                 continue
             for learner_id in deleted:
                 del seen[learner_id]
-            for start in range(0, max(len(changed), 1), _MOST_WATCHED):
-                records = changed[start : start + _MOST_WATCHED]
+            names_deleted = [convert.learner_name(learner_id) for learner_id in deleted]
+            first, more = False, True
+            while more:
                 # Noted before the message goes out: what changes meanwhile has not been seen.
-                seen |= {record.learner_id: (record.uid, record.version) for record in records}
+                versions = [(record.learner_id, (record.uid, record.version)) for record in changed[:_MOST_WATCHED]]
+                learners = fitting(map(_watched, changed[:_MOST_WATCHED]), COMPACT_BYTES)
+                seen |= dict(versions[: len(learners)])
+                changed = changed[len(learners) :]
+                more = bool(changed)
                 yield learner_service_pb2.WatchLearnersResponse(
-                    learners=[_watched(record) for record in records],
-                    deleted=[convert.learner_name(learner_id) for learner_id in deleted] if not start else (),
-                    more_follow=start + _MOST_WATCHED < len(changed),
+                    learners=learners, deleted=names_deleted, more_follow=more
                 )
-            first = False
+                names_deleted = []
             await self._pause(interval)
         raise ServerDraining
 

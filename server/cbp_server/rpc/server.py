@@ -1,5 +1,7 @@
 """Assembles the gRPC server: the services, health, reflection, and the interceptor around them all."""
 
+from collections.abc import Sequence
+
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -7,6 +9,7 @@ from grpc_reflection.v1alpha import reflection
 from cbp_proto.v1 import learner_service_pb2, learner_service_pb2_grpc
 from cbp_server.learners.host import Host
 from cbp_server.limits import Limits
+from cbp_server.process.addresses import with_port
 from cbp_server.rpc.interceptor import CallInterceptor, RpcObserver
 from cbp_server.rpc.learner_servicer import LearnerServicer
 from cbp_server.rpc.training_servicer import TRAINING_SERVICE, TrainingServicer, add_training_service
@@ -44,19 +47,22 @@ class RpcServer:
         add_training_service(TrainingServicer(host, max_message_bytes=max_message_bytes, limits=limits), self._server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
-    async def start(self, address: str) -> int:
-        """Listens on host:port; the port that was bound. Health is NOT_SERVING until `set_serving` says otherwise.
+    async def start(self, addresses: Sequence[str], port: int) -> int:
+        """Listens on one port of every address; the port, which with 0 the system chooses. Health is NOT_SERVING until
+        `set_serving` says otherwise.
 
         Raises:
-            OSError: the address cannot be bound.
+            OSError: one of them cannot be bound.
         """
-        try:
-            port = self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: is another server running there?") from error
+        for address in addresses:
+            endpoint = with_port(address, port)
+            try:
+                port = self._server.add_insecure_port(endpoint)
+            except RuntimeError as error:
+                raise OSError(f"cannot listen on {endpoint}: is another server running there?") from error
         await self.set_serving(False)
         await self._server.start()
-        return int(port)
+        return port
 
     async def set_serving(self, serving: bool) -> None:
         """What grpc.health.v1.Health says of the server and of each service."""

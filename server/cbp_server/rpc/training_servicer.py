@@ -13,11 +13,12 @@ from cbp_server.learners.host import Host
 from cbp_server.limits import Limits
 from cbp_server.loop.turns import Turns
 from cbp_server.rpc import convert
+from cbp_server.rpc.sizes import COMPACT_BYTES
 from cbp_server.streams.sessions import Accepted, Durable, Ended, Rejected, TrainSession
 
 TRAINING_SERVICE = training_service_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name
 
-#: Results in one response at most, so that none grows beyond what clients take.
+#: Results in one response at most, and bytes of their outputs: one that has more goes alone.
 _LARGEST_ACKNOWLEDGEMENT = 64
 #: A response costs both sides about as much as a small batch, so it waits until one in so many of the batches under way
 #: is learnt: a client that sends one at a time hears at once, and one with many never runs out of credits.
@@ -135,14 +136,17 @@ async def _answer(session: TrainSession, event: Accepted | Rejected | Durable) -
         session.answered(1)
         return convert.rejection(event)
     batches: list[Accepted] = []
+    room = COMPACT_BYTES
     if isinstance(event, Accepted):
         if event.applied is not None:
             await asyncio.shield(event.applied)
         batches.append(event)
+        room -= event.output_bytes
         if (enough := session.under_way(_SHARE_ANSWERED)) is not None:
             await asyncio.wait([enough], timeout=_LONGEST_DELAY)
-    while len(batches) < _LARGEST_ACKNOWLEDGEMENT and (behind := session.take_applied()) is not None:
+    while len(batches) < _LARGEST_ACKNOWLEDGEMENT and (behind := session.take_applied(max(room, 0))) is not None:
         batches.append(behind)
+        room -= behind.output_bytes
     session.acknowledge(batches)
     return convert.acknowledgement(session.epoch, session.acknowledged_sequence, session.durable_sequence, batches)
 

@@ -44,8 +44,8 @@ _POSTGRESQL_DEFAULTS = {"connect_timeout": "10", "tcp_user_timeout": "30000", **
 class DatabaseInUse(Exception):
     """Another server works on this database."""
 
-    def __init__(self) -> None:
-        super().__init__("another server uses this database; give each its own, or stop that one")
+    def __init__(self, text: str = "another server uses this database; give each its own, or stop that one") -> None:
+        super().__init__(text)
 
 
 def open_database(url: str, data_dir: Path) -> Engine:

@@ -26,6 +26,9 @@ _BUFFERED_ROWS = 8  # that PostgreSQL sends at a time, whatever their size
 _REMOVED_ROWS = 256
 _REMOVED_BYTES = 4 * 2**20
 
+#: Stands in no producer's name, which is printable.
+_LIFE = "\x1f"
+
 _COLUMNS = tuple(JOURNAL.c.keys())
 
 
@@ -34,6 +37,7 @@ class EntryKind(StrEnum):
 
     BATCH = "batch"  # payload: a serialised cbp.v1.TrainBatch
     OPEN = "open"  # a producer's new epoch; no payload
+    FORGET = "forget"  # a producer's name is free again; payload: the name
     UPDATE = "update"  # payload: JSON of update_time and spec
     RESET = "reset"  # units reset by hand; payload: JSON of layers and fraction
     RESTORE = "restore"  # the state of an earlier position, which the checkpoint at this position holds
@@ -51,6 +55,7 @@ class Entry:
     payload: bytes
     payload_hash: str = ""
     producer: str | None = None
+    life: int = 0  # of the producer's name; not 0 if it may have been forgotten before
     epoch: int | None = None
     sequence: int | None = None
 
@@ -195,7 +200,7 @@ def _values(entry: Entry) -> tuple[Any, ...]:
         entry.learner_uid,
         entry.position,
         entry.kind.value,
-        entry.producer,
+        _producer_key(entry),
         entry.epoch,
         entry.sequence,
         entry.payload_hash,
@@ -213,7 +218,7 @@ def _entry(row: Row[Any]) -> Entry:
             kind=EntryKind(kind),
             payload=payload,
             payload_hash=payload_hash,
-            producer=producer,
+            **_named(producer),
             epoch=epoch,
             sequence=sequence,
         )
@@ -222,6 +227,19 @@ def _entry(row: Row[Any]) -> Entry:
     if _crc(entry) != crc:
         raise JournalDamaged(uid, position)
     return entry
+
+
+def _producer_key(entry: Entry) -> str | None:
+    """In the table: what was sent under a name before it was forgotten may be there still, and is no repeat."""
+    return entry.producer if not entry.life else f"{entry.producer}{_LIFE}{entry.life}"
+
+
+def _named(key: str | None) -> dict[str, Any]:
+    """The fields of an entry that `_producer_key` has made one."""
+    if key is None or _LIFE not in key:
+        return {"producer": key}
+    name, _, life = key.rpartition(_LIFE)
+    return {"producer": name, "life": int(life)}
 
 
 def _of(learner_uid: str) -> ColumnElement[bool]:
@@ -233,7 +251,7 @@ def _crc(entry: Entry) -> int:
     long: a third of a millisecond for a message of 800 KB."""
     head = (
         f"{entry.learner_uid} {entry.position} {entry.kind} "
-        f"{entry.producer} {entry.epoch} {entry.sequence} {entry.payload_hash}"
+        f"{_producer_key(entry)} {entry.epoch} {entry.sequence} {entry.payload_hash}"
     )
     unsigned = isal_zlib.crc32(entry.payload, isal_zlib.crc32(head.encode()))
     return unsigned - 2**32 if unsigned >= 2**31 else unsigned

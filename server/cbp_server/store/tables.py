@@ -107,6 +107,9 @@ CHECKPOINTS = Table(
     ForeignKeyConstraint(["learner_uid"], ["learners.uid"], name="checkpoints_learner_uid_fkey"),
 )
 
+#: A name, and the number of its life if it may have been forgotten before. SQLite takes any length.
+_PRODUCER = String(128).with_variant(String(160), "postgresql")
+
 #: One ordered log per learner of everything that changes it. Positions run 1, 2, 3, … without gaps.
 JOURNAL = Table(
     "journal",
@@ -114,9 +117,9 @@ JOURNAL = Table(
     Column("learner_uid", String(32), nullable=False),
     Column("position", BigInteger, nullable=False),
     Column("kind", String(16), nullable=False),
-    Column("producer", String(128)),  # of batches; NULL otherwise, which the constraint below ignores
+    Column("producer", _PRODUCER),  # of batches and openings
     Column("epoch", BigInteger),
-    Column("sequence", BigInteger),
+    Column("sequence", BigInteger),  # of batches; NULL otherwise, which the constraint below ignores
     Column("payload_hash", String(32), nullable=False),
     Column("crc", Integer, nullable=False),
     Column("payload", LargeBinary, nullable=False),

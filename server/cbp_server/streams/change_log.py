@@ -37,6 +37,7 @@ class NewEntry:
     payload: bytes = b""
     payload_hash: str = ""
     producer: str | None = None
+    life: int = 0
     epoch: int | None = None
     sequence: int | None = None
 

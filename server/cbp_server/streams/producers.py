@@ -1,6 +1,7 @@
 """The producer protocol: who may write to a learner, and which batch is next. Pure bookkeeping, no input or output."""
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 
@@ -20,9 +21,36 @@ class Producer:
         self.name = name
         self.epoch = position.epoch if position else 0
         self.stream_id = position.stream_id if position else ""
+        self.life = position.life if position else 0
         self.accepted = self.applied = self.durable = position.sequence if position else 0
         self._hashes: OrderedDict[int, str] = OrderedDict(position.hashes if position else ())
         self._under_way: dict[int, asyncio.Future[TrainReport]] = {}
+        self.left_at = time.monotonic()  # when its last stream ended; or when this was made of a position
+        self._finished = False  # by the client, rather than cut off
+
+    @classmethod
+    def newcomer(cls, name: str, epoch_floor: int) -> "Producer":
+        """One that begins at sequence 1, with epochs above those of all that were forgotten."""
+        return cls(name, Position(epoch=epoch_floor, life=epoch_floor))
+
+    def left(self, *, finished: bool) -> None:
+        """Its stream is over.
+
+        Args:
+            finished: the client has ended it; otherwise it may come back.
+        """
+        self.left_at = time.monotonic()
+        self._finished = finished
+
+    def has_been_away_like(self, earlier: "Producer") -> None:
+        """`earlier` was this producer before its learner was brought back."""
+        self.left_at, self._finished = earlier.left_at, earlier._finished
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the client has ended its last stream, and all that it sent is applied and durable: it has nothing to
+        send again."""
+        return self._finished and self.durable >= self.accepted and not self._under_way
 
     @property
     def record(self) -> ProducerRecord:
@@ -47,6 +75,7 @@ class Producer:
             raise ProducerFenced(self.name, self.epoch)
         self.epoch = max(self.epoch, resumed_epoch) + 1
         self.stream_id = stream_id
+        self._finished = False
         return self.epoch
 
     def check_epoch(self, epoch: int) -> None:

@@ -24,6 +24,12 @@ class Accepted:
     applied: asyncio.Future[TrainReport] | None
     duplicate: bool
 
+    @property
+    def output_bytes(self) -> int:
+        """Of the outputs in its answer, once it is applied."""
+        outputs = self.applied.result().result.outputs if self.applied is not None else None
+        return 0 if outputs is None or self.duplicate else outputs.nbytes
+
 
 @dataclass(frozen=True)
 class Rejected:
@@ -103,6 +109,7 @@ class TrainSession:
         self._on_rejected = on_rejected
         self._on_close = on_close
         self._ended = False
+        self.finished = False  # by the client
         # What an earlier stream of the producer has sent is answered on this one.
         self._events: deque[Event] = deque(
             Accepted(sequence, applied, duplicate=False) for sequence, applied in producer.under_way.items()
@@ -141,7 +148,7 @@ class TrainSession:
     def end(self, error: Exception | None) -> None:
         """Takes no more batches; the stream ends once the client has heard of the accepted ones."""
         if not self._ended:
-            self._ended = True
+            self._ended, self.finished = True, error is None
             self._push(Ended(error))
 
     def note_durable(self) -> None:
@@ -165,12 +172,14 @@ class TrainSession:
             await self._arrived.wait()
         return self._events.popleft()
 
-    def take_applied(self) -> Accepted | None:
-        """The next event, if it is a batch that the learner has learnt already."""
+    def take_applied(self, room_bytes: int) -> Accepted | None:
+        """The next event, if it is a batch that the learner has learnt already, whose outputs take no more room."""
         event = self._events[0] if self._events else None
         if not isinstance(event, Accepted):
             return None
         if event.applied is not None and (not event.applied.done() or event.applied.exception() is not None):
+            return None
+        if event.output_bytes > room_bytes:
             return None
         self._events.popleft()
         return event

@@ -12,10 +12,12 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 
+from cbp_server.loop.turns import Turns
 from cbp_server.metrics.exposition import Exposition, TextFormat
 from cbp_server.records.learners import LearnerState
 from cbp_server.records.read_model import ReadModel
 from cbp_server.web import schemas
+from cbp_server.web.head_requests import HeadRequests
 from cbp_server.web.problems import PROBLEM_CONTENT, install_problem_handlers
 from cbp_server.web.root_path import RootPath
 from cbp_server.web.security_headers import SecurityHeaders
@@ -58,6 +60,7 @@ def create_app(service: ReadModel, exposition: Exposition, *, root_path: str = "
         openapi_tags=[{"name": "learners"}, {"name": "server"}],
     )
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(HeadRequests)
     if root_path:
         app.add_middleware(RootPath, root_path=root_path)
     install_problem_handlers(app)
@@ -92,8 +95,12 @@ def create_app(service: ReadModel, exposition: Exposition, *, root_path: str = "
         max_samples: Annotated[int, Query(ge=0, description="At most this many of the newest; 0 means 1.")] = 0,
     ) -> schemas.PlasticityHistory:
         """The newest samples, oldest first. A sample is taken every `monitoring.interval` steps."""
-        samples = service.samples(learner_id, max_samples or 1)
-        return schemas.PlasticityHistory(samples=[schemas.PlasticitySample.of(sample) for sample in samples])
+        samples, turns = [], Turns()
+        for sample in service.samples(learner_id, max_samples or 1):
+            samples.append(schemas.PlasticitySample.of(sample))
+            if turns.over:  # of many layers, hundreds of samples take seconds
+                await turns.give_way()
+        return schemas.PlasticityHistory(samples=samples)
 
     @app.get("/v1/server", tags=["server"], summary="Get the server")
     async def get_server() -> schemas.Server:

@@ -197,6 +197,21 @@ def test_an_import_keeps_to_the_servers_limits(start_server, connect, small_spec
     assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SPEC")
 
 
+def test_a_network_that_a_format_cannot_hold_is_refused_with_the_formats_that_can(wire, learner_id, refused):
+    network = {"kind": "convnet", "in_channels": 1, "height": 4, "width": 4, "channels": [2], "out_features": 3}
+    wire.create(learner_id, network=network)
+    error = refused(lambda: export(wire, learner_id, learner_service_pb2.ExportLearnerRequest.FORMAT_ONNX))
+    assert (error.code, error.reason) == (grpc.StatusCode.UNIMPLEMENTED, "FORMAT_UNSUPPORTED")
+    assert "not for this convnet" in error.message
+    assert "safetensors" in error.message
+
+
+def test_a_format_that_is_none_is_refused(wire, learner_id, refused):
+    wire.create(learner_id)
+    error = refused(lambda: export(wire, learner_id, 99))
+    assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, {"format": "is no Format: 99"})
+
+
 def test_the_network_can_be_used_elsewhere(wire, learner_id, small_spec, examples, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     wire.create(learner_id)

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from cbp_server.learners.host import Host
 from cbp_server.metrics.service import RpcMetrics
+from cbp_server.process.addresses import with_port
 from cbp_server.rpc.server import RpcServer
 from cbp_server.settings import Settings
 
@@ -27,7 +28,7 @@ async def test_no_service_is_healthy_before_the_server_is_ready(service):
     server = RpcServer(
         cast(Host, None), RpcMetrics(CollectorRegistry()), max_message_bytes=1024, limits=settings.limits
     )
-    port = await server.start("127.0.0.1:0")
+    port = await server.start(["127.0.0.1"], 0)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             health = health_pb2_grpc.HealthStub(channel)
@@ -35,6 +36,20 @@ async def test_no_service_is_healthy_before_the_server_is_ready(service):
             assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
             await server.set_serving(True)
             assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+    finally:
+        await server.stop(0)
+
+
+async def test_it_listens_on_one_port_of_every_address():
+    addresses = ["127.0.0.1", "127.0.0.2"]
+    server = RpcServer(
+        cast(Host, None), RpcMetrics(CollectorRegistry()), max_message_bytes=1024, limits=Settings().limits
+    )
+    port = await server.start(addresses, 0)
+    try:
+        for address in addresses:
+            async with grpc.aio.insecure_channel(with_port(address, port)) as channel:
+                await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
     finally:
         await server.stop(0)
 

@@ -82,6 +82,43 @@ def test_one_of_several_batches_is_rejected_by_itself(wire, learner_id, examples
     assert (following.sequence, following.reason, following.expected_sequence) == (3, "SEQUENCE_GAP", 2)
 
 
+WIDE = {"network": {"kind": "mlp", "in_features": 1, "hidden": [4], "out_features": 1000}, "batch_size": 0}
+
+
+def test_results_with_outputs_come_in_messages_that_every_client_takes(wire, learner_id):
+    wire.create(learner_id, **WIDE)
+    features, targets = np.zeros((300, 1), np.float32), np.zeros(300, np.int64)  # 1.2 MB of outputs
+    stream = wire.stream(learner_id)
+    stream.send_together([batch_message(n, features, targets, return_outputs=True) for n in range(1, 9)])
+    results = stream.results(8)
+    assert [result.sequence for result in results] == list(range(1, 9))
+    assert {tuple(result.outputs.shape) for result in results} == {(300, 1000)}
+
+
+def test_outputs_that_no_client_takes_are_refused_before_anything_is_learnt(wire, learner_id):
+    wire.create(learner_id, **WIDE)
+    features, targets = np.zeros((17_000, 1), np.float32), np.zeros(17_000, np.int64)
+    stream = wire.stream(learner_id)
+    stream.send_batch(1, features, targets, return_outputs=True)
+    rejection = stream.rejection()
+    assert (rejection.reason, [violation.field for violation in rejection.field_violations]) == (
+        "INVALID_BATCH",
+        ["features"],
+    )
+    assert "send at most 16760 examples at once, or do without return_outputs" in rejection.message
+    assert wire.get(learner_id).progress.examples == 0
+    stream.send_batch(1, features, targets)
+    assert stream.results(1)[0].examples == 17_000
+
+
+def test_a_prediction_whose_answer_no_client_takes_is_refused(wire, learner_id, refused):
+    wire.create(learner_id, **WIDE)
+    error = refused(lambda: wire.predict(learner_id, np.zeros((16_761, 1), np.float32)))
+    assert (error.code, list(error.fields)) == (grpc.StatusCode.INVALID_ARGUMENT, ["features"])
+    assert "send at most 16760 examples at once" in error.message
+    assert list(wire.predict(learner_id, np.zeros((900, 1), np.float32)).outputs.shape) == [900, 1000]
+
+
 def test_a_remainder_waits_for_the_next_message(wire, learner_id, examples):
     wire.create(learner_id, batch_size=4)
     stream = wire.stream(learner_id)

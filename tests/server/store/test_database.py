@@ -2,11 +2,14 @@
 
 import os
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
@@ -14,6 +17,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from cbp_server.records.learners import Durability
 from cbp_server.store.catalog import Catalog, StoredLearner
 from cbp_server.store.database import DatabaseInUse, exclusive, open_database, transaction
+from cbp_server.store.journal import Entry, EntryKind, Journal
 from cbp_server.store.tables import METADATA
 
 LEARNER = StoredLearner(
@@ -42,6 +46,22 @@ def test_migrations_make_the_tables_that_the_code_expects(database):
 def test_opening_again_keeps_what_is_there(database, open_again):
     Catalog(database).add(LEARNER)
     assert Catalog(open_again()).learners() == [LEARNER]
+
+
+def test_the_tables_of_the_first_version_keep_what_is_in_them(database, open_again, drop_tables):
+    drop_tables(database)
+    config = Config()
+    config.set_main_option("script_location", "cbp_server.store:migrations")
+    with database.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    entry = Entry(learner_uid="a", position=1, kind=EntryKind.BATCH, payload=b"x", producer="web", epoch=1, sequence=1)
+    Journal(database).append([entry])
+    Catalog(database).add(LEARNER)
+    engine = open_again()
+    assert Catalog(engine).learners() == [LEARNER]
+    assert list(Journal(engine).read("a", 0)) == [entry]
+    Journal(engine).append([replace(entry, position=2, producer="ő" * 128, life=2**63 - 1)])
 
 
 def test_a_database_of_a_newer_version_is_refused(database, open_again):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import event, text
@@ -49,6 +50,21 @@ def test_a_batch_is_in_the_log_once(journal):
             journal.append([batch(3, "b"), duplicate])
     assert positions(journal) == [1]
     assert positions(journal, "b") == []  # the whole transaction is gone
+
+
+def test_a_name_that_was_forgotten_begins_anew_where_its_old_batches_are(journal):
+    first, later, last = batch(1), replace(batch(2), sequence=1, life=7), replace(batch(3), sequence=1, life=12)
+    journal.append([first, later, last])
+    assert list(journal.read("a", 0)) == [first, later, last]
+    for known in (first, later, last):
+        with pytest.raises(IntegrityError):
+            journal.append([replace(known, position=4)])
+
+
+def test_the_longest_name_of_the_longest_life_fits(journal):
+    entry = replace(batch(1, producer="ő" * 128), life=2**63 - 1)
+    journal.append([entry])
+    assert list(journal.read("a", 0)) == [entry]
 
 
 def test_entries_without_a_producer_do_not_collide(journal):

@@ -12,6 +12,37 @@ from cbp_server.errors import ProducerFenced, SequenceGap, SequenceReused
 from cbp_server.streams.producers import Producer
 
 
+def test_a_newcomer_is_above_all_that_were_forgotten():
+    producer = Producer.newcomer("web", epoch_floor=7)
+    assert (producer.open(), producer.life, producer.accepted) == (8, 7, 0)
+    assert (Producer.newcomer("web", 0).open(), Producer.newcomer("web", 0).life) == (1, 0)
+
+
+def test_a_producer_is_settled_when_its_client_has_ended_and_all_is_durable():
+    producer = Producer("web")
+    producer.open()
+    assert not producer.is_settled
+    applied: asyncio.Future = asyncio.Future(loop=(loop := asyncio.new_event_loop()))
+    producer.accept(1, "x", applied)
+    producer.left(finished=True)
+    assert not producer.is_settled  # the batch is under way
+    producer.settle(1)
+    assert not producer.is_settled  # and now in memory alone, as without a journal
+    producer.make_durable(1)
+    assert producer.is_settled
+    again = Producer("web", Position(producer.epoch, 1))
+    assert not again.is_settled
+    again.has_been_away_like(producer)
+    assert again.is_settled
+    assert again.left_at == producer.left_at
+    producer.left(finished=False)
+    assert not producer.is_settled  # cut off, it may come back
+    producer.left(finished=True)
+    producer.open()
+    assert not producer.is_settled
+    loop.close()
+
+
 class ProducerMachine(RuleBasedStateMachine):
     """The model is the list of payloads accepted so far and how many of them are applied."""
 

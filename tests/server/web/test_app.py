@@ -210,7 +210,36 @@ def test_an_unknown_path_is_a_problem(client: httpx.Client, path: str) -> None:
 def test_only_reading_is_allowed(client: httpx.Client) -> None:
     response = client.post("/v1/learners")
     assert_problem(response, 405)
-    assert response.headers["allow"] == "GET"
+    assert response.headers["allow"] == "GET, HEAD"
+
+
+HEADS = [
+    "/",
+    "/docs",
+    "/openapi.json",
+    "/livez",
+    "/v1/learners",
+    "/v1/learners/clicks",
+    "/v1/learners/clicks/plasticity",
+]
+
+
+@pytest.mark.parametrize("path", [*HEADS, "/readyz", "/static/status.js", "/static/swagger-ui/swagger-ui.css"])
+def test_head_is_get_without_a_body(host: Any, client: httpx.Client, make_learner: MakeLearner, path: str) -> None:
+    host.add(make_learner("clicks"))
+    host.reasons = ["learners are being restored"]  # so /readyz is not ready
+    full, head = client.get(path), client.head(path)
+    assert head.status_code == full.status_code == (503 if path == "/readyz" else 200)
+    assert {**head.headers, "date": ""} == {**full.headers, "date": ""}
+    assert int(head.headers["content-length"]) == len(full.content) > 0
+    assert head.content == b""
+
+
+@pytest.mark.parametrize(("path", "status"), [("/metrics", 200), ("/v1/server", 200), ("/nothing", 404)])
+def test_head_of_what_changes_from_one_moment_to_the_next(client: httpx.Client, path: str, status: int) -> None:
+    full, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (status, b"")
+    assert (head.headers.keys(), head.headers["content-type"]) == (full.headers.keys(), full.headers["content-type"])
 
 
 def test_an_unavailable_engine_says_when_to_try_again(host: Any, client: httpx.Client) -> None:
