@@ -169,6 +169,7 @@ class AsyncLearner(forks.InOneProcess):
         Raises:
             NotFound: the learner has no producer of that name.
         """
+        producer = arguments.text("producer", producer)
         request = learner_service_pb2.DeleteProducerRequest(name=convert.producer_name(self.id, producer))
         await self._connection.call(self._connection.learners.DeleteProducer, request, retry=False)
 

@@ -5,7 +5,7 @@ import sys
 
 import structlog
 
-from cbp_server.app import StartError, serve
+from cbp_server.engine.spawning import SpawnedEngine
 from cbp_server.process.descriptors import raise_descriptor_limit
 from cbp_server.process.logs import configure_logging
 from cbp_server.process.memory import keep_freed_memory, shorten_collections
@@ -22,11 +22,18 @@ def main() -> None:
         log.warning("environment variable ignored", variable=variable.name, reason=variable.reason)
     raise_descriptor_limit()
     keep_freed_memory()
-    shorten_collections()
+    engine = SpawnedEngine()
     try:
-        sys.exit(asyncio.run(serve(settings)))
-    except StartError as error:
-        sys.exit(f"cbp-server: {error}")
+        # Here, so that both processes load what they need at the same time.
+        from cbp_server.app import StartError, serve
+
+        shorten_collections()
+        try:
+            sys.exit(asyncio.run(serve(settings, engine)))
+        except StartError as error:
+            sys.exit(f"cbp-server: {error}")
+    finally:
+        engine.end()  # if the server has not come so far as to do so
 
 
 if __name__ == "__main__":

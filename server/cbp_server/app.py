@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from cbp import CbpError
 from cbp_server.engine.messages import EngineOptions, EngineReady
 from cbp_server.engine.process import EngineProcess
+from cbp_server.engine.spawning import SpawnedEngine
 from cbp_server.errors import EngineUnavailable
 from cbp_server.learners.checkpointing import CheckpointPolicy
 from cbp_server.learners.host import Host, HostOptions
@@ -55,8 +56,11 @@ class StartError(Exception):
     """The server cannot start; the text says why and what to do."""
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, engine: SpawnedEngine) -> int:
     """Runs the server until SIGTERM or SIGINT; the process's exit status, 0 if everything acknowledged is saved.
+
+    Args:
+        engine: the first engine process; it has been begun, and waits.
 
     Raises:
         StartError: a port is taken, the data directory is in use or not writable, or the engine cannot start.
@@ -69,7 +73,7 @@ async def serve(settings: Settings) -> int:
     with _locked(settings.data_dir):
         (settings.data_dir / _ENDPOINTS).unlink(missing_ok=True)  # of a server that was killed
         with _database(settings) as (database, ownership):
-            async with _Server(settings, database, ownership).running(stopping) as server:
+            async with _Server(settings, engine, database, ownership).running(stopping) as server:
                 await stopping.wait()
                 log.info("shutting down")
                 unsaved = await server.drain()
@@ -91,7 +95,7 @@ class _HttpServer(uvicorn.Server):
 class _Server:
     """All parts of the front process, wired together."""
 
-    def __init__(self, settings: Settings, database: Engine, ownership: Ownership) -> None:
+    def __init__(self, settings: Settings, engine: SpawnedEngine, database: Engine, ownership: Ownership) -> None:
         self._settings = settings
         registry = CollectorRegistry()
         rpc_metrics = RpcMetrics(registry)
@@ -115,6 +119,7 @@ class _Server:
                 log_level=settings.log_level,
                 log_format=settings.log_format,
             ),
+            engine,
             on_up=self._engine_up,
             on_down=self._engine_down,
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import cbp
-from cbp.errors import BatchError, CbpError, DivergenceError, FieldViolation, SnapshotError, SpecError
+from cbp.errors import BatchError, CbpError, DivergenceError, FieldViolation, FormatError, SnapshotError, SpecError
 
 for module in pkgutil.walk_packages(cbp.__path__, "cbp."):
     importlib.import_module(module.name)  # for every error that the package defines
@@ -20,6 +20,7 @@ _SAMPLES: dict[type[CbpError], Callable[[], CbpError]] = {
     SpecError: lambda: SpecError(iter(_VIOLATIONS)),
     BatchError: lambda: BatchError(_VIOLATIONS),
     DivergenceError: lambda: DivergenceError(3, "loss"),
+    FormatError: lambda: FormatError("ONNX cannot hold it"),
     SnapshotError: lambda: SnapshotError("it is damaged"),
 }
 

@@ -112,6 +112,7 @@ _TABLE: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
     "Learner.delete": ({}, {"if_unchanged": _FLAG}),
     "Learner.fork": ({"learner_id": "copy"}, {"learner_id": _TEXT, "durability": _DURABILITY}),
     "Learner.delete_checkpoint": ({}, {"number": [*_WHOLE, 0, None]}),
+    "Learner.forget_producer": ({}, {"producer": _TEXT}),
     "Learner.restore": ({}, {"checkpoint": [*_WHOLE, 0], "position": [*_WHOLE, -1], "if_unchanged": []}),
     "Learner.resume": ({}, {"lr": _NUMBER, "skip_batch": _FLAG}),
     "Learner.reset_units": (

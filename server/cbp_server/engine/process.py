@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import os
-import socket
-import sys
+import subprocess
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import structlog
 
 from cbp_server.engine import messages
 from cbp_server.engine.connection import EngineConnection
+from cbp_server.engine.spawning import SpawnedEngine
 from cbp_server.errors import EngineUnavailable
 from cbp_server.records.learners import EngineStatus
 
@@ -25,14 +25,12 @@ _HEALTHY_SECONDS = 60.0
 
 log = structlog.get_logger("cbp_server.engine")
 
-#: Else, on some processors, how MKL rounds depends on where a learner lies in a stack: it would show in replay.
-_REPEATABLE_PRODUCTS = {"MKL_CBWR": "AUTO,STRICT"}
-
 
 class EngineProcess:
     """One supervised engine process.
 
     Args:
+        spawned: the first one, if it has been begun already; it is this object's from `start` on.
         on_up: awaited whenever a new process is ready, before `start` returns for the first one.
         on_down: called whenever the process has ended unasked; then every call under way fails.
     """
@@ -40,6 +38,7 @@ class EngineProcess:
     def __init__(
         self,
         options: messages.EngineOptions,
+        spawned: SpawnedEngine | None = None,
         *,
         on_up: Callable[[messages.EngineReady], Awaitable[None]],
         on_down: Callable[[], None],
@@ -47,7 +46,8 @@ class EngineProcess:
         self._options = options
         self._on_up = on_up
         self._on_down = on_down
-        self._process: asyncio.subprocess.Process | None = None
+        self._spawned = spawned
+        self._process: subprocess.Popen[bytes] | None = None
         self._connection: EngineConnection | None = None  # from the start of the process
         self._up = False  # the process takes requests
         self._announcing: asyncio.Task[None] | None = None
@@ -177,14 +177,10 @@ class EngineProcess:
 
     async def _live(self, first_up: asyncio.Future[None]) -> None:
         """One process, from its start to its end."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # A session of its own, so that Ctrl-C in a terminal reaches the front alone.
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "cbp_server.engine", str(theirs.fileno()),
-                pass_fds=[theirs.fileno()], start_new_session=True, env=_REPEATABLE_PRODUCTS | os.environ,
-            )  # fmt: skip
-        connection = self._connection = EngineConnection(ours, partial(self._take, first_up))
+        spawned, self._spawned = self._spawned or SpawnedEngine(), None
+        spawned.taken = True
+        process = self._process = spawned.process
+        connection = self._connection = EngineConnection(spawned.connection, partial(self._take, first_up))
         if self._stopping.is_set():  # stop() came before there was a connection to close
             connection.close()
         try:
@@ -196,7 +192,7 @@ class EngineProcess:
                 self._on_down()
             self._fail_waiting()
             connection.close()
-            await self._process.wait()
+            await asyncio.to_thread(process.wait)
             if self._announcing is not None:
                 await self._announcing
                 self._announcing = None

@@ -7,17 +7,15 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
-from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, func, inspect, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidRequestError
 
 from cbp_server.store.directories import sync_directory
+from cbp_server.store.tables import METADATA
 
 _FILE = "journal.db"
+#: Where Alembic notes the revision of the tables.
+_NOTE = "alembic_version"
 _CHUNK_BYTES = 2**20
 
 #: The engine's option that holds the lock of SQLite's writers.
@@ -91,24 +89,48 @@ def _sqlite(file: Path) -> Engine:
 
 def _migrate(engine: Engine) -> None:
     """Brings the tables to this version's state, in one transaction."""
-    config = Config()
-    config.set_main_option("script_location", "cbp_server.store:migrations")
     with engine.begin() as connection:
-        if MigrationContext.configure(connection).get_current_revision() == _newest(config):
+        revision = _revision(connection)
+        if revision == newest_revision():
             return
         if engine.dialect.name == "postgresql" and not connection.scalar(
             select(func.pg_try_advisory_xact_lock(_OWNER_LOCK))
         ):
             raise DatabaseInUse  # of another version: its tables are not to change under its feet
-        config.attributes["connection"] = connection
-        try:
-            command.upgrade(config, "head")
-        except CommandError as error:
-            raise InvalidRequestError(f"its tables are those of a newer version: {error}") from error
+        if revision is None:
+            METADATA.create_all(connection, checkfirst=False)
+            connection.execute(text(f"CREATE TABLE {_NOTE} (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"))
+            connection.execute(text(f"INSERT INTO {_NOTE} VALUES (:newest)"), {"newest": newest_revision()})
+        else:
+            _upgrade(connection)
 
 
-def _newest(config: Config) -> str | None:
-    return ScriptDirectory.from_config(config).get_current_head()
+def _upgrade(connection: Connection) -> None:
+    # Imported when it has something to do: that takes a third of a second.
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", "cbp_server.store:migrations")
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise InvalidRequestError(f"its tables are those of a newer version: {error}") from error
+
+
+def _revision(connection: Connection) -> str | None:
+    """That of the tables, as Alembic notes it; None of an empty database."""
+    if not inspect(connection).has_table(_NOTE):
+        return None
+    revision: str | None = connection.scalar(text(f"SELECT version_num FROM {_NOTE}"))
+    return revision
+
+
+def newest_revision() -> str:
+    """That of this version's tables: migrations are numbered by their files' names."""
+    return max(file.name[:4] for file in (Path(__file__).parent / "migrations" / "versions").glob("[0-9]*.py"))
 
 
 @contextmanager

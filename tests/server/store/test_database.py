@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from cbp_server.records.learners import Durability
 from cbp_server.store.catalog import Catalog, StoredLearner
-from cbp_server.store.database import DatabaseInUse, exclusive, open_database, transaction
+from cbp_server.store.database import DatabaseInUse, exclusive, newest_revision, open_database, transaction
 from cbp_server.store.journal import Entry, EntryKind, Journal
 from cbp_server.store.tables import METADATA
 
@@ -35,10 +35,38 @@ def synchronous(connection) -> int:
     return connection.execute(text("PRAGMA synchronous")).scalar()
 
 
-def test_migrations_make_the_tables_that_the_code_expects(database):
+def migrate(database, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", "cbp_server.store:migrations")
+    with database.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+
+def described(database) -> dict:
+    """All that the database says of its tables."""
+    looked_at = inspect(database)
+    described = {}
+    for table in looked_at.get_table_names():
+        columns = [(c["name"], str(c["type"]), c["nullable"], c["default"]) for c in looked_at.get_columns(table)]
+        indexes = sorted((i["name"], i["column_names"], bool(i["unique"])) for i in looked_at.get_indexes(table))
+        unique = sorted((u["name"] or "", u["column_names"]) for u in looked_at.get_unique_constraints(table))
+        foreign = sorted(str(sorted(f.items(), key=str)) for f in looked_at.get_foreign_keys(table))
+        keys = looked_at.get_pk_constraint(table)["constrained_columns"]
+        described[table] = columns, keys, indexes, unique, foreign
+    return described
+
+
+def test_migrations_make_the_tables_that_the_code_expects(database, drop_tables):
+    """Those that a new database is given at once."""
+    newborn = described(database)
+    drop_tables(database)
+    migrate(database, "head")
+    assert described(database) == newborn
     with database.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, METADATA) == []
+        assert context.get_current_revision() == newest_revision()
         indexes = inspect(connection).get_indexes("learners")
     assert [(index["name"], bool(index["unique"])) for index in indexes] == [("learners_live_name", True)]
 
@@ -50,11 +78,7 @@ def test_opening_again_keeps_what_is_there(database, open_again):
 
 def test_the_tables_of_the_first_version_keep_what_is_in_them(database, open_again, drop_tables):
     drop_tables(database)
-    config = Config()
-    config.set_main_option("script_location", "cbp_server.store:migrations")
-    with database.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
+    migrate(database, "0001")
     entry = Entry(learner_uid="a", position=1, kind=EntryKind.BATCH, payload=b"x", producer="web", epoch=1, sequence=1)
     Journal(database).append([entry])
     Catalog(database).add(LEARNER)
