@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from cbp.errors import SnapshotError, SpecError
-from cbp.serialization import refusing_misfits, take_tensor
+from cbp.errors import SpecError
+from cbp.saved.methods import SavedResets
+from cbp.saved.parts import read_part, refuse
+from cbp.serialization import counts, take_tensor
 from cbp.spec.learner_spec import Initializer, ResetSpec, Utility
 from cbp.units.discovery import TableRow
 from cbp.units.module_units import ModuleUnits
@@ -185,24 +187,21 @@ class ContinualBackprop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned. Raises `SnapshotError` if it does not fit."""
         device = self._module_units.grouping.device
-        with refusing_misfits():
-            accumulated = [float(share) for share in state["accumulated_replacements"]]
-            # Not in states that were saved before replacements could be limited.
-            nothing = [0] * len(accumulated)
-            in_window = [int(count) for count in state.get("replacements_in_window", nothing)]
-            step = int(state["step"])
-            shape, seen = self._units.utility.shape, self._units.mean_activation.shape
-            units = UnitState(
-                utility=take_tensor(state, "utility", shape, torch.float32).to(device, copy=True),
-                age=take_tensor(state, "age", shape, torch.int64).to(device, copy=True),
-                mean_activation=take_tensor(state, "mean_activation", seen, torch.float32).to(device, copy=True),
-            )
-            history = self._module_units.read_state(state)
-        if {len(accumulated), len(in_window)} != {(groups := len(history.replacements))}:
-            raise SnapshotError(f"The state is of another network: this one has {groups} groups of units")
-        self._step, self._units = step, units
+        saved = read_part(SavedResets, state)
+        refuse(saved.misfits(self._module_units.grouping.layout.widths))
+        # Utilities and means may have overflowed where all that the network computes with is finite.
+        shape, seen = self._units.utility.shape, self._units.mean_activation.shape
+        units = UnitState(
+            utility=take_tensor(state, "utility", shape, torch.float32).to(device, copy=True),
+            age=take_tensor(state, "age", shape, torch.int64, counts(saved.step)).to(device, copy=True),
+            mean_activation=take_tensor(state, "mean_activation", seen, torch.float32).to(device, copy=True),
+        )
+        history = self._module_units.read_state(state)
+        self._step, self._units = saved.step, units
         self._module_units.resume(history)
-        self._schedule = self._schedule_from_ages(accumulated, in_window)
+        # Not in states that were saved before replacements could be limited.
+        in_window = saved.replacements_in_window or [0] * len(history.replacements)
+        self._schedule = self._schedule_from_ages(saved.accumulated_replacements, in_window)
 
     def _schedule_from_ages(self, accumulated: Sequence[float], in_window: Sequence[int]) -> ReplacementSchedule:
         ages = self._units.age[0].cpu().numpy()

@@ -80,6 +80,36 @@ class DivergenceError(CbpError):
 class SnapshotError(CbpError):
     """A snapshot that cannot be restored."""
 
+    def __init__(self, message: str, violations: Iterable[FieldViolation] = ()) -> None:
+        # Both are arguments of the base class, so that pickle rebuilds the error from `args`.
+        self.violations = tuple(violations)
+        """What in it is wrong, by its name there; none if it cannot be read at all."""
+        super().__init__(message, self.violations)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @classmethod
+    def of(cls, violations: Iterable[FieldViolation]) -> "SnapshotError":
+        """Says everything that is wrong."""
+        found = tuple(violations)
+        return cls("; ".join(map(str, found)), found)
+
+    def within(self, place: str) -> "SnapshotError":
+        """The same of a part that stands at `place` in a larger whole."""
+        if not self.violations:
+            return SnapshotError.of([FieldViolation(place, str(self))])
+        return SnapshotError.of(FieldViolation(f"{place}.{each.field}", each.description) for each in self.violations)
+
+    @classmethod
+    def of_spec(cls, error: SpecError) -> "SnapshotError":
+        """What is wrong with a specification, said of the snapshot that it is in."""
+        violations = [
+            FieldViolation(each.field if each.field == "spec" else f"spec.{each.field}", each.description)
+            for each in error.violations
+        ]
+        return cls(f"The specification cannot be read: {error}", violations)
+
 
 class FormatError(CbpError):
     """A network that cannot be written in the wanted format; the text names those that can hold it."""

@@ -23,6 +23,7 @@ from cbp.examples.pending import Examples, Probe, TaskRun
 from cbp.plasticity.samples import PlasticitySample
 from cbp.progress import LearnerProgress, ProgressTracker
 from cbp.results import TrainResult
+from cbp.saved.learner import read_learner
 from cbp.serialization import FORMAT_VERSION, LearnerSnapshot, take_tensor
 from cbp.spec.learner_spec import LearnerSpec, hidden_layer_name
 from cbp.units.replacement import DrawSource
@@ -30,6 +31,9 @@ from cbp.units.replacement import DrawSource
 _FLOAT32 = np.dtype(np.float32)
 SAMPLE_LIMIT = 1024
 """Plasticity samples kept for `Learner.take_samples`; the oldest go first."""
+
+_QUICKLY_BUILT = 2**16
+"""Parameters."""
 
 PREDICTION_VALUES = 2**23
 """Hidden activations that one forward pass of `Learner.predict` makes at most, so that its memory stays bounded: many
@@ -433,39 +437,63 @@ class Learner:
         spec = snapshot.read_spec()
         resolve_engine(engine, spec, torch.device(device))
         try:
+            _check_size(spec, snapshot.tensors)
             learner = cls(spec, device=device, engine=engine)
             learner._load(snapshot.tensors, snapshot.metadata)
         except SnapshotError:
             raise
-        except (CbpError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except SpecError as error:
+            raise SnapshotError.of_spec(error) from error
+        except (CbpError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise SnapshotError(f"The snapshot cannot be restored: {type(error).__name__}: {error}") from error
         return learner
 
     def _load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        self._state.load(tensors, metadata)
-        self._examples = int(metadata["examples"])
-        self._progress = ProgressTracker.from_plain(metadata["progress"])
+        saved = read_learner(self._state.saved_as, metadata, self._spec)
+        pending = self._examples_in(tensors, "pending", saved.pending_tasks, weighted=True)
+        recent = self._examples_in(tensors, "probe", None)
+        most = min(self._spec.monitoring.probe_size, saved.examples)
+        if len(recent) > most:
+            text = f"Expected at most {most}, by monitoring.probe_size and the examples learnt from; got {len(recent)}"
+            raise SnapshotError.of([FieldViolation("probe.features", text)])
+        self._state.load(tensors, saved)
+        self._examples = saved.examples
+        self._progress = ProgressTracker.of(saved.progress)
+        self._pending = pending if len(pending) else self._none
+        self._probe = Probe(self._spec.monitoring.probe_size, recent.features, recent.targets)
 
-        def on_host(name: str, *shape: int | None, dtype: torch.dtype = torch.float32) -> NDArray[Any]:
-            copy: NDArray[Any] = take_tensor(tensors, name, shape, dtype).numpy().copy()
+    def _examples_in(
+        self, tensors: Mapping[str, Tensor], part: str, tasks: Sequence[TaskRun] | None, *, weighted: bool = False
+    ) -> Examples:
+        """Those of a part of a snapshot, checked as a batch is, in memory of their own; without tasks if None."""
+
+        def on_host(field: str, *row: int, dtype: torch.dtype = torch.float32) -> NDArray[Any]:
+            copy: NDArray[Any] = take_tensor(tensors, f"{part}.{field}", (None, *row), dtype).numpy().copy()
             return copy
 
         labels = self._spec.loss.kind == "cross_entropy"
-        features_shape = (None, *self._spec.network.input_shape)
-        target_shape = (None,) if labels else (None, self._spec.network.out_features)
-        target_dtype = torch.int64 if labels else torch.float32
-        pending = Examples(
-            on_host("pending.features", *features_shape),
-            on_host("pending.targets", *target_shape, dtype=target_dtype),
-            on_host("pending.weights", None),
-            tuple((str(task), int(count)) for task, count in metadata["pending_tasks"]),
+        features = on_host("features", *self._spec.network.input_shape)
+        targets = (
+            on_host("targets", dtype=torch.int64) if labels else on_host("targets", self._spec.network.out_features)
         )
-        self._pending = pending if len(pending) else self._none
-        self._probe = Probe(
-            self._spec.monitoring.probe_size,
-            on_host("probe.features", *features_shape),
-            on_host("probe.targets", *target_shape, dtype=target_dtype),
-        )
+        weights = on_host("weights") if weighted else None
+        runs = [("", len(features))] if tasks is None else tasks
+        try:
+            return Examples.checked(self._spec, features, targets, weights, runs)
+        except BatchError as error:
+            raise SnapshotError.of(
+                FieldViolation("pending_tasks" if each.field == "tasks" else f"{part}.{each.field}", each.description)
+                for each in error.violations
+            ) from error
+
+
+def _check_size(spec: LearnerSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Nothing large is built that the snapshot has no parameters for, whatever its specification claims."""
+    expected = profile_of(spec.network).parameters
+    held = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("parameters."))
+    if expected > 2 * held + _QUICKLY_BUILT:
+        text = f"Makes {expected} parameters, where the snapshot's tensors hold {held}"
+        raise SnapshotError.of([FieldViolation("spec.network", text)])
 
 
 def _copy_to_host(tensor: Tensor, room: Tensor | None) -> Tensor:

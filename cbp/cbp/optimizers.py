@@ -17,6 +17,9 @@ from cbp.spec.learner_spec import AdamSpec, AdamWSpec, MlpSpec, RmspropSpec, Sgd
 NORM_MARGIN = 1e-6
 """Added to a gradient's norm before it is divided by, as PyTorch does."""
 
+STEPS_COUNTED = 2**24
+"""As far as Adam's float32 counts of steps go."""
+
 AnyOptimizerSpec = SgdSpec | RmspropSpec | AdamSpec | AdamWSpec
 
 

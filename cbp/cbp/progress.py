@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-TASK_RECORD_LIMIT = 128
-"""Task records kept; the oldest go first."""
+from cbp.saved.parts import read_part, refuse
+from cbp.saved.progress import TASK_RECORD_LIMIT as TASK_RECORD_LIMIT  # part of this module's names, too
+from cbp.saved.progress import SavedProgress, SavedTask, SavedTracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,10 @@ class TaskRecord:
     """Mean loss of its examples."""
     accuracy: float | None
     """Mean accuracy of its examples; None for regression."""
+
+    @classmethod
+    def of(cls, saved: SavedTask) -> "TaskRecord":
+        return cls(**dict(saved))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +63,10 @@ class LearnerProgress:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "LearnerProgress":
-        """What `to_plain` was called on."""
-        return cls(**{**plain, "tasks": tuple(TaskRecord(**record) for record in plain["tasks"])})
+        """What `to_plain` was called on. Raises `SnapshotError` if it is anything else."""
+        saved = read_part(SavedProgress, plain)
+        refuse(saved.misfits())
+        return cls(**{**dict(saved), "tasks": tuple(map(TaskRecord.of, saved.tasks))})
 
 
 @dataclass(slots=True)
@@ -163,12 +170,13 @@ class ProgressTracker:
         }
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> "ProgressTracker":
+    def of(cls, saved: SavedTracker) -> "ProgressTracker":
+        """Goes on from what `to_plain` said."""
         tracker = cls(
-            loss=ExponentialAverage(**plain["loss"]),
-            accuracy=ExponentialAverage(**plain["accuracy"]),
-            task_count=int(plain["task_count"]),
-            last_task=plain["last_task"],
+            loss=ExponentialAverage(saved.loss.total, saved.loss.weight),
+            accuracy=ExponentialAverage(saved.accuracy.total, saved.accuracy.weight),
+            task_count=saved.task_count,
+            last_task=saved.last_task,
         )
-        tracker.tasks.extend(TaskRecord(**record) for record in plain["tasks"])
+        tracker.tasks.extend(map(TaskRecord.of, saved.tasks))
         return tracker

@@ -61,11 +61,11 @@ def measure_trainability(
         update={"batch_size": step_size, "monitoring": spec.monitoring.model_copy(update={"interval": 0})}
     )
     count -= count % step_size
-    step = int(snapshot.metadata["step"])
+    copy = Learner.restore(_of_nobodys_stream(snapshot, spec), engine=engine)
+    step = copy.progress.step
     task = Batch(
         features=seen[-count:].copy(), targets=_fresh_targets(snapshot, spec, step, count), weights=None, task=""
     )
-    copy = Learner.restore(_of_nobodys_stream(snapshot, spec), engine=engine)
     return Trainability(
         step=step,
         loss=_loss_after(copy, task, between_steps),
@@ -77,7 +77,7 @@ def measure_trainability(
 def _of_nobodys_stream(snapshot: LearnerSnapshot, spec: LearnerSpec) -> LearnerSnapshot:
     """With that specification, and without the examples that wait for their step."""
     waiting = {
-        f"pending.{part}": snapshot.tensors[f"pending.{part}"][:0] for part in ("features", "targets", "weights")
+        name: tensor[:0] for name, tensor in snapshot.tensors.items() if name.startswith("pending.") and tensor.dim()
     }
     metadata = snapshot.metadata | {"spec": spec.to_plain(), "pending_tasks": []}
     return replace(snapshot, tensors=snapshot.tensors | waiting, metadata=metadata)

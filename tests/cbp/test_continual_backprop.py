@@ -301,11 +301,11 @@ def test_a_state_of_another_network_is_refused() -> None:
     state = resets.state_dict()
     with pytest.raises(SnapshotError, match="utility"):
         resets.load_state_dict(state | {"utility": torch.zeros(1, 3)})
-    with pytest.raises(SnapshotError, match=r"resets no parameter '7\.weight'"):
+    with pytest.raises(SnapshotError, match=r"adam_steps\.7\.weight"):
         resets.load_state_dict(state | {"adam_steps": {"7.weight": torch.zeros(3)}})
     with pytest.raises(SnapshotError, match="step"):
         resets.load_state_dict({key: value for key, value in state.items() if key != "step"})
-    with pytest.raises(SnapshotError, match="2 groups of units"):
+    with pytest.raises(SnapshotError, match="replacements_in_window"):
         resets.load_state_dict(state | {"replacements_in_window": [0]})
 
 

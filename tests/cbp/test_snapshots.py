@@ -147,17 +147,20 @@ def test_junk_is_refused(junk: bytes) -> None:
     ("damage", "says"),
     [
         (lambda snapshot: snapshot.metadata.update(format_version=99), "format version 99"),
-        (lambda snapshot: snapshot.metadata.update(replacements_in_window=[1]), "in 2 hidden layers"),
+        (lambda snapshot: snapshot.metadata.update(replacements_in_window=[1]), "Expected 2 numbers"),
         (lambda snapshot: snapshot.metadata.pop("step"), "step"),
         (lambda snapshot: snapshot.metadata["spec"].update(batch_size=-1), "batch_size"),
-        (lambda snapshot: snapshot.metadata.update(replacements=[0]), "2 hidden layers"),
+        (lambda snapshot: snapshot.metadata.update(replacements=[0]), "Expected 2 numbers"),
         (lambda snapshot: snapshot.tensors.pop("units.age"), "lacks the tensor 'units.age'"),
         (lambda snapshot: snapshot.tensors.update({"units.age": torch.zeros(1, 15)}), "int64"),
         (
             lambda snapshot: snapshot.tensors.update({"parameters.output.bias": torch.zeros(4)}),
             "parameters.output.bias",
         ),
-        (lambda snapshot: snapshot.tensors.update({"generator": torch.zeros(5056, dtype=torch.uint8)}), "RuntimeError"),
+        (
+            lambda snapshot: snapshot.tensors.update({"generator": torch.zeros(5056, dtype=torch.uint8)}),
+            "no state of a random generator",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -184,3 +187,22 @@ def test_a_snapshot_from_before_newer_settings_is_taken(make_spec: MakeSpec, mak
     for each in (learner, restored):
         each.train(make_batch(spec, 40, seed=1))
     assert_same(learner, restored)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("momenta", [(0.0, 0.5), (0.5, 0.0), (0.5, 0.0, 0.5)])
+@pytest.mark.parametrize("normalization", ["none", "layer"])
+def test_a_learner_whose_momentum_was_changed_can_be_saved_at_once(
+    normalization: str, momenta: tuple[float, ...], kind: str, make_spec: MakeSpec, make_batch: MakeBatch
+) -> None:
+    specs = [
+        make_spec(network__normalization=normalization, optimizer={"kind": kind, "lr": 0.01, "momentum": momentum})
+        for momentum in momenta
+    ]
+    learner = Learner(specs[0], engine="auto")
+    for spec in specs:
+        learner.update(spec)
+        restored = Learner.restore(learner.snapshot(), engine="auto")
+        for each in (learner, restored):
+            each.train(make_batch(spec, 12))
+        assert_same(learner, restored)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from cbp.errors import Diverged
+from cbp.saved.learner import SavedLearner
 from cbp.spec.learner_spec import LearnerSpec
 
 
@@ -35,9 +36,13 @@ class LearnerState(CheckedState, Protocol):
     def to_plain(self) -> dict[str, Any]:
         """What is to be saved beside the tensors, as JSON."""
 
-    def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Goes on from what was saved. Raises `SnapshotError`, `KeyError`, `TypeError` or `ValueError` if it does not
-        fit."""
+    @property
+    def saved_as(self) -> type[SavedLearner]:
+        """What `to_plain` is a part of."""
+
+    def load(self, tensors: Mapping[str, Tensor], saved: SavedLearner) -> None:
+        """Goes on from what was saved: a record of `saved_as`, which has been checked. Every tensor is checked before
+        it is taken. Raises `SnapshotError`; the state is of no more use then."""
 
     def adopt(self, spec: LearnerSpec) -> None:
         """Goes on with another specification, of which only settings differ; the engine is configured afterwards."""

@@ -22,18 +22,23 @@ from cbp.architectures.profile import layer_names
 from cbp.continual_backprop import ContinualBackprop
 from cbp.engines.eager_engine import EagerWork, Work
 from cbp.engines.names import EngineName
-from cbp.errors import Diverged, SnapshotError
+from cbp.errors import Diverged, FieldViolation, SnapshotError, shown
 from cbp.examples.pending import Examples, Probe
 from cbp.methods import PlasticityMethod, ReDo, SelfNormalizedResets, make_methods
+from cbp.optimizers import STEPS_COUNTED
 from cbp.plasticity.measures import GroupHistory, Seen, measure_groups
 from cbp.plasticity.samples import LayerPlasticity
-from cbp.serialization import take_tensor
+from cbp.saved.learner import SavedLearner, SavedModule
+from cbp.saved.parts import LARGEST_COUNT
+from cbp.serialization import FINITE, NOT_NEGATIVE, Numbers, counts, take_tensor
 from cbp.spec.learner_spec import AdamSpec, AdamWSpec, Initializer, LearnerSpec, RmspropSpec, SgdSpec, goes_with_resets
 from cbp.units.discovery import Discovery
 from cbp.units.unit_groups import activity_rows
 
 _PLAIN = "plain"
 _TENSOR = "tensor"
+_VARIANCES = ("variance", "running_var")
+"""Buffers of `RunningNormalization` and of PyTorch's batch normalisation."""
 
 
 class ModuleState:
@@ -127,25 +132,52 @@ class ModuleState:
         plain = [_split(method.state_dict(), f"methods.{place}")[0] for place, method in enumerate(self.methods)]
         return {"step": self.steps[0], "methods": plain}
 
-    def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        targets = {f"parameters.{name}": value for name, value in self._parameters.items()}
-        targets |= {f"buffers.{name}": value for name, value in self._buffers().items()}
+    @property
+    def saved_as(self) -> type[SavedLearner]:
+        return SavedModule
+
+    def load(self, tensors: Mapping[str, Tensor], saved: SavedLearner) -> None:
+        assert isinstance(saved, SavedModule)
+        if len(saved.methods) != len(self.methods):
+            text = f"Are the state of {len(saved.methods)} methods, where this learner has {len(self.methods)}"
+            raise SnapshotError.of([FieldViolation("methods", text)])
+        for name, target, numbers in self._expected(saved.step):
+            target.copy_(take_tensor(tensors, name, target.shape, target.dtype, numbers))
+        self.steps = [saved.step]
+        for place, (method, skeleton) in enumerate(zip(self.methods, saved.methods, strict=True)):
+            name = f"methods.{place}"
+            state = _joined(skeleton, tensors, name, _split(method.state_dict(), name)[0])
+            if state.get("step", saved.step) != saved.step:
+                text = f"Expected {saved.step}, as the learner's; got {shown(state['step'])}"
+                raise SnapshotError.of([FieldViolation(f"{name}.step", text)])
+            try:
+                method.load_state_dict(state)
+            except SnapshotError as error:
+                raise error.within(name) from error
+
+    def _numbers_of_buffer(self, name: str, value: Tensor) -> Numbers | None:
+        ours = self.spec.network.kind != "registered"  # what whole numbers mean elsewhere, nobody here knows
+        if not value.is_floating_point():
+            return counts(LARGEST_COUNT) if ours else None
+        return NOT_NEGATIVE if ours and name.rpartition(".")[2] in _VARIANCES else FINITE
+
+    def _expected(self, step: int) -> Iterator[tuple[str, Tensor, Numbers | None]]:
+        """By name each tensor but those of the methods, and which numbers it may hold after so many steps."""
+        for name, value in self._parameters.items():
+            yield f"parameters.{name}", value, FINITE
+        for name, value in self._buffers().items():
+            yield f"buffers.{name}", value, self._numbers_of_buffer(name, value)
         for parameter, slots in self._slots().items():
-            targets |= {f"optimizer.{parameter}.{slot}": value for slot, value in slots.items()}
-        with torch.no_grad():
-            for name, target in (targets | self._first).items():
-                target.copy_(take_tensor(tensors, name, target.shape, target.dtype))
-        self.steps = [int(plain["step"])]
-        saved = plain["methods"]
-        if len(saved) != len(self.methods):
-            raise SnapshotError(f"The snapshot has the state of {len(saved)} methods, this learner {len(self.methods)}")
-        for method, skeleton in zip(self.methods, saved, strict=True):
-            method.load_state_dict(_joined(skeleton, tensors))
+            for slot, value in slots.items():
+                yield f"optimizer.{parameter}.{slot}", value, _numbers_of_slot(slot, step)
+        for name, value in self._first.items():
+            yield name, value, FINITE
 
     def adopt(self, spec: LearnerSpec) -> None:
         self.spec = spec
         for group in self.optimizer.param_groups:
             group |= _settings(spec)
+            _match_momentum(self.optimizer, group)
         states = [method.state_dict() for method in self.methods]
         for method in self.methods:
             method.remove()
@@ -365,6 +397,18 @@ def _fill(optimizer: Optimizer) -> None:
                 slot.zero_()
 
 
+def _match_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Keeps a running update of each parameter just where there is momentum: what a newborn of these settings has, and
+    so a snapshot. One of zeros is as good as none."""
+    if "momentum" not in group:
+        return
+    for parameter in group["params"]:
+        if not group["momentum"]:
+            optimizer.state[parameter].pop("momentum_buffer", None)
+        elif optimizer.state[parameter].get("momentum_buffer") is None:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def _output_layer(network: Network) -> str:
     """The layer that gives the outputs, by its name: that of the name `output`, or else the last one with weights."""
     names = [name.removesuffix(".weight") for name, _ in network.named_parameters() if name.endswith(".weight")]
@@ -391,15 +435,35 @@ def _split(value: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
     return plain, {key: tensor for _, tensors in parts for key, tensor in tensors.items()}
 
 
-def _joined(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `_split` was given."""
-    if isinstance(plain, Mapping):
-        if _TENSOR in plain:
-            name = plain[_TENSOR]
-            if name not in tensors:
-                raise SnapshotError(f"The snapshot lacks the tensor {name!r}")
-            return tensors[name]
-        return {key: _joined(entry, tensors) for key, entry in plain[_PLAIN].items()}
-    if isinstance(plain, list):
-        return [_joined(entry, tensors) for entry in plain]
-    return plain
+def _joined(plain: Any, tensors: Mapping[str, Tensor], name: str, expected: Any) -> Any:
+    """What `_split` was given, under this name; `expected` is what it makes of such a state.
+
+    There may be more in a mapping that is empty in a newborn's: it is by parameter, and fills with the first step.
+    Raises `SnapshotError`.
+    """
+    if not isinstance(expected, Mapping):
+        return plain
+    if _TENSOR in expected:
+        if plain != {_TENSOR: name}:
+            raise SnapshotError.of([FieldViolation(name, f"Expected the tensor of this name; got {shown(plain)}")])
+        if name not in tensors:
+            raise SnapshotError(f"The snapshot lacks the tensor {name!r}", [FieldViolation(name, "Field required")])
+        return tensors[name]
+    entries = plain.get(_PLAIN) if isinstance(plain, Mapping) and len(plain) == 1 else None
+    if not isinstance(entries, Mapping):
+        raise SnapshotError.of([FieldViolation(name, f"Expected an object; got {shown(plain)}")])
+    if not (inner := expected[_PLAIN]):
+        inner = {key: {_TENSOR: f"{name}.{key}"} for key in entries}
+    if strangers := [key for key in entries if key not in inner]:
+        raise SnapshotError.of([FieldViolation(f"{name}.{strangers[0]}", "Unknown field")])
+    return {key: _joined(entry, tensors, f"{name}.{key}", inner[key]) for key, entry in entries.items()}
+
+
+def _numbers_of_slot(slot: str, step: int) -> Numbers:
+    match slot:
+        case "step":
+            return counts(min(step, STEPS_COUNTED))
+        case "exp_avg_sq" | "max_exp_avg_sq" | "square_avg":
+            return NOT_NEGATIVE
+        case _:
+            return FINITE

@@ -10,8 +10,11 @@ from cbp import optimizers
 from cbp.engines.torch_engine import StackState, initial_stack, schedules
 from cbp.errors import SnapshotError
 from cbp.networks import FlatLayers
-from cbp.serialization import take_tensor
+from cbp.optimizers import STEPS_COUNTED
+from cbp.saved.learner import SavedLearner, SavedPerceptron
+from cbp.serialization import FINITE, NOT_NEGATIVE, check_numbers, counts, take_tensor
 from cbp.spec.learner_spec import LearnerSpec
+from cbp.units.draws import take_generator_state
 
 
 class PerceptronState(StackState):
@@ -69,19 +72,37 @@ class PerceptronState(StackState):
             "replacements_in_window": self.schedules[0].replaced(self.steps[0]),
         }
 
-    def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        hidden = len(self.spec.mlp.hidden)
-        self.steps = [int(plain["step"])]
-        self.replacements = [[int(count) for count in plain["replacements"]]]
-        # A snapshot of before there was a limit on replacements does not say how many have gone in the present window.
-        replaced = [int(count) for count in plain.get("replacements_in_window", [0] * hidden)]
-        if {len(self.replacements[0]), len(plain["accumulated_replacements"]), len(replaced)} != {hidden}:
-            raise SnapshotError(f"The snapshot should count replacements in {hidden} hidden layers")
-        generator = self.generators[0]
-        generator.set_state(take_tensor(tensors, "generator", generator.get_state().shape, torch.uint8).clone())
+    @property
+    def saved_as(self) -> type[SavedLearner]:
+        return SavedPerceptron
+
+    def load(self, tensors: Mapping[str, Tensor], saved: SavedLearner) -> None:
+        assert isinstance(saved, SavedPerceptron)
         targets = self.changing_tensors() | self.first_tensors()
         del targets["generator"]
         for name, target in targets.items():
             target.copy_(take_tensor(tensors, name, target.shape, target.dtype))
-        accumulated = [[float(share) for share in plain["accumulated_replacements"]]]
-        self.schedules = schedules([self.spec], self, accumulated, [replaced])
+        self._check_numbers(targets, saved.step)
+        self.generators[0].set_state(take_generator_state(tensors, "generator"))
+        self.steps = [saved.step]
+        self.replacements = [list(saved.replacements)]
+        replaced = saved.replacements_in_window or [0] * len(saved.replacements)
+        self.schedules = schedules([self.spec], self, [saved.accumulated_replacements], [replaced])
+
+    def _check_numbers(self, named: Mapping[str, Tensor], step: int) -> None:
+        """Raises `SnapshotError` if there are numbers that a learner of so many steps cannot have, in tensors of these
+        names. A utility or mean may overflow where all that the network computes with is finite."""
+        check_numbers("units.age", self.units.age, counts(step))
+        parts = self._changing_parts() | {"initial_parameters": self.initial_parameters}
+        for part, layers in parts.items():
+            numbers = _NUMBERS.get(part) or (counts(min(step, STEPS_COUNTED)) if part == "optimizer.steps" else FINITE)
+            try:
+                check_numbers(part, layers.flat, numbers)  # all at once, the quickest way
+            except SnapshotError:
+                for name, tensor in named.items():
+                    if name.startswith(f"{part}."):
+                        check_numbers(name, tensor, numbers)
+                raise
+
+
+_NUMBERS = {"optimizer.second_moment": NOT_NEGATIVE, "optimizer.square_average": NOT_NEGATIVE}

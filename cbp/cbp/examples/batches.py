@@ -69,10 +69,8 @@ class Batch:
                 checked["weights"] = _check_weights(weights, count)
             except _UnfitError as problem:
                 violations.append(FieldViolation("weights", str(problem)))
-        try:
-            _check_task(task)
-        except _UnfitError as problem:
-            violations.append(FieldViolation("task", str(problem)))
+        if (unfit := problem_with_task(task)) is not None:
+            violations.append(FieldViolation("task", unfit))
 
         if violations:
             raise BatchError(violations)
@@ -158,13 +156,15 @@ def _check_weights(weights: ArrayLike, count: int | None) -> NDArray[np.float32]
     return values
 
 
-def _check_task(task: object) -> None:
+def problem_with_task(task: object) -> str | None:
+    """What is wrong with a task's label; None if nothing is."""
     if not isinstance(task, str):
-        raise _UnfitError(f"Expected text, got {type(task).__name__}")
+        return f"Expected text, got {type(task).__name__}"
     if len(task) > LONGEST_TASK_LABEL:
-        raise _UnfitError(f"Expected text of at most {LONGEST_TASK_LABEL} characters, got {len(task)}")
+        return f"Expected text of at most {LONGEST_TASK_LABEL} characters, got {len(task)}"
     if not task.isprintable():  # it appears in pages, tables and logs
-        raise _UnfitError(f"Expected printable characters only, got {shown(task)}")
+        return f"Expected printable characters only, got {shown(task)}"
+    return None
 
 
 def _as_array(value: ArrayLike) -> NDArray[Any]:

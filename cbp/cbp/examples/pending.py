@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cbp.errors import BatchError, FieldViolation
 from cbp.examples.batches import Batch
+from cbp.spec.learner_spec import LearnerSpec
 
 RowT = TypeVar("RowT", bound=np.generic)
 TaskRun = tuple[str, int]
@@ -34,6 +36,31 @@ class Examples:
     def of(cls, batch: Batch) -> "Examples":
         features = batch.features
         return cls(features, batch.targets, batch.weights, ((batch.task, len(features)),))
+
+    @classmethod
+    def checked(
+        cls,
+        spec: LearnerSpec,
+        features: NDArray[Any],
+        targets: NDArray[Any],
+        weights: NDArray[Any] | None,
+        tasks: Sequence[TaskRun],
+    ) -> "Examples":
+        """Examples of any number, of float32 and, where they are labels, int64, held to what `Batch.validate` asks.
+
+        Raises `BatchError`.
+        """
+        violations = []
+        if (counted := sum(count for _, count in tasks)) != len(features):
+            violations.append(FieldViolation("tasks", f"Are of {counted} examples, of which there are {len(features)}"))
+        for name, rows in (("targets", targets), ("weights", weights)):
+            if rows is not None and len(rows) != len(features):
+                violations.append(FieldViolation(name, f"Are of {len(rows)} examples, and features of {len(features)}"))
+        if violations:
+            raise BatchError(violations)
+        if len(features):
+            Batch.validate(spec, features, targets, weights)
+        return cls(features, targets, weights, tuple(tasks))
 
     @classmethod
     def none_like(cls, shape: tuple[int, ...], outputs: int | None) -> "Examples":

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbp.methods.parameters import Beside, optimized_parameters, refuse_closures
-from cbp.serialization import refusing_misfits
 from cbp.spec.learner_spec import L2InitSpec
 
 
@@ -39,9 +38,7 @@ class L2Init:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned. Raises `SnapshotError` if it does not fit."""
-        with refusing_misfits():
-            first = self._first.read_state(state["first"])
-        self._first.resume(first)
+        self._first.resume(self._first.read_state(state, "first"))
 
     def remove(self) -> None:
         """Takes the hook off the optimizer."""

@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from cbp.errors import CbpError, FieldViolation, SnapshotError, SpecError
 from cbp.networks import to_device
-from cbp.serialization import take_tensor
+from cbp.serialization import FINITE, Numbers
+from cbp.units.optimizer_slots import take_tensors
 
 
 def optimized_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
@@ -50,15 +51,13 @@ class Beside:
         """Copies, by parameter."""
         return {name: self[name].clone() for name in self._values}
 
-    def read_state(self, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What `state_dict` returned, for `resume`. Raises `SnapshotError` if it does not fit."""
-        strangers = sorted(set(saved) - set(self._parameters))
-        if strangers:
-            raise SnapshotError(f"The state is of another network: this one has no parameter {strangers[0]!r}")
-        return {
-            name: take_tensor(saved, name, parameter.shape, parameter.dtype).to(parameter.device, copy=True)
-            for name, parameter in self._parameters.items()
-        }
+    def read_state(self, state: Mapping[str, Any], part: str, numbers: Numbers | None = FINITE) -> dict[str, Tensor]:
+        """What `state_dict` returned and is this part of a state, for `resume`. Raises `SnapshotError` if it does not
+        fit, or has other numbers."""
+        read = take_tensors(state, part, self._parameters, numbers)
+        if missing := [name for name in self._parameters if name not in read]:
+            raise SnapshotError.of([FieldViolation(f"{part}.{missing[0]}", "Field required")])
+        return read
 
     def resume(self, values: dict[str, Tensor]) -> None:
         self._values = values

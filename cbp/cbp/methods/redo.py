@@ -8,7 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cbp.methods.unit_resets import UnitResets
-from cbp.serialization import refusing_misfits, take_tensor
+from cbp.saved.methods import SavedSteps
+from cbp.saved.parts import read_part
+from cbp.serialization import take_tensor
 from cbp.spec.learner_spec import Initializer, ReDoSpec
 from cbp.units.named_units import HiddenUnits
 from cbp.units.unit_groups import mean_over_units
@@ -77,9 +79,8 @@ class ReDo(UnitResets):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned. Raises `SnapshotError` if it does not fit."""
-        with refusing_misfits():
-            step = int(state["step"])
-            activity = take_tensor(state, "activity", self._activity.shape, torch.float32)
-            history = self._units.read_state(state)
-        self._step, self._activity = step, activity.to(self._grouping.device, copy=True)
+        saved = read_part(SavedSteps, state)
+        activity = take_tensor(state, "activity", self._activity.shape, torch.float32)
+        history = self._units.read_state(state)
+        self._step, self._activity = saved.step, activity.to(self._grouping.device, copy=True)
         self._units.resume(history)

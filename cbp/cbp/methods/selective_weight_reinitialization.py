@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 
 from cbp.errors import CbpError, FieldViolation, SpecError
 from cbp.methods.parameters import Beside, optimized_parameters, redrawn
-from cbp.serialization import refusing_misfits, take_tensor
+from cbp.saved.methods import SavedRedraws
+from cbp.saved.parts import read_part, refuse
 from cbp.spec.learner_spec import SelectiveWeightReinitializationSpec
+from cbp.units.draws import take_generator_state
 from cbp.units.optimizer_slots import OptimizerSlots
 
 
@@ -110,17 +112,16 @@ class SelectiveWeightReinitialization:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned. Raises `SnapshotError` if it does not fit."""
-        with refusing_misfits():
-            step = int(state["step"])
-            owed = {name: float(state["owed"][name]) for name in self._weights}
-            counts = {name: int(state["redrawn"][name]) for name in self._weights}
-            first, utility = self._first.read_state(state["first"]), self._utility.read_state(state["utility"])
-            generator = take_tensor(state, "generator", self._generator.get_state().shape, torch.uint8)
-            adam_steps = self._slots.read_state(state["adam_steps"])
-        self._step, self._owed, self._redrawn = step, owed, counts
+        saved = read_part(SavedRedraws, state)
+        refuse(saved.misfits({name: weight.numel() for name, weight in self._weights.items()}))
+        first = self._first.read_state(state, "first")
+        utility = self._utility.read_state(state, "utility", None)  # it may overflow where the weights do not
+        generator = take_generator_state(state, "generator")
+        adam_steps = self._slots.read_state(state, "adam_steps")
+        self._step, self._owed, self._redrawn = saved.step, dict(saved.owed), dict(saved.redrawn)
         self._first.resume(first)
         self._utility.resume(utility)
-        self._generator.set_state(generator.cpu())
+        self._generator.set_state(generator)
         self._slots.resume(adam_steps)
 
     def remove(self) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbp.methods.unit_resets import UnitResets
-from cbp.serialization import refusing_misfits, take_tensor
+from cbp.saved.parts import LARGEST_COUNT
+from cbp.serialization import counts, take_tensor
 from cbp.spec.learner_spec import Initializer, SelfNormalizedResetsSpec
 from cbp.units.named_units import HiddenUnits
 from cbp.units.unit_groups import mean_over_units
@@ -99,10 +100,10 @@ class SelfNormalizedResets(UnitResets):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned. Raises `SnapshotError` if it does not fit."""
-        with refusing_misfits():
-            silence = take_tensor(state, "silence", self._silence.shape, torch.int64)
-            times = take_tensor(state, "times", self._times.shape, torch.int64)
-            history = self._units.read_state(state)
+        bearable = counts(self._spec.longest_silence - 1)
+        silence = take_tensor(state, "silence", self._silence.shape, torch.int64, bearable)
+        times = take_tensor(state, "times", self._times.shape, torch.int64, counts(LARGEST_COUNT))
+        history = self._units.read_state(state)
         device = self._grouping.device
         self._silence, self._times = silence.to(device, copy=True), times.to(device, copy=True)
         self._units.resume(history)

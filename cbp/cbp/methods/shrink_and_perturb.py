@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbp.methods.parameters import Beside, optimized_parameters, redrawn
-from cbp.serialization import refusing_misfits, take_tensor
+from cbp.saved.methods import SavedSteps
+from cbp.saved.parts import read_part
 from cbp.spec.learner_spec import ShrinkAndPerturbSpec
+from cbp.units.draws import take_generator_state
 
 
 class ShrinkAndPerturb:
@@ -57,13 +59,12 @@ class ShrinkAndPerturb:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned. Raises `SnapshotError` if it does not fit."""
-        with refusing_misfits():
-            step = int(state["step"])
-            first = self._first.read_state(state["first"])
-            generator = take_tensor(state, "generator", self._generator.get_state().shape, torch.uint8)
-        self._step = step
+        saved = read_part(SavedSteps, state)
+        first = self._first.read_state(state, "first")
+        generator = take_generator_state(state, "generator")
+        self._step = saved.step
         self._first.resume(first)
-        self._generator.set_state(generator.cpu())
+        self._generator.set_state(generator)
 
     def remove(self) -> None:
         """There are no hooks to take off."""

@@ -10,8 +10,8 @@ from torch.optim import SGD, Optimizer
 from cbp.errors import FieldViolation, SpecError
 from cbp.methods.parameters import Beside, optimized_parameters, refuse_closures
 from cbp.networks import to_device
-from cbp.serialization import refusing_misfits, take_tensor
 from cbp.spec.learner_spec import UpgdSpec
+from cbp.units.draws import take_generator_state
 
 
 class Upgd:
@@ -56,11 +56,10 @@ class Upgd:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned. Raises `SnapshotError` if it does not fit."""
-        with refusing_misfits():
-            utility = self._utility.read_state(state["utility"])
-            generator = take_tensor(state, "generator", self._generator.get_state().shape, torch.uint8)
+        utility = self._utility.read_state(state, "utility")
+        generator = take_generator_state(state, "generator")
         self._utility.resume(utility)
-        self._generator.set_state(generator.cpu())
+        self._generator.set_state(generator)
 
     def remove(self) -> None:
         """Takes the hook off the optimizer."""

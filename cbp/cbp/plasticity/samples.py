@@ -2,63 +2,73 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, with_config
+
+from cbp.errors import FieldViolation, SnapshotError
+from cbp.saved.parts import Count, Label, Measure, naming_misfits
 
 QUANTILES = (0.1, 0.5, 0.9)
 _LEAST_LEARNT = 0.05
 
+Quantiles = Annotated[tuple[Measure, ...], Field(min_length=len(QUANTILES), max_length=len(QUANTILES))]
 
+
+@with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
 class LayerPlasticity:
     """One linear layer. What concerns hidden units is None for the output layer; what cannot be known is None."""
 
-    layer: str
-    units: int
-    mean_abs_weight: float | None
+    layer: Label
+    units: Count
+    mean_abs_weight: Measure | None
     """Mean |w| of its weights."""
-    weight_norm: float | None
+    weight_norm: Measure | None
     """‖W‖ (Frobenius)."""
-    distance_from_init: float | None
+    distance_from_init: Measure | None
     """‖W − W₀‖, with W₀ the very first draw."""
-    gradient_norm: float | None
+    gradient_norm: Measure | None
     """Norm of the probe loss's gradient in its weights and biases."""
-    dormant_fraction: float | None
+    dormant_fraction: Measure | None
     """Share of units whose mean |h| is at most τ times the layer's mean (Sokar et al. 2023, definition 3.1)."""
-    dead_fraction: float | None
+    dead_fraction: Measure | None
     """Share of units that are 0 on every probe example."""
-    saturated_fraction: float | None
+    saturated_fraction: Measure | None
     """Share of the activations beyond the bounds of a saturating nonlinearity: abs(tanh) > 0.9, or sigmoid outside of
     0.05 to 0.95. None for others. Of activations, not of units: a unit may saturate on some examples only."""
-    feature_norm: float | None
+    feature_norm: Measure | None
     """Mean ‖h‖ over the probe examples, h [units] the activations on one."""
-    effective_rank: float | None
+    effective_rank: Measure | None
     """exp(−Σ p log p), p = σ/Σσ of the activations (Roy & Vetterli 2007)."""
-    stable_rank: float | None
+    stable_rank: Measure | None
     """‖H‖_F² / ‖H‖₂² of the activations."""
-    srank: int | None
+    srank: Count | None
     """Fewest singular values of the activations that hold 99 % of the sum of all (Kumar et al. 2020)."""
-    gradient_rank: float | None
+    gradient_rank: Measure | None
     """Effective rank of the gradients of single examples in the layer's weights and biases, see `gradient_rank`."""
-    replacements: int | None
+    replacements: Count | None
     """Units replaced so far."""
-    age_quantiles: tuple[float, ...] | None
+    age_quantiles: Quantiles | None
     """Units' ages in steps at the quantiles 0.1, 0.5 and 0.9."""
-    utility_quantiles: tuple[float, ...] | None
+    utility_quantiles: Quantiles | None
     """Units' bias-corrected utilities at the quantiles 0.1, 0.5 and 0.9; None before the first step."""
 
 
+@with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
 class Trainability:
     """What a copy of a learner made of a fresh task, and what the network that it began as made of it; see
     `cbp.measure_trainability`. Losses are means over the last pass through the task; None if the network diverged."""
 
-    step: int
+    step: Count
     """The learner's when it was copied."""
-    loss: float | None
+    loss: Measure | None
     """The copy's."""
-    fresh_loss: float | None
+    fresh_loss: Measure | None
     """The fresh network's."""
-    chance_loss: float
+    chance_loss: Measure
     """That of the best constant prediction."""
 
     @property
@@ -72,12 +82,13 @@ class Trainability:
         return (self.chance_loss - self.loss) / learnable if learnable > _LEAST_LEARNT * self.chance_loss else None
 
 
+@with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
 class PlasticitySample:
     """All layers at one moment."""
 
-    step: int
-    examples: int
+    step: Count
+    examples: Count
     """Examples learned from when the sample was taken."""
     layers: tuple[LayerPlasticity, ...]
     """Input side first; the output layer is last."""
@@ -97,20 +108,19 @@ class PlasticitySample:
     def from_plain(cls, plain: Mapping[str, Any]) -> "PlasticitySample":
         """The sample that `to_plain` wrote, also an earlier version's: what that did not measure is None.
 
-        Raises `KeyError` or `TypeError` if it is another object.
+        Raises `SnapshotError` if it is another object.
         """
-        tested = plain.get("trainability")
-        return cls(
-            step=plain["step"],
-            examples=plain["examples"],
-            layers=tuple(_layer_from_plain(layer) for layer in plain["layers"]),
-            trainability=None if tested is None else Trainability(**tested),
-        )
+        layers = plain.get("layers")
+        if not isinstance(layers, list) or not all(isinstance(layer, Mapping) for layer in layers):
+            raise SnapshotError.of([FieldViolation("layers", "Expected a list of objects")])
+        with naming_misfits():
+            return _adapter().validate_python(dict(plain) | {"layers": [_UNMEASURED | layer for layer in layers]})
 
 
-def _layer_from_plain(plain: Mapping[str, Any]) -> LayerPlasticity:
-    measures: dict[str, Any] = {
-        measure.name: None for measure in fields(LayerPlasticity) if measure.name not in ("layer", "units")
-    }
-    measures |= {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
-    return LayerPlasticity(**measures)
+_UNMEASURED = {measure.name: None for measure in fields(LayerPlasticity) if measure.name not in ("layer", "units")}
+
+
+@cache
+def _adapter() -> TypeAdapter[PlasticitySample]:
+    """Made when the first sample is read: it takes milliseconds."""
+    return TypeAdapter(PlasticitySample)

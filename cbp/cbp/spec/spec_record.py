@@ -34,7 +34,8 @@ def _refuse_float32_underflow(value: float) -> float:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_refuse_text_and_bool)]
+Whole = Annotated[int, BeforeValidator(_refuse_text_and_bool), Field(le=2**63 - 1)]
+"""As large as tensors and messages hold."""
 Real = Annotated[
     float,
     BeforeValidator(_refuse_float32_overflow),

@@ -1,16 +1,64 @@
 """Random numbers for a learner's weights: those of a torch generator, for less."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cbp.errors import FieldViolation, SnapshotError
+from cbp.serialization import take_tensor
+
 #: Numbers drawn at a time. Requests of as many or more go to torch.
 _AHEAD = 512
 _NONE = np.empty(0, np.float32)
+
+
+_LAYOUT = np.dtype(
+    [
+        ("seed", "u8"),
+        ("left", "i4"),
+        ("seeded", "i4"),
+        ("next", "u8"),
+        ("words", "u8", 624),
+        ("normals", "f8", 3),
+        ("has_normal", "i4"),
+        ("next_normal", "f4"),
+        ("has_next_normal", "?"),
+    ],
+    align=True,
+)
+"""What torch saves of a generator on the CPU, a Mersenne twister: `CPUGeneratorImplState` in ATen's
+CPUGeneratorImpl.cpp. Of its words `next` is read next, and new ones are made when so many are `left`, that one
+included."""
+
+
+def take_generator_state(tensors: Mapping[str, Any], name: str) -> Tensor:
+    """The named state of a generator on the CPU, checked, on the CPU, in memory of its own. Raises `SnapshotError`.
+
+    torch itself checks the two places each, but not that they go together, and then reads beyond its words.
+    """
+    trial = torch.Generator()
+    state = take_tensor(tensors, name, trial.get_state().shape, torch.uint8).cpu().clone()
+    try:
+        trial.set_state(state)
+    except RuntimeError as error:
+        raise _no_state(name, str(error)) from error
+    if state.numel() == _LAYOUT.itemsize:
+        [saved] = state.numpy().view(_LAYOUT)
+        if not 1 <= saved["left"] <= 624 or saved["next"] > 625 - saved["left"] or saved["words"].max() >= 2**32:
+            raise _no_state(name, "its places are beyond its words")
+        if not (np.isfinite(saved["normals"]).all() and np.isfinite(saved["next_normal"])):
+            raise _no_state(name, "the numbers it has drawn ahead are not finite")
+    return state
+
+
+def _no_state(name: str, why: str) -> SnapshotError:
+    problem = f"is no state of a random generator: {why}"
+    return SnapshotError(f"The snapshot's tensor {name!r} {problem}", [FieldViolation(name, problem)])
 
 
 class UniformGenerator:

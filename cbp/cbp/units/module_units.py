@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cbp.errors import FieldViolation, SnapshotError, SpecError
-from cbp.serialization import take_tensor
+from cbp.errors import FieldViolation, SpecError
+from cbp.saved.methods import SavedUnits
+from cbp.saved.parts import read_part, refuse
 from cbp.spec.learner_spec import Initializer, hidden_layer_name
 from cbp.units.activation_taps import ActivationTaps
 from cbp.units.discovery import Discovery, TableRow, discover_units, group_units
-from cbp.units.draws import UniformGenerator
+from cbp.units.draws import UniformGenerator, take_generator_state
 from cbp.units.named_units import HiddenUnits, named_units
 from cbp.units.optimizer_slots import OptimizerSlots
 from cbp.units.replacement import DrawSource
@@ -162,19 +163,18 @@ class ModuleUnits:
         }
 
     def read_state(self, state: Mapping[str, Any]) -> ResetHistory:
-        """Raises `SnapshotError`, or what a mapping of something else raises, if it does not fit; changes nothing."""
-        history = ResetHistory(
-            replacements=[int(count) for count in state["replacements"]],
-            generator=take_tensor(state, "generator", self._generator.get_state().shape, torch.uint8),
-            adam_steps=self.slots.read_state(state["adam_steps"]),
+        """Raises `SnapshotError` if it does not fit; changes nothing."""
+        saved = read_part(SavedUnits, state)
+        refuse(saved.misfits(self.grouping.layout.widths))
+        return ResetHistory(
+            replacements=list(saved.replacements),
+            generator=take_generator_state(state, "generator"),
+            adam_steps=self.slots.read_state(state, "adam_steps"),
         )
-        if len(history.replacements) != len(self.names):
-            raise SnapshotError(f"The state is of another network: this one has {len(self.names)} groups of units")
-        return history
 
     def resume(self, history: ResetHistory) -> None:
         self.replaced = history.replacements
-        self._generator.set_state(history.generator.cpu().clone())
+        self._generator.set_state(history.generator)
         self.slots.resume(history.adam_steps)
 
     def _device(self) -> torch.device:

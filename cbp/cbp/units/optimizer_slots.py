@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from cbp.errors import FieldViolation, SnapshotError, SpecError
 from cbp.networks import to_device
-from cbp.optimizers import adam_direction
-from cbp.serialization import take_tensor
+from cbp.optimizers import STEPS_COUNTED, adam_direction
+from cbp.serialization import Numbers, counts, take_tensor
 
 _SLOTS: Mapping[type[Optimizer], tuple[str, ...]] = MappingProxyType(
     {
@@ -24,6 +24,29 @@ _SLOTS: Mapping[type[Optimizer], tuple[str, ...]] = MappingProxyType(
         RMSprop: ("square_avg", "momentum_buffer", "grad_avg"),
     }
 )
+
+
+def take_tensors(
+    state: Mapping[str, Any], part: str, parameters: Mapping[str, nn.Parameter], numbers: Numbers | None
+) -> dict[str, Tensor]:
+    """Copies of the tensors that a part of a state has for some of these parameters, each like its parameter and beside
+    it.
+
+    Raises `SnapshotError` if they hold other numbers, or do not fit.
+    """
+    saved = state.get(part)
+    if not isinstance(saved, Mapping):
+        raise SnapshotError.of([FieldViolation(part, f"Expected a mapping, got {type(saved).__name__}")])
+    strangers = [name for name in saved if name not in parameters]
+    if strangers:
+        text = "The state is of another network: this one has no such parameter"
+        raise SnapshotError.of([FieldViolation(f"{part}.{strangers[0]}", text)])
+    named = {f"{part}.{name}": tensor for name, tensor in saved.items()}
+
+    def taken(name: str, like: Tensor) -> Tensor:
+        return take_tensor(named, f"{part}.{name}", like.shape, like.dtype, numbers).to(like.device, copy=True)
+
+    return {name: taken(name, parameters[name]) for name in saved}
 
 
 class OptimizerSlots:
@@ -101,17 +124,11 @@ class OptimizerSlots:
             if parameter in self.adam_steps
         }
 
-    def read_state(self, saved: Mapping[str, Any]) -> dict[Tensor, Tensor]:
-        """The counts that `state_dict` returned, for `resume`. Raises `SnapshotError` if they do not fit."""
-        strangers = sorted(set(saved) - set(self._parameters))
-        if strangers:
-            raise SnapshotError(f"The state is of another network: this one resets no parameter {strangers[0]!r}")
-        steps: dict[Tensor, Tensor] = {}
-        for name in saved:
-            parameter = self._parameters[name]
-            taken = take_tensor(saved, name, parameter.shape, parameter.dtype)
-            steps[parameter] = taken.to(parameter.device, copy=True)
-        return steps
+    def read_state(self, state: Mapping[str, Any], part: str) -> dict[Tensor, Tensor]:
+        """The counts that `state_dict` returned and are this part of a state, for `resume`. Raises `SnapshotError` if
+        they do not fit."""
+        read = take_tensors(state, part, self._parameters, counts(STEPS_COUNTED))
+        return {self._parameters[name]: steps for name, steps in read.items()}
 
     def resume(self, adam_steps: dict[Tensor, Tensor]) -> None:
         """Goes on from counts that were saved."""
