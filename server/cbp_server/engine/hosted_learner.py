@@ -12,7 +12,7 @@ from cbp_server.errors import EngineFault, SequenceGap
 from cbp_server.records.samples import PackedSample, SampleHistory, SampleRecord, pack
 
 #: Newest plasticity samples saved with each checkpoint, so that a restart does not blind its watchers.
-_SAMPLES_SAVED = 100
+SAMPLES_SAVED = 100
 
 
 @dataclass
@@ -44,7 +44,7 @@ class HostedLearner:
     producers: dict[str, ProducerState] = field(default_factory=dict)
     epoch_floor: int = 0  # see messages.LearnerReport
     journal_position: int = 0
-    samples: SampleHistory = field(default_factory=lambda: SampleHistory(_SAMPLES_SAVED))
+    samples: SampleHistory = field(default_factory=lambda: SampleHistory(SAMPLES_SAVED))
     reported_at: float = 0.0  # monotonic seconds
     trainability: Trainability | None = None  # the newest test
     pace: Pace = field(init=False)

@@ -93,7 +93,7 @@ class Roster:
         try:
             content = Content(self._read(request), request.stored_as)
             hosted = content.hosted(self._restored(content.snapshot, content.engine))
-        except (SnapshotError, OSError, KeyError, TypeError, ValueError) as error:
+        except (SnapshotError, OSError) as error:
             raise SnapshotError(f"checkpoint {request.number} is unreadable: {error}") from error
         self._hosted[request.learner] = hosted
         return messages.LoadReport(hosted.report, hosted.samples.packed)

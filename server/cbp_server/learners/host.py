@@ -23,7 +23,7 @@ from cbp_server.learners.alterations import Alterations
 from cbp_server.learners.checkpointing import Checkpointer, CheckpointObserver, CheckpointPolicy
 from cbp_server.learners.engine_choice import EngineChoice
 from cbp_server.learners.engine_switch import EngineSwitch
-from cbp_server.learners.hosted import Hosted, hosted_from_catalog
+from cbp_server.learners.hosted import Hosted, hosted_from_rows
 from cbp_server.learners.lifecycle import Lifecycle
 from cbp_server.learners.operations import Operations
 from cbp_server.learners.paging import page_of
@@ -40,7 +40,7 @@ from cbp_server.records.learners import (
 )
 from cbp_server.records.samples import SampleRecord, unpack
 from cbp_server.settings import EngineSetting
-from cbp_server.store.catalog import StoredCheckpoint, StoredLearner
+from cbp_server.store.catalog import StoredCheckpoint
 from cbp_server.store.storage import Storage
 from cbp_server.streams.change_log import ChangeLog
 from cbp_server.streams.sessions import TrainSession
@@ -159,21 +159,17 @@ class Host:
             JournalUnavailable: the database cannot be read.
         """
         catalog = self._storage.catalog
-        learners = await self._storage.run(catalog.learners)
+        rows = await self._storage.run(catalog.learners)
         newest = await self._storage.run(catalog.newest_checkpoints)
-
-        def last_seen(stored: StoredLearner) -> float:
-            return (newest[stored.uid].time if stored.uid in newest else stored.create_time).timestamp()
-
+        learners = [hosted_from_rows(row, newest.get(row.uid), self._options.history_samples) for row in rows]
         room = self._options.max_live_learners or len(learners)
-        for stored in sorted(learners, key=last_seen, reverse=True):
-            state = LearnerState.DELETED
-            if stored.delete_time is None:
-                state = LearnerState.UNAVAILABLE if room > 0 else LearnerState.EVICTED
+        for hosted in sorted(learners, key=_last_seen, reverse=True):
+            if hosted.unreadable:
+                log.error("learner not restored", learner=hosted.learner_id, error=hosted.unreadable)
+            elif hosted.record.state is LearnerState.EVICTED and room > 0:
+                hosted.record.state = LearnerState.UNAVAILABLE  # until it is brought back, which begins by itself
                 room -= 1
-            self._registry.add(
-                [hosted_from_catalog(stored, newest.get(stored.uid), state, self._options.history_samples)]
-            )
+        self._registry.add(learners)
 
     # -- reading --
 
@@ -182,7 +178,7 @@ class Host:
         return [
             hosted.record
             for hosted in self._registry.ordered()
-            if not hosted.unreadable and (deleted or hosted.stored.delete_time is None)
+            if not (hosted.unreadable or hosted.unshown) and (deleted or hosted.stored.delete_time is None)
         ]
 
     def learner(self, learner_id: str) -> LearnerRecord:
@@ -193,8 +189,8 @@ class Host:
             SnapshotError: there is one, but none of its checkpoints can be read.
         """
         hosted = self._registry.get(learner_id)
-        if hosted.unreadable:
-            raise SnapshotError(hosted.unreadable)
+        if problem := hosted.unreadable or hosted.unshown:
+            raise SnapshotError(problem)
         return hosted.record
 
     def page(self, page_size: int, page_token: str, *, deleted: bool = False) -> tuple[list[LearnerRecord], str]:
@@ -217,8 +213,18 @@ class Host:
         return reasons
 
     def unreadable(self) -> Mapping[str, str]:
-        """Learners that could not be restored, and why."""
-        return {hosted.learner_id: hosted.unreadable for hosted in self._registry.present() if hosted.unreadable}
+        """Learners that could not be restored, or cannot be shown, and why."""
+        problems = {hosted.learner_id: hosted.unreadable or hosted.unshown for hosted in self._registry.present()}
+        return {learner_id: problem for learner_id, problem in problems.items() if problem}
+
+    def cannot_show(self, record: LearnerRecord, error: Exception) -> str:
+        """Notes that a record could not be shown: until it changes it counts as unreadable. Returns the reason."""
+        problem = f"its record cannot be shown: {type(error).__name__}: {error}"
+        for hosted in self._registry.ordered():
+            if hosted.record is record and not hosted.unshown:
+                hosted.unshown = problem
+                log.error("learner not shown", learner=record.learner_id, exc_info=error)
+        return problem
 
     @property
     def draining(self) -> bool:
@@ -406,3 +412,9 @@ class Host:
 
     def _announce_readiness(self) -> None:
         self._on_readiness(self.readiness())
+
+
+def _last_seen(hosted: Hosted) -> float:
+    """Seconds since the epoch."""
+    checkpoint = hosted.record.checkpoint
+    return (checkpoint.time if checkpoint is not None else hosted.stored.create_time).timestamp()

@@ -6,17 +6,24 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from cbp import EngineName, LearnerProgress, LearnerSpec, SpecError
+import structlog
+from pydantic import Strict
+
+from cbp import EngineName, LearnerProgress, LearnerSpec, SnapshotError, SpecError
 from cbp.architectures.profile import hidden_layer_names
+from cbp.saved.parts import Count, Label, SavedBeside, read_part
 from cbp_server.engine import messages
-from cbp_server.records.learners import CheckpointRecord, LearnerRecord, LearnerState, Quarantine
+from cbp_server.records.learners import CheckpointRecord, Durability, LearnerRecord, LearnerState, Quarantine
 from cbp_server.records.samples import SampleHistory
-from cbp_server.store.catalog import StoredCheckpoint, StoredLearner
+from cbp_server.records.times import SavedTime
+from cbp_server.store.catalog import StoredCheckpoint, StoredLearner, UnreadableRow
 from cbp_server.streams.change_log import LearnerLog
 from cbp_server.streams.producers import Producer
 from cbp_server.streams.sessions import TrainSession
+
+log = structlog.get_logger("cbp_server.learners.hosted")
 
 
 @dataclass
@@ -47,6 +54,7 @@ class Hosted:
         in_engine: the engine holds the learner.
         recovery: brings the learner to where its journal ends; until it is done, nothing is taken for it.
         unreadable: why it could not be brought back; empty if it could.
+        unshown: why its record could not be shown; empty if it could, or has changed since.
         used: monotonic seconds of the last use.
         changing: one change of what the learner is at a time, such as an update, a restore, an eviction.
         saving: one checkpoint at a time.
@@ -61,6 +69,7 @@ class Hosted:
     in_engine: bool = False
     recovery: "asyncio.Task[None] | None" = None
     unreadable: str = ""
+    unshown: str = ""
     used: float = 0.0
     unsaved: Unsaved = field(default_factory=Unsaved)
     checkpoint_number: int = 0  # of the newest one
@@ -120,11 +129,19 @@ class Hosted:
 def hosted_from_catalog(
     stored: StoredLearner, checkpoint: StoredCheckpoint | None, state: LearnerState, history_samples: int
 ) -> Hosted:
-    """A learner as its newest checkpoint leaves it, not in the engine."""
-    spec = LearnerSpec.parse(stored.spec)
+    """A learner as its newest checkpoint leaves it, not in the engine; where only the summary in the catalog cannot be,
+    one that is to be brought back now, whatever the state.
+
+    Raises `SnapshotError` if the catalog says what cannot be.
+    """
+    try:
+        spec = LearnerSpec.parse(stored.spec)
+    except SpecError as error:
+        raise SnapshotError.of_spec(error) from error
     engine, update_time, progress, producers = stored.engine, stored.create_time, newborn_progress(spec), {}
-    if checkpoint is not None:
-        summary = Summary.from_plain(checkpoint.summary)
+    if checkpoint is not None and (summary := _summary(stored, checkpoint)) is None:
+        state = LearnerState.UNAVAILABLE if state is LearnerState.EVICTED else state  # its file says what it is
+    elif checkpoint is not None and summary is not None:
         spec, engine, progress = summary.spec, summary.engine, summary.progress
         update_time = _time(summary.update_time) or update_time
         producers = {
@@ -160,6 +177,59 @@ def hosted_from_catalog(
     )
 
 
+def hosted_from_rows(
+    row: StoredLearner | UnreadableRow, checkpoint: StoredCheckpoint | SnapshotError | None, history_samples: int
+) -> Hosted:
+    """A learner, evicted or deleted, as the catalog has it; unreadable where that cannot be."""
+    if isinstance(row, UnreadableRow):
+        return _hosted_by_name(row)
+    deleted = row.delete_time is not None
+    try:
+        if isinstance(checkpoint, SnapshotError):
+            raise checkpoint
+        state = LearnerState.DELETED if deleted else LearnerState.EVICTED
+        return hosted_from_catalog(row, checkpoint, state, history_samples)
+    except SnapshotError as error:
+        return _hosted_by_name(
+            UnreadableRow(uid=row.uid, learner_id=row.learner_id, deleted=deleted, reason=str(error))
+        )
+
+
+def _summary(stored: StoredLearner, checkpoint: StoredCheckpoint) -> "Summary | None":
+    try:
+        return Summary.from_plain(checkpoint.summary)
+    except SnapshotError as error:
+        log.warning("checkpoint's summary unreadable", learner=stored.learner_id, error=str(error))
+        return None
+
+
+def _hosted_by_name(row: UnreadableRow) -> Hosted:
+    """A learner of which nothing is known but its name: it is there to be named, and to be deleted."""
+    spec = LearnerSpec.parse(_UNKNOWN)
+    stored = StoredLearner(
+        uid=row.uid,
+        learner_id=row.learner_id,
+        spec=spec.to_plain(),
+        engine="module",
+        durability=Durability.FSYNC,
+        born=False,
+        create_time=_LONG_AGO,
+        delete_time=_LONG_AGO if row.deleted else None,
+    )
+    state = LearnerState.DELETED if row.deleted else LearnerState.EVICTED  # nothing tries to bring it back
+    hosted = hosted_from_catalog(stored, None, state, 1)
+    hosted.unreadable = row.reason
+    return hosted
+
+
+_UNKNOWN = {
+    "network": {"kind": "linear", "in_features": 1, "out_features": 1},
+    "loss": "mse",
+    "optimizer": {"kind": "sgd", "lr": 1.0},
+}
+_LONG_AGO = datetime.fromtimestamp(0, UTC)
+
+
 @dataclass(frozen=True)
 class Summary:
     """What the catalog keeps of a checkpoint, so that a learner can be shown without being loaded."""
@@ -186,13 +256,25 @@ class Summary:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Summary":
-        return cls(
-            LearnerSpec.parse(plain["spec"]),
-            plain["engine"],
-            plain["update_time"],
-            LearnerProgress.from_plain(plain["progress"]),
-            {name: (int(epoch), int(sequence)) for name, (epoch, sequence) in plain["producers"].items()},
-        )
+        """What `to_plain` said. Raises `SnapshotError` if it is anything else."""
+        saved = read_part(_SavedSummary, plain)
+        try:
+            spec = LearnerSpec.parse(saved.spec)
+        except SpecError as error:
+            raise SnapshotError.of_spec(error) from error
+        try:
+            progress = LearnerProgress.from_plain(saved.progress)
+        except SnapshotError as error:
+            raise error.within("progress") from error
+        return cls(spec, saved.engine, saved.update_time, progress, saved.producers)
+
+
+class _SavedSummary(SavedBeside):
+    spec: dict[str, Any]
+    engine: EngineName
+    update_time: SavedTime | Literal[""]
+    progress: dict[str, Any]
+    producers: dict[Label, Annotated[tuple[Count, Count], Strict(False)]]
 
 
 def newborn_progress(spec: LearnerSpec) -> LearnerProgress:

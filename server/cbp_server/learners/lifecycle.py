@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from cbp import CbpError, FieldViolation, FormatError, LearnerSpec, SnapshotError, SpecError
+from cbp import CbpError, FieldViolation, FormatError, LearnerSpec, SnapshotError
 from cbp.errors import shown
 from cbp_server.engine import messages
 from cbp_server.engine.protocol import Engine
@@ -124,13 +124,12 @@ class Lifecycle:
         request_id: str,
         check_spec: Callable[[LearnerSpec], None],
     ) -> LearnerRecord:
-        """A learner from a snapshot's bytes. `check_spec` raises if the server does not host such learners."""
+        """A learner from a snapshot's bytes, which anybody may have written: the engine checks all that they say.
+        `check_spec` raises if the server does not host such learners."""
         try:
-            metadata = await asyncio.to_thread(_metadata_in, data)
-            spec = LearnerSpec.parse(metadata["spec"])
-        except (SnapshotError, SpecError, KeyError, TypeError) as error:
-            raise InvalidRequest(FieldViolation("data", f"is no learner that was exported: {error}")) from error
-        check_spec(spec)
+            metadata, spec = await asyncio.to_thread(_looked_at, data, check_spec)
+        except SnapshotError as error:
+            raise _no_learner(error) from error
         content = {"learner_id": learner_id, "import": len(data), "durability": durability.value}
         request_digest = digest(content | {"metadata": metadata})
         async with self._creating():
@@ -140,7 +139,7 @@ class Lifecycle:
             try:
                 hosted = await self._take_up(stored, messages.Import(stored.uid, data, stored.engine))
             except SnapshotError as error:
-                raise InvalidRequest(FieldViolation("data", str(error))) from error
+                raise _no_learner(error) from error
         log.info("learner imported", learner=learner_id)
         return hosted.record
 
@@ -349,8 +348,19 @@ def _check_request_id(request_id: str) -> None:
             raise InvalidRequest(FieldViolation("request_id", f"must be a UUID, not {shown(request_id)}")) from None
 
 
-def _metadata_in(data: bytes) -> dict[str, Any]:
-    """Of a snapshot. Raises `SnapshotError`."""
+def _looked_at(data: bytes, check_spec: Callable[[LearnerSpec], None]) -> tuple[dict[str, Any], LearnerSpec]:
+    """The metadata and the specification in a snapshot. Raises `SnapshotError`, and what `check_spec` raises."""
     from cbp import LearnerSnapshot  # which loads torch, and the server is up sooner and smaller without
 
-    return LearnerSnapshot.from_bytes(data).metadata
+    snapshot = LearnerSnapshot.from_bytes(data)
+    spec = snapshot.read_spec()
+    check_spec(spec)
+    return snapshot.metadata, spec
+
+
+def _no_learner(error: SnapshotError) -> InvalidRequest:
+    if not error.violations:
+        return InvalidRequest(FieldViolation("data", f"is no learner that was exported: {error}"))
+    return InvalidRequest(
+        *(FieldViolation(f"data.{violation.field}", violation.description) for violation in error.violations)
+    )

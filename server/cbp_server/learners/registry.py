@@ -91,6 +91,7 @@ class Registry:
 
     def touch(self, hosted: Hosted) -> None:
         """The learner's record has changed."""
+        hosted.unshown = ""
         hosted.record.journal_position = hosted.log.position
         hosted.record.version += 1
         self.changed.announce()

@@ -95,7 +95,7 @@ class Residence:
             ServiceError: it cannot now; the error says why.
         """
         hosted.used = time.monotonic()
-        if hosted.record.state is LearnerState.EVICTED and hosted.recovery is None:
+        if hosted.record.state is LearnerState.EVICTED and hosted.recovery is None and not hosted.unreadable:
             self.begin_recovery(hosted)
         if hosted.recovery is not None and not hosted.in_engine:
             await asyncio.wait([hosted.recovery], timeout=_LONGEST_WAIT)  # one that takes longer is tried again

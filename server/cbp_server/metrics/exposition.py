@@ -21,6 +21,7 @@ from cbp_server.loop.turns import Turns
 
 _OPENMETRICS = "application/openmetrics-text"
 _OPENMETRICS_END = b"# EOF\n"
+_NUMBERS = {int, float}
 #: Longer than others take: beside a stream, each turn lets it do some milliseconds of work.
 _TURN_SECONDS = 0.0015
 #: Schemes that double underscores, for readers of names that Prometheus once could not read. Ours need none.
@@ -127,6 +128,8 @@ def _written(values: Sequence[float | None]) -> list[bytes]:
     """Each number as it ends a line; none is None."""
     if not values:
         return []
+    if strangers := set(map(type, values)) - _NUMBERS:  # they would make a text that Prometheus refuses as a whole
+        raise TypeError(f"a series has no value of type {', '.join(kind.__name__ for kind in strangers)}")
     text = orjson.dumps(values)
     written = (text[1:-1].replace(b",", b"\n,") + b"\n").split(b",")
     if b"null" in text:  # JSON knows neither infinity nor NaN

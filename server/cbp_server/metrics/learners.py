@@ -12,7 +12,7 @@ from cbp_server.metrics.learner_families import SAMPLE_FAMILIES, STATE_FAMILIES
 from cbp_server.metrics.learner_lines import LearnerLines
 from cbp_server.metrics.other_learners import OtherLearners
 from cbp_server.records.learners import LearnerRecord, LearnerState
-from cbp_server.records.read_model import ReadModel
+from cbp_server.records.read_model import ReadModel, all_shown
 
 _Rank = tuple[bool, int, bool, str]
 
@@ -106,19 +106,42 @@ class LearnerMetrics:
     async def _report(self, learners: Mapping[str, LearnerRecord], turns: Turns) -> AsyncIterator[tuple[bytes, ...]]:
         """The texts of the named learners and of the others together, for each family."""
         for lines in self._lines:
-            members = [learners[learner_id] for learner_id in lines.members]
-            for learner in members:
-                self._known[learner.learner_id].reported = learner.progress
-            yield lines.of(members)
+            yield self._text_of(lines, learners)
             if turns.over:
                 await turns.give_way()
-        for learner_id, known in self._known.items():
+        for learner_id, known in list(self._known.items()):
             if known.lines is None:
-                self._others.take(learners[learner_id], known.reported)
-                known.reported = learners[learner_id].progress
+                self._take_among_others(learners[learner_id], known)
                 if turns.over:
                     await turns.give_way()
         yield self._others.lines()
+
+    def _text_of(self, lines: LearnerLines, learners: Mapping[str, LearnerRecord]) -> tuple[bytes, ...]:
+        """Of its members; one whose record cannot be written leaves."""
+        members = [learners[learner_id] for learner_id in lines.members]
+        if not members:
+            return (b"",) * len(STATE_FAMILIES + SAMPLE_FAMILIES)
+        for learner in members:
+            self._known[learner.learner_id].reported = learner.progress
+        try:
+            return lines.of(members)
+        except Exception:  # whatever is wrong with one of them
+            all_shown(self._source, members, _written_alone)
+            left = {learner.learner_id for learner in self._source.learners()}
+            for learner in members:
+                if learner.learner_id not in left:
+                    self._forget(learner.learner_id)
+            if len(lines.members) == len(members):
+                raise
+        return self._text_of(lines, learners)
+
+    def _take_among_others(self, learner: LearnerRecord, known: _Known) -> None:
+        try:
+            self._others.take(learner, known.reported)
+            known.reported = learner.progress
+        except Exception as error:  # whatever is wrong with it
+            self._source.cannot_show(learner, error)
+            self._forget(learner.learner_id)
 
     def _know(self, learner: LearnerRecord) -> _Known | None:
         """What is remembered of the learner, None if it was never seen where it had come to before."""
@@ -135,6 +158,12 @@ class LearnerMetrics:
         if known is not None and known.lines is not None:
             _unname(learner_id, known)
         self._others.leave(learner_id)
+
+
+def _written_alone(learner: LearnerRecord) -> None:
+    lines = LearnerLines()
+    lines.join(learner.learner_id)
+    lines.of([learner])
 
 
 def _unname(learner_id: str, known: _Known) -> None:

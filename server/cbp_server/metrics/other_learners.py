@@ -102,7 +102,8 @@ class OtherLearners:
 
     def _forget_layers(self, learner_id: str, member: _Member) -> None:
         for layer in member.layers:
-            self._layer_gauges[layer_name(layer)].remove(learner_id)
+            if (numbers := self._layer_gauges.get(layer_name(layer))) is not None:
+                numbers.remove(learner_id)
 
 
 def _labels_of(layer: str) -> str:
@@ -130,7 +131,9 @@ class _Numbers:
         self._present[row] = [value is not None for value in values]
 
     def remove(self, learner_id: str) -> None:
-        row = self._rows.pop(learner_id)
+        row = self._rows.pop(learner_id, None)
+        if row is None:
+            return
         self._values[row], self._present[row] = 0.0, False
         self._free.append(row)
 

@@ -161,7 +161,9 @@ class ServerCollector(Collector):
         for state in LearnerState:
             by_state.add_metric([state.value], states[state])
         yield by_state
-        yield _gauge("cbp_unreadable_learners", "Learners that could not be restored.", len(self._source.unreadable()))
+        yield _gauge(
+            "cbp_unreadable_learners", "Learners that could not be restored, or shown.", len(self._source.unreadable())
+        )
         yield _gauge("cbp_train_streams", "Train streams open.", self._source.open_streams)
         yield _gauge(
             "cbp_queued_batches",

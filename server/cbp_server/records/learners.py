@@ -4,7 +4,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 
+from pydantic import AwareDatetime
+
 from cbp import EngineName, LearnerProgress, LearnerSpec
+from cbp.saved.parts import Count, Text
 from cbp_server.records.samples import SampleHistory
 
 
@@ -30,11 +33,11 @@ class Durability(Enum):
 class Quarantine:
     """The batch that a learner could not learn."""
 
-    position: int  # in the journal
-    producer: str
-    sequence: int
-    reason: str
-    time: datetime
+    position: Count  # in the journal
+    producer: Text
+    sequence: Count
+    reason: Text
+    time: AwareDatetime
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What HTTP and metrics ask of the running server. Every answer comes from memory; none waits for the engine."""
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
+from cbp import SnapshotError
 from cbp_server.records.learners import EngineStatus, JournalStatus, LearnerRecord
 from cbp_server.records.samples import SampleRecord
 
@@ -27,7 +28,11 @@ class ReadModel(Protocol):
         ...
 
     def unreadable(self) -> Mapping[str, str]:
-        """Ids of learners that could not be restored, and why."""
+        """Ids of learners that could not be restored, or cannot be shown, and why."""
+        ...
+
+    def cannot_show(self, record: LearnerRecord, error: Exception) -> str:
+        """Notes that a record could not be shown: until it changes it counts as unreadable. Returns the reason."""
         ...
 
     def engine_status(self) -> EngineStatus: ...
@@ -42,3 +47,27 @@ class ReadModel(Protocol):
     def open_streams(self) -> int:
         """Train streams open now."""
         ...
+
+
+ShownT = TypeVar("ShownT")
+
+
+def all_shown(
+    source: ReadModel, records: Iterable[LearnerRecord], convert: Callable[[LearnerRecord], ShownT]
+) -> list[ShownT]:
+    """What `convert` makes of each record. One that it fails at is left out, and takes no other with it."""
+    shown = []
+    for record in records:
+        try:
+            shown.append(convert(record))
+        except Exception as error:  # whatever is wrong with it
+            source.cannot_show(record, error)
+    return shown
+
+
+def one_shown(source: ReadModel, record: LearnerRecord, convert: Callable[[LearnerRecord], ShownT]) -> ShownT:
+    """What `convert` makes of the record. Raises `SnapshotError` if it fails."""
+    try:
+        return convert(record)
+    except Exception as error:
+        raise SnapshotError(source.cannot_show(record, error)) from error

@@ -15,6 +15,7 @@ from cbp import Batch, BatchError, FieldViolation, LayerPlasticity, LearnerSpec,
 from cbp.errors import shown
 from cbp.plasticity.samples import QUANTILES
 from cbp_proto import (
+    PlainError,
     TensorError,
     TensorMessage,
     WireBatch,
@@ -139,6 +140,15 @@ def spec_from_message(message: spec_pb2.LearnerSpec, limits: Limits) -> LearnerS
 
 def spec_to_message(spec: LearnerSpec) -> spec_pb2.LearnerSpec:
     return from_plain(spec.to_plain(), spec_pb2.LearnerSpec)
+
+
+def check_imported(spec: LearnerSpec, limits: Limits) -> None:
+    """Raises `SpecError` if a spec that came in no message claims more than the limits allow, or than one can say."""
+    check_spec(spec, limits)
+    try:
+        spec_to_message(spec)
+    except PlainError as error:
+        raise SpecError([FieldViolation(error.field, error.description)]) from error
 
 
 def revised_spec(present: LearnerSpec, changes: spec_pb2.LearnerSpec, mask: FieldMask, limits: Limits) -> LearnerSpec:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
@@ -12,8 +13,9 @@ from cbp_proto.v1 import learner_pb2, learner_service_pb2, learner_service_pb2_g
 from cbp_server.errors import InvalidRequest, ServerDraining, StreamProtocolError
 from cbp_server.learners.host import Host
 from cbp_server.learners.paging import checkpoints_page_of
-from cbp_server.limits import Limits, check_spec
+from cbp_server.limits import Limits
 from cbp_server.records.learners import Durability, LearnerRecord
+from cbp_server.records.read_model import all_shown, one_shown
 from cbp_server.rpc import convert
 from cbp_server.rpc.sizes import COMPACT_BYTES, WHOLE_BYTES, fitting
 
@@ -48,13 +50,17 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     async def GetLearner(
         self, request: learner_service_pb2.GetLearnerRequest, context: "Context"
     ) -> learner_pb2.Learner:
-        return convert.learner_to_message(self._host.learner(convert.learner_id_of(request.name, "name")))
+        record = self._host.learner(convert.learner_id_of(request.name, "name"))
+        return one_shown(self._host, record, convert.learner_to_message)
 
     async def ListLearners(
         self, request: learner_service_pb2.ListLearnersRequest, context: "Context"
     ) -> learner_service_pb2.ListLearnersResponse:
         records, token = self._host.page(request.page_size, request.page_token, deleted=request.show_deleted)
-        learners = fitting(map(convert.learner_to_message, records), COMPACT_BYTES)
+        shown = all_shown(self._host, records, convert.learner_to_message)
+        if len(shown) < len(records):  # those that cannot be shown are on no page any more
+            return await self.ListLearners(request, context)
+        learners = fitting(shown, COMPACT_BYTES)
         if len(learners) < len(records):
             _, token = self._host.page(len(learners), request.page_token, deleted=request.show_deleted)
         return learner_service_pb2.ListLearnersResponse(learners=learners, next_page_token=token)
@@ -183,7 +189,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             data,
             durability=durability,
             request_id=header.request_id,
-            check_spec=lambda spec: check_spec(spec, self._limits),
+            check_spec=partial(convert.check_imported, limits=self._limits),
         )
         return convert.learner_to_message(record)
 
@@ -240,10 +246,11 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             first, more = False, True
             while more:
                 # Noted before the message goes out: what changes meanwhile has not been seen.
-                versions = [(record.learner_id, (record.uid, record.version)) for record in changed[:_MOST_WATCHED]]
-                learners = fitting(map(_watched, changed[:_MOST_WATCHED]), COMPACT_BYTES)
-                seen |= dict(versions[: len(learners)])
-                changed = changed[len(learners) :]
+                shown = all_shown(self._host, changed[:_MOST_WATCHED], lambda record: (record, _watched(record)))
+                learners = fitting((message for _, message in shown), COMPACT_BYTES)
+                told, others = shown[: len(learners)], shown[len(learners) :]
+                seen |= {record.learner_id: (record.uid, record.version) for record, _ in told}
+                changed = [record for record, _ in others] + changed[_MOST_WATCHED:]
                 more = bool(changed)
                 yield learner_service_pb2.WatchLearnersResponse(
                     learners=learners, deleted=names_deleted, more_follow=more

@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, update
+from pydantic import AwareDatetime, TypeAdapter
+from sqlalchemy import Connection, Engine, Row, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from cbp import EngineName
+from cbp import EngineName, SnapshotError
+from cbp.saved.parts import Count, naming_misfits
 from cbp_server.errors import LearnerExists
 from cbp_server.records.learners import Durability, Quarantine
 from cbp_server.store.database import transaction
@@ -27,12 +29,22 @@ class StoredLearner:
     engine: EngineName  # the newborn's
     durability: Durability
     born: bool  # it began as that newborn; otherwise its first checkpoint, at position 0, is its beginning
-    create_time: datetime  # times are aware, UTC
+    create_time: AwareDatetime  # times are UTC
     request_id: str = ""
     request_digest: str = ""
-    delete_time: datetime | None = None
-    purge_time: datetime | None = None
+    delete_time: AwareDatetime | None = None
+    purge_time: AwareDatetime | None = None
     quarantine: Quarantine | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadableRow:
+    """A learner of which the database says what cannot be."""
+
+    uid: str
+    learner_id: str
+    deleted: bool
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +52,12 @@ class StoredCheckpoint:
     """A checkpoint whose file is whole."""
 
     learner_uid: str
-    number: int  # counts from 1 for each learner
-    position: int  # of the last journal entry in it
-    step: int
-    examples: int
-    size_bytes: int
-    time: datetime
+    number: Count  # counts from 1 for each learner
+    position: Count  # of the last journal entry in it
+    step: Count
+    examples: Count
+    size_bytes: Count
+    time: AwareDatetime
     pinned: bool
     summary: dict[str, Any]  # JSON
 
@@ -60,23 +72,36 @@ class Catalog:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def learners(self) -> list[StoredLearner]:
+    def learners(self) -> list[StoredLearner | UnreadableRow]:
         """All that are not purged, the oldest first, also the deleted ones."""
-        query = select(LEARNERS).order_by(LEARNERS.c.create_time, LEARNERS.c.uid)
+        order = LEARNERS.c.create_time, LEARNERS.c.uid
         with self._engine.connect() as connection:
-            return [_learner(row) for row in connection.execute(query)]
+            try:
+                with _reading("a learner"):
+                    return [_learner(row) for row in connection.execute(select(LEARNERS).order_by(*order))]
+            except SnapshotError:  # of one of them, which must not hide the others
+                names = select(LEARNERS.c.uid, LEARNERS.c.learner_id, LEARNERS.c.delete_time.is_not(None))
+                rows = connection.execute(names.order_by(*order)).all()
+                return [_readable_learner(connection, str(uid), str(name), deleted) for uid, name, deleted in rows]
 
-    def newest_checkpoints(self) -> dict[str, StoredCheckpoint]:
-        """By uid, of those learners that have one."""
+    def newest_checkpoints(self) -> dict[str, StoredCheckpoint | SnapshotError]:
+        """By uid, of those learners that have one; an error where the database says what cannot be."""
         newest = (
             select(CHECKPOINTS.c.learner_uid, func.max(CHECKPOINTS.c.number).label("number"))
             .group_by(CHECKPOINTS.c.learner_uid)
             .subquery()
         )
         same = (CHECKPOINTS.c.learner_uid == newest.c.learner_uid) & (CHECKPOINTS.c.number == newest.c.number)
+        query = select(CHECKPOINTS).join(newest, same)
         with self._engine.connect() as connection:
-            rows = connection.execute(select(CHECKPOINTS).join(newest, same)).all()
-        return {row.learner_uid: _checkpoint(row) for row in rows}
+            try:
+                with _reading("a checkpoint"):
+                    return {row.learner_uid: _checkpoint(row) for row in connection.execute(query)}
+            except SnapshotError:
+                uids = connection.execute(select(newest.c.learner_uid)).scalars().all()
+                return {
+                    uid: _readable_checkpoint(connection, query.where(CHECKPOINTS.c.learner_uid == uid)) for uid in uids
+                }
 
     def add(self, learner: StoredLearner, checkpoint: StoredCheckpoint | None = None) -> None:
         """Makes a learner known, and its first checkpoint with it.
@@ -123,9 +148,9 @@ class Catalog:
             _change_learner(connection, uid, quarantine=_quarantine_json(quarantine))
 
     def checkpoints(self, uid: str) -> list[StoredCheckpoint]:
-        """The learner's checkpoints, the newest first."""
+        """The learner's checkpoints, the newest first. Raises `SnapshotError` if the database says what cannot be."""
         query = select(CHECKPOINTS).where(CHECKPOINTS.c.learner_uid == uid).order_by(CHECKPOINTS.c.number.desc())
-        with self._engine.connect() as connection:
+        with self._engine.connect() as connection, _reading("a checkpoint"):
             return [_checkpoint(row) for row in connection.execute(query)]
 
     def add_checkpoint(self, checkpoint: StoredCheckpoint) -> None:
@@ -208,15 +233,45 @@ def _learner_row(learner: StoredLearner) -> dict[str, Any]:
 
 
 def _learner(row: Row[Any]) -> StoredLearner:
-    fields = dict(row._mapping)
-    plain = fields.pop("quarantine")
-    if plain is not None:
-        plain = Quarantine(**plain | {"time": datetime.fromisoformat(plain["time"])})
-    return StoredLearner(**fields | {"durability": Durability(fields["durability"]), "quarantine": plain})
+    return _LEARNER.validate_python(dict(row._mapping))
 
 
 def _checkpoint(row: Row[Any]) -> StoredCheckpoint:
-    return StoredCheckpoint(**row._mapping)
+    return _CHECKPOINT.validate_python(dict(row._mapping))
+
+
+_LEARNER, _CHECKPOINT = TypeAdapter(StoredLearner), TypeAdapter(StoredCheckpoint)
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turns what reading a row of nonsense raises into `SnapshotError`."""
+    try:
+        with naming_misfits():
+            yield
+    except SnapshotError as error:
+        raise SnapshotError(f"what the catalog says of {what} cannot be read: {error}") from error
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        text = f"what the catalog says of {what} cannot be read: {type(error).__name__}: {error}"
+        raise SnapshotError(text) from error
+
+
+def _readable_learner(
+    connection: Connection, uid: str, learner_id: str, deleted: bool
+) -> StoredLearner | UnreadableRow:
+    try:
+        with _reading("it"):
+            return _learner(connection.execute(select(LEARNERS).where(LEARNERS.c.uid == uid)).one())
+    except SnapshotError as error:
+        return UnreadableRow(uid=uid, learner_id=learner_id, deleted=bool(deleted), reason=str(error))
+
+
+def _readable_checkpoint(connection: Connection, query: Select[Any]) -> StoredCheckpoint | SnapshotError:
+    try:
+        with _reading("its newest checkpoint"):
+            return _checkpoint(connection.execute(query).one())
+    except SnapshotError as error:
+        return error
 
 
 def _quarantine_json(quarantine: Quarantine) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from http import HTTPStatus
 from importlib.metadata import version
+from operator import index
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from fastapi_offline import FastAPIOffline
 from cbp_server.loop.turns import Turns
 from cbp_server.metrics.exposition import Exposition, TextFormat
 from cbp_server.records.learners import LearnerState
-from cbp_server.records.read_model import ReadModel
+from cbp_server.records.read_model import ReadModel, all_shown, one_shown
 from cbp_server.web import schemas
 from cbp_server.web.head_requests import HeadRequests
 from cbp_server.web.problems import PROBLEM_CONTENT, install_problem_handlers
@@ -76,13 +77,13 @@ def create_app(service: ReadModel, exposition: Exposition, *, root_path: str = "
         """In the order of their ids, each with its newest plasticity sample."""
         learners, next_page_token = service.page(page_size, page_token, deleted=show_deleted)
         return schemas.LearnerPage(
-            learners=[schemas.Learner.of(learner) for learner in learners], next_page_token=next_page_token
+            learners=all_shown(service, learners, schemas.Learner.of), next_page_token=next_page_token
         )
 
     @app.get("/v1/learners/{learner_id}", tags=["learners"], summary="Get a learner", responses=_NOT_FOUND)
     async def get_learner(learner_id: str) -> schemas.Learner:
         """One learner with its newest plasticity sample."""
-        return schemas.Learner.of(service.learner(learner_id))
+        return one_shown(service, service.learner(learner_id), schemas.Learner.of)
 
     @app.get(
         "/v1/learners/{learner_id}/plasticity",
@@ -111,6 +112,8 @@ def create_app(service: ReadModel, exposition: Exposition, *, root_path: str = "
         engine, journal = service.engine_status(), service.journal_status()
         reasons = list(service.readiness())
         states = Counter(record.state for record in everything)
+        steps = all_shown(service, learners, lambda record: index(record.progress.step))
+        examples = all_shown(service, learners, lambda record: index(record.progress.examples))
         return schemas.Server(
             version=server_version,
             torch_version=torch_version,
@@ -132,8 +135,8 @@ def create_app(service: ReadModel, exposition: Exposition, *, root_path: str = "
             open_streams=service.open_streams,
             unreadable=dict(service.unreadable()),
             queued_batches=sum(record.queued_batches for record in learners),
-            steps=sum(record.progress.step for record in learners),
-            examples=sum(record.progress.examples for record in learners),
+            steps=sum(steps),
+            examples=sum(examples),
         )
 
     @app.get("/livez", tags=["server"], summary="Is the process alive?")

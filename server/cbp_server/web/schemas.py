@@ -313,7 +313,7 @@ class Server(BaseModel):
     journal: Journal
     learners: dict[str, int] = Field(description="How many there are, by state.")
     quarantined: list[str] = Field(description="Ids of those that wait to be resumed; the first 100.")
-    unreadable: dict[str, str] = Field(description="Learners that could not be restored, and why.")
+    unreadable: dict[str, str] = Field(description="Learners that could not be restored, or shown, and why.")
     open_streams: int = Field(description="Train streams open.")
     queued_batches: int = Field(description="Batches accepted and not yet applied, over all learners.")
     steps: int = Field(description="Optimizer updates of all learners together, without deleted ones.")

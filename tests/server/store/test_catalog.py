@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
+from cbp import SnapshotError
 from cbp_server.errors import LearnerExists
 from cbp_server.records.learners import Durability, Quarantine
 from cbp_server.store.catalog import Catalog, StoredCheckpoint, StoredLearner
@@ -206,3 +207,56 @@ def test_a_second_thread_reads_while_one_writes(catalog, database):
         reader.join(timeout=5)
         assert seen == [learner()]
     assert replace(seen[0], request_id="other") == catalog.learners()[0]
+
+
+def forge(database, table: str, column: str, value: object, key: str) -> None:
+    """As somebody would who has the database."""
+    where = "uid" if table == "learners" else "learner_uid"
+    with database.begin() as connection:
+        connection.execute(
+            text(f"UPDATE {table} SET {column} = :value WHERE {where} = :key"), {"value": value, "key": key}
+        )
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("spec", "nonsense"),
+        ("spec", "[]"),
+        ("spec", "[" * 100_000),
+        ("durability", "always"),
+        ("engine", "steam"),
+        ("quarantine", "{}"),
+        (
+            "quarantine",
+            '{"position": true, "producer": "", "sequence": 1, "reason": "", "time": "2026-11-22T00:00:00Z"}',
+        ),
+        (
+            "quarantine",
+            '{"position": 1, "producer": "", "sequence": 1, "reason": "\\ud800", "time": "2026-11-22T00:00:00Z"}',
+        ),
+    ],
+)
+def test_a_row_of_nonsense_hides_no_other_learner(catalog, database, column, value):
+    catalog.add(learner("a", "clicks"))
+    catalog.add(learner("b", "views"))
+    catalog.add(learner("c", "gone", delete_time=NOW))
+    for uid in ("b", "c"):
+        forge(database, "learners", column, value, uid)
+    first, *others = catalog.learners()
+    assert first == learner("a", "clicks")
+    assert [(row.uid, row.learner_id, row.deleted) for row in others] == [("b", "views", False), ("c", "gone", True)]
+    assert all("cannot be read" in row.reason for row in others)
+
+
+@pytest.mark.parametrize(("column", "value"), [("summary", "{"), ("summary", "7"), ("step", -1), ("size_bytes", 2**60)])
+def test_a_checkpoint_of_nonsense_hides_no_other_learners(catalog, database, column, value):
+    for uid, name in (("a", "clicks"), ("b", "views")):
+        catalog.add(learner(uid, name), checkpoint(1, uid))
+    forge(database, "checkpoints", column, value, "b")
+    newest = catalog.newest_checkpoints()
+    assert newest["a"] == checkpoint(1)
+    assert isinstance(newest["b"], SnapshotError)
+    with pytest.raises(SnapshotError, match=column if column != "summary" else "checkpoint"):
+        catalog.checkpoints("b")
+    assert catalog.checkpoints("a") == [checkpoint(1)]

@@ -61,7 +61,8 @@ class FakeHost:
 
     def learners(self, *, deleted: bool = False) -> Sequence[LearnerRecord]:
         found = [self.records[learner_id] for learner_id in sorted(self.records)]
-        return [record for record in found if deleted or record.delete_time is None]
+        shown = [record for record in found if record.learner_id not in self.broken]
+        return [record for record in shown if deleted or record.delete_time is None]
 
     def page(self, page_size: int, page_token: str, *, deleted: bool = False) -> tuple[Sequence[LearnerRecord], str]:
         if page_token.startswith("!"):
@@ -80,6 +81,10 @@ class FakeHost:
 
     def unreadable(self) -> Mapping[str, str]:
         return self.broken
+
+    def cannot_show(self, record: LearnerRecord, error: Exception) -> str:
+        self.broken[record.learner_id] = f"{type(error).__name__}: {error}"
+        return self.broken[record.learner_id]
 
     def engine_status(self) -> EngineStatus:
         return self.engine

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,20 @@ def test_a_wrong_parameter_is_named(client: httpx.Client) -> None:
 @pytest.mark.parametrize("path", ["/nothing", "/static/nothing.js", "/static/swagger-ui/nothing.js", "/v1/"])
 def test_an_unknown_path_is_a_problem(client: httpx.Client, path: str) -> None:
     assert_problem(client.get(path), 404, title="Not Found", type="about:blank")
+
+
+@pytest.mark.parametrize("wrong", [{"step": "x"}, {"step": None}, {"tasks": ["x"]}, {"replacements": None}])
+def test_a_record_that_cannot_be_shown_hides_no_other(
+    host: Any, client: httpx.Client, make_learner: MakeLearner, wrong: dict[str, Any]
+) -> None:
+    host.add(make_learner("a"), make_learner("b"), make_learner("c"))
+    host.records["b"].progress = replace(host.records["b"].progress, **wrong)
+    assert [learner["id"] for learner in client.get("/v1/learners").json()["learners"]] == ["a", "c"]
+    assert list(client.get("/v1/server").json()["unreadable"]) == ["b"]
+    host.broken.clear()
+    assert client.get("/v1/learners/b").json()["reason"] == "UNREADABLE_STATE"
+    host.broken.clear()
+    assert client.get("/v1/server").status_code == 200
 
 
 def test_only_reading_is_allowed(client: httpx.Client) -> None:

@@ -281,6 +281,28 @@ def test_a_learner_made_anew_under_an_old_name_starts_over(host: Any, make_learn
     assert scraper.value("cbp_learner_steps_total", {"learner": "b"}) == 5
 
 
+@pytest.mark.parametrize("room", [100, 1])
+@pytest.mark.parametrize("wrong", [{"step": "1"}, {"examples": True, "loss": []}, {"replacements": 3}])
+def test_a_record_that_cannot_be_written_hides_no_other(
+    host: Any, make_learner: MakeLearner, wrong: dict[str, Any], room: int
+) -> None:
+    """Whether it has series of its own, or is one of the others."""
+    host.add(*[make_learner(name) for name in ("a", "b", "c")])
+    scraper = scraper_of(host, max_learners=room)
+    scraper.text()
+    for name, changes in {"a": {}, "b": wrong}.items():
+        host.records[name].progress = replace(host.records[name].progress, **changes)
+    named = _with_steps(scraper)
+    assert list(host.broken) == ["b"]
+    assert named == ({"a", "c"} if room > 1 else {"a", "_others"})
+    assert _with_steps(scraper) == named
+
+
+def _with_steps(scraper: Scraper) -> set[str]:
+    samples = [sample for family in scraper.families() for sample in family.samples]
+    return {sample.labels["learner"] for sample in samples if sample.name == "cbp_learner_steps_total"}
+
+
 def test_events_are_counted(registry: CollectorRegistry) -> None:
     rpc, events = RpcMetrics(registry), HostMetrics(registry)
     rpc.observe("cbp.v1.TrainingService/Predict", "OK", 0.002)
