@@ -24,7 +24,7 @@ install: .venv/installed ## create .venv with everything the project needs
 demo: .venv/installed ## stream digits to three learners and plot who keeps learning (about a minute)
 	$(BIN)/cbp demo --output $(DEMO_DIR)
 
-test: .venv/installed ## run the tests, four at a time (most of them wait for servers; about ten minutes on two cores)
+test: .venv/installed ## run the tests, four at a time (most of them wait for servers; about thirteen minutes on two cores)
 	$(BIN)/pytest -n 4 --dist worksteal
 
 torture: .venv/installed ## the longer tests: kills at every point, power losses, then KILLS kills at random (an hour; SEED=n repeats, POWER=1 cuts the power)
@@ -58,6 +58,7 @@ bench: .venv/installed ## measure the claims of docs/benchmarks.md and print the
 	$(BIN)/python benchmarks/service_throughput.py
 	$(BIN)/python benchmarks/service_latency.py
 	$(BIN)/python benchmarks/many_learners.py
+	$(BIN)/python benchmarks/server_start.py
 	$(BIN)/python benchmarks/gpu_steps.py
 
 bench-durability: .venv/installed ## what the journal and checkpoints cost, and how fast a journal is learnt again (eight minutes)

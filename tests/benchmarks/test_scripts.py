@@ -16,6 +16,7 @@ SCRIPTS = {
     "service_throughput": ["--quick"],
     "service_latency": ["--quick"],
     "many_learners": ["--quick"],
+    "server_start": ["--quick"],
     "gpu_steps": ["--quick"],
     "durability": ["--quick", "--part", "ingest"],
 }
