@@ -58,7 +58,8 @@ class ActivationTaps:
     @property
     def parallel(self) -> torch.distributed.ProcessGroup | None:
         """The processes that hold replicas of the module, if its last pass went through `DistributedDataParallel`."""
-        return self._parallel
+        wrapper = self._wrapper() if self._wrapper is not None else None
+        return None if wrapper is None else wrapper.process_group
 
     def take(self) -> list[list[Tensor]] | None:
         """Per tap the activations of each pass, at least in float32 whatever they were computed in; none for layers
@@ -102,7 +103,7 @@ class ActivationTaps:
         self._gathered: list[list[Tensor]] = [[] for _ in self._taps]
         self._on_their_way: list[list[_Pass]] = [[] for _ in self._taps]
         self._learned = False  # whether the optimizer has taken its step on what is gathered
-        self._parallel: torch.distributed.ProcessGroup | None = None
+        self._wrapper: weakref.ref[DistributedDataParallel] | None = None  # whose group is not to outlive it
         self._unlearned_version = None
         # The hooks do not keep this object: one that nobody has any more lets go of what it has gathered.
         self._hooks = []
@@ -150,7 +151,7 @@ class ActivationTaps:
     def replicated(self) -> None:
         """Notes whether the pass that is under way is one of replicas."""
         active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
-        self._parallel = None if active is None else active.process_group
+        self._wrapper = None if active is None else weakref.ref(active)
 
     def _check_optimizer(self) -> None:
         """Raises `CbpError` if the parameters have moved since the last step on which nothing was learned."""
